@@ -1,0 +1,1 @@
+"""What the stages share: data, prompts, models, checkpoints, tracking."""

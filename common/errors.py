@@ -1,0 +1,33 @@
+"""Errors that a user can mend, and how a script ends on them: one line each on stderr, exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(ValueError):
+    """One or more problems in what the user gave us, each a single line that says what to change."""
+
+    def __init__(self, *problems: str) -> None:
+        assert problems, "a UserError needs at least one problem"
+        self.problems = tuple(problems)
+        super().__init__("\n".join(problems))
+
+
+def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+    """Run a script's `main(argv)` and exit with its code; a `UserError` becomes lines on stderr and exit code 2."""
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        sys.stdout.flush()
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(code or 0)

@@ -1,0 +1,1 @@
+"""Models: backbones, score readouts, loading."""

@@ -1,0 +1,233 @@
+"""The config sections that stages share: frozen, typed, each field with its unit and meaning.
+
+Nothing here imports torch: a config is read, checked and refused in well under a second.
+The tables of settings in the README are generated from these descriptions (`python -m common.schema_docs`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+# What a `wandb.api` of the shipped examples holds; never a key.
+API_PLACEHOLDERS = frozenset({"", "text", "your_api_key", "YOUR_API_KEY"})
+
+# Keyword arguments of `pl.Trainer` (a test compares this with its signature), minus those that a stage sets itself.
+LIGHTNING_TRAINER_ARGUMENTS = frozenset(
+    {
+        "accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "callbacks", "fast_dev_run", "max_epochs",
+        "min_epochs", "max_steps", "min_steps", "max_time", "limit_train_batches", "limit_val_batches", "limit_test_batches",
+        "limit_predict_batches", "overfit_batches", "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps",
+        "log_every_n_steps", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "accumulate_grad_batches",
+        "gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark", "inference_mode", "use_distributed_sampler",
+        "profiler", "detect_anomaly", "barebones", "plugins", "sync_batchnorm", "reload_dataloaders_every_n_epochs",
+        "default_root_dir", "enable_autolog_hparams", "model_registry",
+    }
+)  # fmt: skip
+STAGE_OWNED_TRAINER_ARGUMENTS = frozenset(
+    {"logger", "callbacks", "enable_checkpointing", "default_root_dir", "use_distributed_sampler", "plugins", "model_registry"}
+)
+
+
+class CommandLineValue(str):
+    """A string given on the command line: relative paths in it count from the working directory, not the stage folder."""
+
+
+def _base_dir(value: str, info: ValidationInfo) -> Path:
+    if isinstance(value, CommandLineValue):
+        return Path.cwd()
+    return Path((info.context or {}).get("base_dir", Path.cwd()))
+
+
+def _resolve_path(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, str) or value.startswith("hf:"):
+        return value
+    return str((_base_dir(value, info) / Path(value).expanduser()).absolute()) if value else value
+
+
+def _resolve_model(value: Any, info: ValidationInfo) -> Any:
+    """A directory (made absolute) when it exists or is written like a path, else a hub name, kept as it is."""
+    if not isinstance(value, str):
+        return value
+    path = _base_dir(value, info) / Path(value).expanduser()
+    if value.startswith(("./", "../", "/", "~")) or value in {".", ".."} or path.exists():
+        return str(path.absolute())
+    return str(value)
+
+
+StagePath = Annotated[str, BeforeValidator(_resolve_path)]
+"""A file or folder; relative ones count from the stage folder (in a config) or the working directory (command line)."""
+ModelName = Annotated[str, BeforeValidator(_resolve_model)]
+"""A model directory (relative like `StagePath`) or a hub name."""
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys refused, `"yes"` is no boolean."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class DataSettings(Section):
+    """What every training stage that reads rows has in common (SFT and reward models)."""
+
+    data_dir: StagePath = Field(
+        description="Data file (JSON with splits, JSON Lines, either gzipped), a folder of such files named by split, or `hf:NAME[:config]`."
+    )
+    batch_size: PositiveInt = Field(8, description="Rows per process and optimizer micro-batch.")
+    val_batch_size: PositiveInt | None = Field(None, description="Rows per validation batch; default: `batch_size`.")
+    max_length: PositiveInt = Field(512, description="Tokens of prompt + answer + EOS at most.")
+    truncate_prompt: bool = Field(True, description="Cut the prompt (not the answer) where both do not fit; false: such a row is an error.")
+    on_tpu: bool = Field(False, description="Pad every batch to `max_length` (static shapes).")
+    num_workers: NonNegativeInt = Field(0, description="Processes that collate batches beside the training one.")
+    prompt_format: Literal["qa", "chat"] = Field("qa", description="`qa`: the plain question/answer text; `chat`: the tokenizer's own template.")
+    columns: dict[str, str] = Field(default_factory=dict, description="Renames columns: our name to the file's name, e.g. `{Question: title}`.")
+    validation_file: StagePath | None = Field(None, description="File whose rows become the validation split.")
+    validation_split_percentage: Annotated[float, Field(ge=0, lt=100)] = Field(
+        5.0, description="Per cent of train questions held out when the data has no `val` split."
+    )
+    unusable_rows: Literal["error", "drop"] = Field(
+        "error", description="A row whose answer has no token left (or, for pairs, no difference left): refuse it, or drop and count it."
+    )
+
+
+class FreezeSettings(Section):
+    """Which parameters stay as they are. A fresh score or value head always trains."""
+
+    do_freeze: bool | None = Field(None, description="Master switch; missing means true when any `freeze_*` is true.")
+    freeze_emb: bool = Field(False, description="Freeze embeddings (a tied output layer counts as embeddings).")
+    freeze_ln: bool = Field(False, description="Freeze layer norms.")
+    freeze_attn: bool = Field(False, description="Freeze attention.")
+    freeze_ff: bool = Field(False, description="Freeze feed-forward blocks.")
+    freeze_other: bool = Field(False, description="Freeze everything that belongs to no other group.")
+    layers_not_to_freeze: list[int] = Field(default_factory=list, description="Layers that train whatever the flags say; negative counts from the end.")
+
+    @property
+    def active(self) -> bool:
+        flags = (self.freeze_emb, self.freeze_ln, self.freeze_attn, self.freeze_ff, self.freeze_other)
+        return any(flags) if self.do_freeze is None else self.do_freeze
+
+
+class LoraSettings(Section):
+    """LoRA adapters (peft) instead of full or frozen weights."""
+
+    r: PositiveInt = Field(8, description="Rank of the update.")
+    lora_alpha: PositiveFloat = Field(16.0, description="Scale of the update is lora_alpha / r.")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout before the adapter.")
+    target_modules: list[str] | Literal["all-linear"] = Field("all-linear", description="Module names that get an adapter.")
+
+
+class ModelParams(FreezeSettings):
+    """Optimizer, freezing and memory settings of SFT and reward models."""
+
+    learning_rate: PositiveFloat = Field(2e-5, description="Peak learning rate of AdamW.")
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="AdamW betas."
+    )
+    adam_eps: PositiveFloat = Field(1e-8, description="AdamW epsilon.")
+    weight_decay: NonNegativeFloat = Field(0.001, description="Decoupled weight decay on matrices (not on norms, biases).")
+    warmup_steps_per_cent: Fraction = Field(0.01, description="Share of all optimizer steps (0-1) that warms up linearly.")
+    lr_scheduler: Literal["linear", "cosine", "constant"] = Field("constant", description="What follows the warm-up.")
+    use_cache: bool = Field(False, description="Keep keys and values in generation during training-time evaluation.")
+    do_compute_metrics: bool = Field(False, description="Metrics that cost extra (SFT: BLEU/ROUGE of generated answers) in validation.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, about a third more time.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="Sets every dropout of the model; null keeps the model's own.")
+    model_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type the weights are loaded in.")
+    lora: LoraSettings | None = Field(None, description="LoRA adapters; excludes `freeze_*`.")
+
+    @model_validator(mode="after")
+    def _lora_excludes_freezing(self) -> ModelParams:
+        if self.lora is not None and self.active:
+            raise ValueError("lora and freeze_* both decide what trains; keep one of them")
+        return self
+
+
+class ModelInit(Section):
+    """A model built from its configuration, for runs with nothing but this repository."""
+
+    model_type: str = Field("gpt_neo", description="transformers' model type: gpt_neo, gpt2, llama, qwen2, opt, bert, t5 ...")
+    config: dict[str, Any] = Field(default_factory=dict, description="Arguments of that type's configuration class.")
+    vocab_size: PositiveInt = Field(512, description="Entries of the byte-level BPE tokenizer trained on the training split.")
+
+
+class CheckpointSettings(Section):
+    dirpath: StagePath = Field("models", description="Folder for runs; each run makes `desc-DESC,index-N` in it.", validate_default=True)
+    every_n_train_steps: PositiveInt | None = Field(None, description="Optimizer steps between saves; null: at each validation.")
+    monitor: str = Field("val/loss", description="Logged metric that chooses the best checkpoint (`val_loss` is read as `val/loss`).")
+    mode: Literal["min", "max"] = Field("min", description="Whether less or more of it is better.")
+    keep_last: PositiveInt = Field(1, description="How many of the newest checkpoints stay on disk, beside the best one.")
+
+
+class TrainerSettings(Section):
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings, description="Where and when checkpoints are written.")
+    ckpt_path: ModelName | None = Field(None, description="Checkpoint directory whose weights the run starts from.")
+    params: dict[str, Any] = Field(default_factory=dict, description="Any argument of `pl.Trainer`.")
+
+    @field_validator("params")
+    @classmethod
+    def _known_arguments(cls, params: dict[str, Any]) -> dict[str, Any]:
+        # The config loader reports unknown ones itself, with line and suggestion; this guards direct use.
+        for name in params:
+            if name in STAGE_OWNED_TRAINER_ARGUMENTS:
+                raise ValueError(f"{name} is set by the stage itself; remove it")
+            if name not in LIGHTNING_TRAINER_ARGUMENTS:
+                raise ValueError(f"{name} is no argument of pl.Trainer")
+        return params
+
+
+class WandbArgs(Section):
+    group: str | None = Field(None, description="wandb group.")
+    job_type: str | None = Field(None, description="wandb job type.")
+    name: str | None = Field(None, description="Run name shown in wandb.")
+    project_name: str | None = Field(None, description="The same as `wandb.project_name`.")
+
+
+class WandbSettings(Section):
+    api: str | None = Field(None, description="Placeholder kept for old files; keys belong into the environment (WANDB_API_KEY).", repr=False)
+    args: WandbArgs = Field(default_factory=WandbArgs, description="Arguments of `wandb.init`.")
+    project_name: str | None = Field(None, description="wandb project.")
+    mode: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="`auto`: online with a key in the environment, else offline. `disabled`: no wandb at all."
+    )
+    log_model: bool = Field(False, description="Upload the final checkpoint as an artifact.")
+
+    @property
+    def project(self) -> str:
+        return self.project_name or self.args.project_name or "rlhf-qa"
+
+
+class RunSettings(Section):
+    """What names a run and makes it repeatable; every stage's config starts with these keys."""
+
+    seed: NonNegativeInt = Field(42, description="Seed of sample order, dropout, sampling and fresh weights.")
+    desc: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = Field("run", description="Short name of the run, part of its directory.")
+    index: NonNegativeInt | Literal["auto"] = Field("auto", description="Number of the run; `auto` takes the next free one.")
+    results_root: StagePath | None = Field(
+        None, description="Root for runs (`ROOT/STAGE/desc-…`) instead of the checkpoint folder; also RESULTS_ROOT_DIR."
+    )
+    trust_remote_code: bool = Field(False, description="Allow model directories to run code of their own.")
+    tensorboard: bool = Field(False, description="Write TensorBoard event files beside the metrics.")
+
+
+class GenerateParams(Section):
+    """Options of generation; every other option of transformers' GenerationConfig is accepted as well."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, protected_namespaces=())
+
+    do_sample: bool = Field(False, description="Sample instead of taking the likeliest token.")
+    max_new_tokens: PositiveInt = Field(64, description="Answer tokens at most, EOS included.")
+    min_length: int = Field(0, description="Answer tokens before EOS at least; -1 and 0 mean none.", ge=-1)
+    temperature: PositiveFloat = Field(1.0, description="Divides the logits.")
+    top_k: NonNegativeInt = Field(0, description="Sample among the k likeliest tokens; 0: all.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Sample among the likeliest tokens of this total probability.")
+    repetition_penalty: PositiveFloat = Field(1.0, description="Above 1 discourages tokens that stand in the text already.")
+    no_repeat_ngram_size: NonNegativeInt = Field(0, description="No n-gram of this size twice; 0: off.")
+    stop_strings: list[str] = Field(default_factory=list, description="Texts that end an answer; cut off before scoring.")

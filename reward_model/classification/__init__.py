@@ -1,0 +1,1 @@
+"""Reward model from preference pairs: Bradley-Terry."""

@@ -1,0 +1,119 @@
+"""Settings that both kinds of reward model share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from common.schema import (
+    DataSettings,
+    ModelInit,
+    ModelName,
+    ModelParams,
+    NonNegativeInt,
+    PositiveInt,
+    RunSettings,
+    Section,
+    StagePath,
+    TrainerSettings,
+    WandbSettings,
+)
+
+
+class RewardData(DataSettings):
+    max_prompt_length: PositiveInt | None = Field(None, description="Prompt tokens at most; null: only `max_length` limits it.")
+
+
+class ReadoutSettings(Section):
+    """How a score is read out of the transformer."""
+
+    name: Literal["last_token"] = Field("last_token", description="`last_token`: the state of the last token (encoder: of the first).")
+
+
+class RewardModelParams(ModelParams):
+    readout: ReadoutSettings = Field(default_factory=ReadoutSettings, description="How the score is read out.")
+
+
+class RewardConfig(RunSettings):
+    data: RewardData = Field(description="Training data.")
+    model_name: ModelName | None = Field(None, description="Backbone: model directory (an SFT run, say) or hub name.")
+    model_init: ModelInit | None = Field(None, description="Build the backbone from a configuration instead of `model_name`.")
+    trainer: TrainerSettings = Field(default_factory=TrainerSettings, description="Checkpoints and Lightning's trainer.")
+    wandb: WandbSettings = Field(default_factory=WandbSettings, description="Weights & Biases.")
+
+    @model_validator(mode="after")
+    def _one_model(self) -> RewardConfig:
+        if (self.model_name is None) == (self.model_init is None):
+            raise ValueError("exactly one of model_name and model_init is needed")
+        return self
+
+
+class ClassificationParams(RewardModelParams):
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.0, description="Probability that a preference is taken as reversed.")
+    centring_coef: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Weight of the centring term: the squared mean of chosen and rejected score of a pair."
+    )
+
+
+class ClassificationConfig(RewardConfig):
+    model_params: ClassificationParams = Field(default_factory=ClassificationParams, description="Optimizer, freezing, loss.")
+
+
+class RegressionParams(RewardModelParams):
+    loss: Literal["mse", "mae", "huber"] | None = Field(None, description="Loss on the transformed score; null: mse, or mae when `mae_loss`.")
+    mae_loss: bool = Field(False, description="The original's switch: mean absolute instead of squared error.")
+    huber_delta: Annotated[float, Field(gt=0)] = Field(1.0, description="Where Huber's loss turns linear.")
+    score_transform: Literal["none", "standardize", "log1p", "minmax"] = Field(
+        "standardize", description="Applied to train scores before the loss, undone in every output."
+    )
+
+    @property
+    def loss_name(self) -> Literal["mse", "mae", "huber"]:
+        return self.loss or ("mae" if self.mae_loss else "mse")
+
+    @model_validator(mode="after")
+    def _one_loss(self) -> RegressionParams:
+        if self.mae_loss and self.loss not in (None, "mae"):
+            raise ValueError(f"mae_loss is true, but loss is {self.loss}; remove one of them")
+        return self
+
+
+class RegressionConfig(RewardConfig):
+    model_params: RegressionParams = Field(default_factory=RegressionParams, description="Optimizer, freezing, loss.")
+
+
+class RewardTestData(Section):
+    data_dir: StagePath = Field(description="Data file with rows of this stage's kind.")
+    split: Literal["train", "val", "test"] = Field("test", description="Split that is scored.")
+    batch_size: PositiveInt = Field(16, description="Rows scored at once.")
+    max_length: PositiveInt | None = Field(None, description="Tokens of prompt + answer at most; null: the manifest's.")
+    max_prompt_length: PositiveInt | None = Field(None, description="Prompt tokens at most; null: the manifest's.")
+    truncate_prompt: bool = Field(True, description="Cut longer prompts; false: an error.")
+    columns: dict[str, str] = Field(default_factory=dict, description="Renames columns: our name to the file's name.")
+    validation_file: StagePath | None = Field(None, description="File whose rows become the validation split.")
+    validation_split_percentage: Annotated[float, Field(ge=0, lt=100)] = Field(
+        5.0, description="Per cent of train questions held out when the data has no `val` split."
+    )
+
+
+class RewardTestParams(Section):
+    test_model_path: ModelName | None = Field(None, description="Reward model to evaluate; default: `model_name`.")
+    log_file: StagePath = Field("models/evaluation.csv", description="CSV of scores.", validate_default=True)
+    table_name: str = Field("scores", description="Name of the table in wandb.")
+    save_steps: PositiveInt = Field(200, description="Rows between two appends to the CSV.")
+    bootstrap_samples: NonNegativeInt = Field(1000, description="Resamples (by question) behind each interval; 0: none.")
+
+
+class RewardTestConfig(Section):
+    """`test_reward.py` of both kinds."""
+
+    cuda: bool = Field(False, description="Use the GPU; an error where there is none.")
+    seed: NonNegativeInt = Field(42, description="Seed of the bootstrap.")
+    model_name: ModelName = Field(description="Reward model directory.")
+    trust_remote_code: bool = Field(False, description="Allow model directories to run code of their own.")
+    data: RewardTestData = Field(description="Rows to score.")
+    test_params: RewardTestParams = Field(default_factory=RewardTestParams, description="What is computed and where it goes.")
+    wandb: WandbSettings = Field(default_factory=lambda: WandbSettings(mode="disabled"), description="Weights & Biases.")
+
+

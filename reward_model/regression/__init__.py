@@ -1,0 +1,1 @@
+"""Reward model from scores: regression."""

@@ -1,0 +1,188 @@
+"""Settings of PPO. Keys keep their classic names (`cliprange`, `lam`)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from common.schema import (
+    FiniteFloat,
+    Fraction,
+    FreezeSettings,
+    GenerateParams,
+    LoraSettings,
+    ModelName,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    RunSettings,
+    Section,
+    StagePath,
+    WandbSettings,
+)
+
+
+class PPOData(Section):
+    data_file_path: StagePath = Field(description="Data file (or folder) with questions; answers in it are not used.")
+    max_prompt_length: PositiveInt | None = Field(None, description="Prompt tokens at most; null: positions minus `max_new_tokens`.")
+    truncate_prompt: bool = Field(True, description="Cut longer prompts; false: an error.")
+    padding: bool | Literal["longest", "max_length"] = Field(True, description="Pad to the longest prompt of a batch, or to `max_prompt_length`.")
+    prompt_format: Literal["qa", "chat"] | None = Field(None, description="Null: what the policy's manifest says, else `qa`.")
+    columns: dict[str, str] = Field(default_factory=dict, description="Renames columns: our name to the file's name.")
+    validation_file: StagePath | None = Field(None, description="File whose rows become the evaluation prompts.")
+    validation_split_percentage: Annotated[float, Field(ge=0, lt=100)] = Field(
+        5.0, description="Per cent of train questions held out when the data has no `val` split."
+    )
+    unique_prompts: bool = Field(True, description="Use a question once per pass, however many rows hold it.")
+
+
+class PPOGeneration(GenerateParams):
+    do_sample: bool = Field(True, description="Sample; PPO needs it.")
+
+
+class PPOParams(Section):
+    """The classic trainer's settings."""
+
+    model_name: ModelName = Field(description="Policy (and reference) to start from: an SFT run, or a hub name.")
+    model_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type the weights are loaded in.")
+    seed: NonNegativeInt | None = Field(None, description="Seed; default: the top-level `seed`.")
+    steps: PositiveInt | None = Field(None, description="PPO steps (batches) at most; null: as many as `global_epochs` gives.")
+    batch_size: PositiveInt = Field(64, description="Prompts per step and process.")
+    mini_batch_size: PositiveInt | None = Field(None, description="Answers per forward in the update; null: `batch_size`.")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="Minibatches per optimizer step.")
+    ppo_epochs: PositiveInt = Field(4, description="Passes over a batch.")
+    learning_rate: PositiveFloat = Field(1.41e-5, description="Learning rate of AdamW.")
+    lr_schedule: Literal["constant", "linear"] = Field("constant", description="`linear` falls to 0 over all steps.")
+    adam_eps: PositiveFloat = Field(1e-8, description="Adam's epsilon (the 2019 original: 1e-5).")
+    weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay.")
+    max_grad_norm: PositiveFloat | None = Field(None, description="Clip the gradient's norm to this; null: never.")
+    init_kl_coef: NonNegativeFloat = Field(0.2, description="KL coefficient at the start.")
+    adap_kl_ctrl: bool = Field(True, description="Adapt the coefficient to `target`; false: fixed.")
+    target: PositiveFloat = Field(6.0, description="KL per answer (nats) that the adaptive controller aims at.")
+    horizon: PositiveFloat = Field(10000.0, description="Answers over which the controller adapts.")
+    kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = Field("kl", description="KL estimator per token.")
+    gamma: Fraction = Field(1.0, description="Discount.")
+    lam: Fraction = Field(0.95, description="GAE's lambda.")
+    cliprange: PositiveFloat = Field(0.2, description="Clip range of the policy's ratio.")
+    cliprange_value: PositiveFloat = Field(0.2, description="Clip range of the value.")
+    vf_coef: NonNegativeFloat = Field(0.1, description="Weight of the value loss.")
+    entropy_coef: NonNegativeFloat = Field(0.0, description="Weight of the entropy bonus.")
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = Field(None, description="Dual clip constant for negative advantages; null: off.")
+    whiten_rewards: bool = Field(False, description="Whiten rewards (keeping their mean) before advantages.")
+    use_score_scaling: bool = Field(False, description="Divide scores by their running standard deviation.")
+    use_score_norm: bool = Field(False, description="With scaling: subtract the running mean too.")
+    score_clip: PositiveFloat | None = Field(None, description="Clip scores to +- this after scaling; null: never.")
+    missing_eos_penalty: NonNegativeFloat | None = Field(None, description="Subtracted from the score of an answer without EOS.")
+    missing_eos_score: FiniteFloat | None = Field(None, description="Replaces the score of an answer without EOS.")
+    length_penalty: NonNegativeFloat = Field(0.0, description="Subtracted from the score per answer token.")
+    ratio_threshold: PositiveFloat = Field(10.0, description="Minibatches whose mean ratio exceeds this are skipped and counted.")
+    early_stopping: bool = Field(False, description="Stop a batch's updates when the policy moved too far from the sampling one.")
+    target_kl: PositiveFloat = Field(1.0, description="Early stop at mean(old_logp - logp) > 1.5 * target_kl.")
+    compare_steps: PositiveInt = Field(1, description="Classic setting without effect; accepted.")
+    critic: Literal["head", "model"] = Field("head", description="`head` on the policy's trunk; `model`: its own, started from the reward model.")
+    critic_warmup_steps: NonNegativeInt = Field(0, description="First steps that train the value only.")
+    log_with: Literal["wandb", "tensorboard"] | None = Field(None, description="Tracker beside the CSV; null: none.")
+    tracker_project_name: str | None = Field(None, description="wandb project.")
+    tracker_kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of `wandb.init`, flat or under `wandb`.")
+    use_cache: bool = Field(True, description="Keep keys and values while sampling.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward.")
+    lora: LoraSettings | None = Field(None, description="LoRA adapters; excludes `freeze_config`.")
+
+    @property
+    def minibatch(self) -> int:
+        return self.mini_batch_size or self.batch_size
+
+    @model_validator(mode="after")
+    def _divisible(self) -> PPOParams:
+        backward = self.minibatch * self.gradient_accumulation_steps
+        if self.batch_size % backward:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by mini_batch_size {self.minibatch} "
+                f"x gradient_accumulation_steps {self.gradient_accumulation_steps} = {backward}"
+            )
+        if self.use_score_norm and not self.use_score_scaling:
+            raise ValueError("use_score_norm has no effect without use_score_scaling: true")
+        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
+            raise ValueError("missing_eos_penalty and missing_eos_score exclude each other")
+        return self
+
+
+class RewardComponent(Section):
+    """One part of the reward; a tree of these is what PPO maximises."""
+
+    type: Literal["model", "function", "length", "repetition", "regex", "must_end", "sum", "ensemble"] = Field(
+        description="What kind of part this is."
+    )
+    name: str | None = Field(None, description="Name in the metrics (`reward/NAME`); default: the type, numbered when repeated.")
+    weight: FiniteFloat = Field(1.0, description="Factor inside a `sum`.")
+    model_name: ModelName | None = Field(None, description="model: reward model directory.")
+    batch_size: PositiveInt | None = Field(None, description="model: answers scored at once; default: `reward_config.batch_size`.")
+    normalise: Literal["manifest", "reference", "none"] = Field(
+        "manifest", description="model: subtract mean and divide by scale of the training set, of the reference's first answers, or neither."
+    )
+    path: str | None = Field(None, description="function: `module:function` or `file.py:function`.")
+    timeout_s: PositiveFloat | None = Field(None, description="function: seconds a call may take.")
+    min_words: NonNegativeInt | None = Field(None, description="length: fewer words cost 1 each.")
+    max_words: PositiveInt | None = Field(None, description="length: more words cost 1 each.")
+    ngram: PositiveInt = Field(3, description="repetition: n of the n-grams; scores minus the share that repeats.")
+    pattern: str | None = Field(None, description="regex: 1 where it is found, else 0.")
+    endings: list[str] = Field(default_factory=lambda: [".", "!", "?"], description="must_end: 1 where the answer ends in one of these, else 0.")
+    members: list[RewardComponent] = Field(default_factory=list, description="sum, ensemble: its parts.")
+    combine: Literal["mean", "min", "mean_minus_std"] = Field("mean", description="ensemble: how members are combined.")
+    std_coef: NonNegativeFloat = Field(1.0, description="ensemble: factor of the spread in `mean_minus_std`.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> RewardComponent:
+        needed = {"model": "model_name", "function": "path", "regex": "pattern", "sum": "members", "ensemble": "members"}.get(self.type)
+        if needed and not getattr(self, needed):
+            raise ValueError(f"a reward part of type {self.type} needs {needed}")
+        if self.type == "length" and self.min_words is None and self.max_words is None:
+            raise ValueError("a reward part of type length needs min_words or max_words")
+        return self
+
+
+class RewardSettings(Section):
+    reward_model_name: ModelName | None = Field(None, description="Reward model directory (any tokenizer).")
+    batch_size: PositiveInt = Field(32, description="Answers scored at once.")
+    pipeline: RewardComponent | None = Field(None, description="Reward built of parts, instead of `reward_model_name` alone.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RewardSettings:
+        if (self.reward_model_name is None) == (self.pipeline is None):
+            raise ValueError("exactly one of reward_model_name and pipeline is needed")
+        return self
+
+
+class PPOEvaluation(Section):
+    num_prompts: PositiveInt = Field(64, description="Held-out prompts of the fixed evaluation.")
+    every_n_steps: PositiveInt = Field(10, description="PPO steps between two evaluations.")
+    num_samples_logged: PositiveInt = Field(8, description="Rows of the sample table.")
+
+
+class SaveSettings(Section):
+    checkpoint_dir: StagePath = Field("models", description="Folder for runs; each run makes `desc-DESC,index-N` in it.", validate_default=True)
+    save_interval: PositiveInt = Field(100, description="PPO steps between two checkpoints.")
+    keep_last: PositiveInt = Field(1, description="How many of the newest checkpoints stay, beside the best one.")
+
+
+class PPORunConfig(RunSettings):
+    """`train_ppo.py`."""
+
+    data_config: PPOData = Field(description="Prompts.")
+    freeze_config: FreezeSettings = Field(default_factory=FreezeSettings, description="Which parameters stay as they are.")
+    generation_config: PPOGeneration = Field(default_factory=PPOGeneration, description="How answers are sampled.")
+    global_epochs: PositiveInt = Field(1, description="Passes over the prompts, ended early by `ppo_config.steps`.")
+    hf_hub_name: str | None = Field(None, description="Hub repository to push to after the local save; null: none.")
+    ppo_config: PPOParams = Field(description="The classic trainer's settings.")
+    reward_config: RewardSettings = Field(description="What is maximised.")
+    evaluation: PPOEvaluation = Field(default_factory=PPOEvaluation, description="Fixed evaluation prompts.")
+    save_config: SaveSettings = Field(default_factory=SaveSettings, description="Checkpoints.")
+    wandb: WandbSettings = Field(default_factory=WandbSettings, description="Weights & Biases; used when `log_with: wandb`.")
+
+    @model_validator(mode="after")
+    def _lora_excludes_freezing(self) -> PPORunConfig:
+        if self.ppo_config.lora is not None and self.freeze_config.active:
+            raise ValueError("ppo_config.lora and freeze_config both decide what trains; keep one of them")
+        return self
