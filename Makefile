@@ -1,0 +1,52 @@
+# make quickstart   environment, then the whole pipeline on the embedded default
+# make test         environment, then every test
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+
+# Without these two, identical runs on a small machine differ several times in speed.
+export OMP_PROC_BIND ?= true
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help venv quickstart test lint format docs data clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+quickstart: venv
+	@PATH="$(BIN):$$PATH" python examples/quickstart.py
+
+# make lint         ruff (lint, format) and mypy
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: venv
+	@PATH="$(BIN):$$PATH" python -m pytest -n 2 --cov --cov-report=term:skip-covered
+
+# make format       let ruff rewrite what it can
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# make docs         regenerate the tables of settings and metrics in the documents
+docs: venv
+	$(BIN)/python -m common.schema_docs
+
+# make data         regenerate the sample data
+data: venv
+	$(BIN)/python -m examples.world.make_data
+
+# make clean        remove the environment and caches; runs and results stay
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build *.egg-info
