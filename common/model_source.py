@@ -1,0 +1,209 @@
+"""What can be said about a model before torch is imported: does it exist, is it whole, does it fit the stage that wants it.
+
+Every check ends in a `UserError` of one line per problem that names the setting, so that a wrong path costs a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from common.checkpoint import Manifest, read_manifest
+from common.errors import UserError
+
+Role = Literal["generator", "backbone", "reward"]
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TRUE = {"1", "ON", "YES", "TRUE"}
+# How the architectures call the number of positions they have an embedding or a rotation for.
+_POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model as its files describe it. For a hub model that is not in the local cache, `config` is None."""
+
+    name: str
+    setting: str
+    directory: Path | None
+    config: dict[str, Any] | None
+    manifest: Manifest | None
+
+    @property
+    def is_reward_model(self) -> bool:
+        if self.manifest is not None:
+            return self.manifest.is_reward_model
+        return any(name.endswith("ForSequenceClassification") for name in (self.config or {}).get("architectures") or [])
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool((self.config or {}).get("is_encoder_decoder", False))
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens the model has positions for; None where it is unknown or unlimited (T5's relative positions)."""
+        config = self.config or {}
+        if config.get("model_type") in {"t5", "mt5", "umt5"}:
+            return None  # their n_positions is a relic that limits nothing
+        for key in _POSITION_KEYS:
+            if isinstance(config.get(key), int):
+                return int(config[key])
+        return None
+
+    @property
+    def prompt_format(self) -> str | None:
+        """What the manifest says; None for models that are not ours."""
+        return self.manifest.prompt_format if self.manifest is not None else None
+
+
+def check_model_source(name: str, *, setting: str = "model_name", role: Role = "generator", trust_remote_code: bool = False) -> ModelSource:
+    """Describe the model that the config's `setting` names; raises UserError where it cannot be what `role` needs.
+
+    generator: writes answers. backbone: a reward model starts from it (any model). reward: scores answers.
+    Nothing is downloaded. A hub model that is not in the cache is taken on trust, unless the environment says offline.
+    """
+    path = Path(name).expanduser()
+    if "://" in name:
+        raise UserError(f"{setting}: {name!r} is a URL; give a model directory or a hub name such as `EleutherAI/gpt-neo-125m`")
+    if path.is_dir():
+        source = _describe_directory(path, name, setting)
+    elif path.is_file():
+        raise UserError(f"{setting}: {name} is a file, expected a model directory (config.json and weights) or a hub name")
+    elif path.is_symlink():
+        raise UserError(f"{setting}: {name} points to {os.readlink(path)}, which does not exist")
+    elif path.is_absolute() or not _HUB_NAME.fullmatch(name):
+        hint = "; run the stage that writes it first" if path.name == "latest" else ""
+        raise UserError(f"{setting}: no model directory {name}{hint}")
+    else:
+        source = _describe_hub_model(name, setting)
+    _check_remote_code(source, trust_remote_code)
+    _check_role(source, role)
+    return source
+
+
+def _describe_directory(path: Path, name: str, setting: str) -> ModelSource:
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"{setting}: {name} has no config.json, so it is no model directory{_meant_instead(path)}")
+    config = _read_json(config_file, setting)
+    manifest = read_manifest(path)
+    if not any(found for pattern in _WEIGHTS for found in path.glob(pattern)):
+        raise UserError(f"{setting}: {name} has a config.json but no weights (model.safetensors); it was not written to the end")
+    if manifest is not None:
+        lost = [file for file in manifest.files if not (path / file).is_file()]
+        if lost:
+            raise UserError(f"{setting}: {name} lacks {', '.join(lost)}, which its manifest lists")
+    return ModelSource(name, setting, path, config, manifest)
+
+
+def _meant_instead(path: Path) -> str:
+    for child in ("best", "last", "latest", "models/latest"):
+        if (path / child / "config.json").is_file():
+            return f"; did you mean {path / child}?"
+    if (path / "adapter_config.json").is_file():
+        return "; it holds a bare LoRA adapter: merge it into its base model first"
+    if (path / "config.yaml").is_file():
+        return "; it is a run that has saved no checkpoint yet"
+    return ""
+
+
+def _describe_hub_model(name: str, setting: str) -> ModelSource:
+    cached = _cached_config(name)
+    if cached is not None:
+        return ModelSource(name, setting, None, _read_json(cached, setting), None)
+    if is_offline():
+        raise UserError(
+            f"{setting}: {name!r} is no directory here, and as a hub name it is not in the local cache while "
+            "HF_HUB_OFFLINE forbids downloading it"
+        )
+    return ModelSource(name, setting, None, None, None)
+
+
+def is_offline() -> bool:
+    """Whether the environment forbids downloads."""
+    return any(os.environ.get(key, "").upper() in _TRUE for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+
+
+def _cached_config(name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found) if isinstance(found, str) else None
+
+
+def _read_json(path: Path, setting: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting}: {path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{setting}: {path} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def _check_remote_code(source: ModelSource, trusted: bool) -> None:
+    if trusted:
+        return
+    files: dict[str, dict[str, Any]] = {"config.json": source.config or {}}
+    if source.directory is not None:
+        for file in ("tokenizer_config.json", "generation_config.json", "processor_config.json"):
+            if (source.directory / file).is_file():
+                files[file] = _read_json(source.directory / file, source.setting)
+    for file, content in files.items():
+        if content.get("auto_map"):
+            raise UserError(
+                f"{source.setting}: {source.name} brings code of its own (auto_map in {file}); "
+                "set trust_remote_code: true if you have read and trust it"
+            )
+
+
+def _check_role(source: ModelSource, role: Role) -> None:
+    if source.config is None:
+        return
+    if role == "generator" and source.is_reward_model:
+        raise UserError(f"{source.setting}: {source.name} is a reward model; expected a model that writes text (an SFT or PPO run)")
+    if role == "reward" and not source.is_reward_model:
+        raise UserError(
+            f"{source.setting}: {source.name} has no reward head"
+            + (f" (its manifest says stage {source.manifest.stage})" if source.manifest else "")
+            + "; expected the output of a train_reward.py"
+        )
+
+
+def check_prompt_format(source: ModelSource, prompt_format: str, setting: str) -> None:
+    """Refuse a prompt format other than the one the model was trained on; models without manifest take any."""
+    trained = source.prompt_format
+    if trained is not None and trained != prompt_format:
+        raise UserError(f"{setting} {prompt_format} does not fit {source.setting} {source.name}, which was trained on {trained}")
+
+
+def check_length(source: ModelSource, length: int, what: str) -> None:
+    """Refuse `length` tokens (`what` says which settings make it up) that exceed the model's positions."""
+    if source.positions is not None and length > source.positions:
+        raise UserError(f"{what} exceeds the {source.positions} positions of {source.setting} {source.name}")
+
+
+def check_joinable(policy: ModelSource, judges: list[ModelSource], *, prompt_format: str | None = None) -> str:
+    """Check that a policy and its reward models fit together; returns the prompt format to use.
+
+    A judge may have any tokenizer (answers reach it as text), but must have been trained on the policy's prompt format, else it
+    reads prompts it has never seen. All problems are reported at once.
+    """
+    chosen = prompt_format or policy.prompt_format or "qa"
+    problems: list[str] = []
+    if policy.prompt_format not in (None, chosen):
+        problems.append(f"prompt_format {chosen} does not fit {policy.setting} {policy.name}, which was trained on {policy.prompt_format}")
+    for judge in judges:
+        if judge.prompt_format not in (None, chosen):
+            problems.append(
+                f"{judge.setting}: {judge.name} was trained on prompt format {judge.prompt_format}, "
+                f"but {policy.setting} {policy.name} uses {chosen}"
+            )
+    if problems:
+        raise UserError(*problems)
+    return chosen

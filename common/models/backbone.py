@@ -1,0 +1,110 @@
+"""The transformer under a reward model: which text enters which part of it, and which hidden states come out.
+
+Everything that differs between causal models, encoders and encoder-decoders is decided here; readouts see states and masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from common.collate import right_pad
+
+if TYPE_CHECKING:
+    from common.records import Prompt
+    from common.tokenization import Encoder
+
+BackboneKind = Literal["causal", "encoder", "encoder_decoder"]
+
+
+def backbone_kind(config: PreTrainedConfig) -> BackboneKind:
+    """What a configuration describes. A model that predicts masked words and is not told to be a decoder is an encoder."""
+    if config.is_encoder_decoder:
+        return "encoder_decoder"
+    if getattr(config, "is_decoder", False):
+        return "causal"
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return "encoder" if is_encoder else "causal"
+
+
+@dataclass(frozen=True)
+class RewardInput:
+    """Token ids of one prompt and answer, as the backbone takes them."""
+
+    input_ids: list[int]
+    decoder_input_ids: list[int] | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids) + len(self.decoder_input_ids or ())
+
+
+class RewardBatch(NamedTuple):
+    """Right-padded inputs: ids (B, S) and masks (B, S), True on real tokens; the decoder's are None but for encoder-decoders."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    decoder_input_ids: Tensor | None = None
+    decoder_attention_mask: Tensor | None = None
+
+    def to(self, device: Any) -> RewardBatch:
+        return RewardBatch(*(None if tensor is None else tensor.to(device) for tensor in self))
+
+
+def reward_inputs(
+    encoder: Encoder, config: PreTrainedConfig, prompt: Prompt, answer: str, *, ended: bool = True, where: str = ""
+) -> RewardInput:
+    """Tokenize a prompt and an answer for a reward model.
+
+    causal, encoder     prompt + answer (+ EOS) in one row
+    encoder_decoder     the prompt enters the encoder; the decoder reads its start token + answer (+ EOS)
+
+    `ended`: the answer ends where it ends, so EOS follows it as in training; False for one that was cut off while being written.
+    """
+    encoded = encoder.pair(prompt, answer, where)
+    answer_ids = list(encoded.answer_ids)
+    if not ended and answer_ids and answer_ids[-1] == encoder.tokenizer.eos_token_id:
+        answer_ids.pop()
+    if config.is_encoder_decoder:
+        return RewardInput(list(encoded.prompt_ids), [decoder_start(config), *answer_ids])
+    return RewardInput([*encoded.prompt_ids, *answer_ids])
+
+
+def decoder_start(config: PreTrainedConfig) -> int:
+    """The token that opens a decoder's input."""
+    start = config.decoder_start_token_id if getattr(config, "decoder_start_token_id", None) is not None else config.pad_token_id
+    assert start is not None, "an encoder-decoder has a start token"
+    return int(start)
+
+
+def collate_rewards(rows: Sequence[RewardInput], pad_id: int, pad_to: int | None = None) -> RewardBatch:
+    """Right-pad rows to the longest of them, or to `pad_to`."""
+    ids, mask = right_pad([row.input_ids for row in rows], pad_id, pad_to)
+    if rows[0].decoder_input_ids is None:
+        return RewardBatch(ids, mask)
+    decoder_ids, decoder_mask = right_pad([row.decoder_input_ids or [] for row in rows], pad_id, pad_to)
+    return RewardBatch(ids, mask, decoder_ids, decoder_mask)
+
+
+class States(NamedTuple):
+    """What a readout may read. `last` (B, S, D): final hidden states of the part that is read; `mask` (B, S): its real tokens."""
+
+    last: Tensor
+    mask: Tensor
+
+
+def backbone_states(backbone: nn.Module, batch: RewardBatch) -> States:
+    """Run the transformer; for encoder-decoders the states are the decoder's."""
+    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long()}
+    mask = batch.attention_mask
+    if batch.decoder_input_ids is not None:
+        assert batch.decoder_attention_mask is not None
+        mask = batch.decoder_attention_mask
+        arguments |= {"decoder_input_ids": batch.decoder_input_ids, "decoder_attention_mask": mask.long()}
+    output = backbone(**arguments, use_cache=False)
+    return States(output.last_hidden_state, mask.bool())

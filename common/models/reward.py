@@ -1,0 +1,239 @@
+"""Reward models: backbone + readout -> one score per answer, and the scorer that turns texts into scores."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+from common.checkpoint import Manifest, read_manifest
+from common.errors import UserError
+from common.model_source import check_model_source
+from common.models.backbone import RewardBatch, RewardInput, backbone_kind, backbone_states, collate_rewards, reward_inputs
+from common.models.load import Dtype, load_backbone, load_sequence_classifier, load_tokenizer
+from common.models.modes import evaluating
+from common.models.readouts import LastToken, build_readout
+from common.records import Prompt
+from common.schema import Section
+from common.score_transform import ScoreTransform
+from common.tokenization import Encoder
+
+READOUT_FILE = "readout.safetensors"
+
+
+class LastTokenSettings(Section):
+    """The readout of directories that name none, such as sequence classifiers from elsewhere."""
+
+    name: str = "last_token"
+
+
+class RewardModel(nn.Module):
+    """Backbone + readout. `forward` gives raw scores (B,) in float32, before any score transform is undone."""
+
+    HEAD_PREFIXES = ("readout",)
+    """Parameters that always train, whatever the freezing flags say."""
+
+    def __init__(self, backbone: PreTrainedModel, readout_settings: Section, seed: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.readout_settings = readout_settings
+        self.readout = build_readout(readout_settings, hidden_size(backbone.config), backbone_kind(backbone.config), seed)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: PreTrainedModel | str,
+        readout_settings: Section | None = None,
+        *,
+        seed: int = 0,
+        dtype: Dtype = "float32",
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """A reward model with a fresh head over a transformer, or over the one in a directory of any kind."""
+        if isinstance(backbone, str):
+            backbone = load_backbone(backbone, dtype=dtype, trust_remote_code=trust_remote_code)
+        return cls(backbone, readout_settings or LastTokenSettings(), seed)
+
+    @classmethod
+    def load(
+        cls, directory: Path | str, *, dtype: Dtype = "float32", trust_remote_code: bool = False, readout_settings: Section | None = None
+    ) -> Self:
+        """Load a reward model with its head: a directory of `save_pretrained`, or a causal sequence classifier with one output.
+
+        `readout_settings`: what the caller expects; another readout in the directory is a UserError.
+        """
+        name = str(directory)
+        source = check_model_source(name, setting="reward model", role="reward", trust_remote_code=trust_remote_code)
+        saved = (source.manifest.readout if source.manifest else None) or {"name": "last_token"}
+        settings = readout_settings or _settings_from(saved)
+        if settings.model_dump() != saved:
+            raise UserError(f"{name} has the readout {saved}, but the config asks for {settings.model_dump()}")
+        if source.directory is not None and (source.directory / READOUT_FILE).is_file():
+            model = cls(load_backbone(name, dtype=dtype, trust_remote_code=trust_remote_code), settings, seed=0)
+            model.readout.load_state_dict(load_file(source.directory / READOUT_FILE))
+        else:
+            backbone, head = load_sequence_classifier(name, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = cls(backbone, settings, seed=0)
+            assert isinstance(model.readout, LastToken)
+            model.readout.score.load_state_dict({"weight": head.float()})
+        return model.eval()
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The backbone's configuration."""
+        config = self.backbone.config
+        assert isinstance(config, PreTrainedConfig)
+        return config
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Ids (B, S) and masks (B, S), True on real tokens -> raw scores (B,)."""
+        batch = RewardBatch(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
+        scores: Tensor = self.readout(backbone_states(self.backbone, batch))
+        return scores
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write weights and configuration into an existing folder.
+
+        A last-token model of a causal backbone becomes what `AutoModelForSequenceClassification` loads to the same scores; any
+        other one the backbone's own directory with the readout's weights beside it.
+        """
+        folder = Path(folder)
+        shell = self._as_sequence_classifier()
+        if shell is not None:
+            shell.save_pretrained(folder)
+            return
+        self.backbone.save_pretrained(folder)
+        save_file({name: tensor.contiguous() for name, tensor in self.readout.state_dict().items()}, folder / READOUT_FILE)
+
+    def _as_sequence_classifier(self) -> PreTrainedModel | None:
+        """transformers' sequence classifier around the same weights; None where it would compute something else."""
+        classifier = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(self.config), None)
+        if not isinstance(self.readout, LastToken) or backbone_kind(self.config) != "causal" or classifier is None:
+            return None
+        config = copy.deepcopy(self.config)
+        config.num_labels = 1
+        with torch.device("meta"):
+            shell: PreTrainedModel = classifier(config)
+        head = getattr(shell, "score", None)
+        same_trunk = type(getattr(shell, shell.base_model_prefix, None)) is type(self.backbone)
+        if not isinstance(head, nn.Linear) or head.bias is not None or head.in_features != self.readout.score.in_features or not same_trunk:
+            return None
+        setattr(shell, shell.base_model_prefix, self.backbone)
+        shell.score = self.readout.score
+        return shell
+
+
+def hidden_size(config: PreTrainedConfig) -> int:
+    """Width D of the final hidden states (some OPT models project theirs)."""
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
+
+
+def _settings_from(saved: dict[str, Any]) -> Section:
+    return LastTokenSettings.model_validate(saved)
+
+
+class RewardScorer:
+    """Scores texts with a trained reward model and its own tokenizer, whatever model wrote them.
+
+    A row's score depends neither on its batch nor on padding (to 1e-6 in float32). Scores are final: on the scale of the training
+    data, with the score transform undone.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel | Path | str,
+        *,
+        batch_size: int = 32,
+        device: torch.device | str = "cpu",
+        dtype: Dtype = "float32",
+        trust_remote_code: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        manifest: Manifest | None = None,
+        max_length: int | None = None,
+        max_prompt_length: int | None = None,
+        truncate_prompt: bool = True,
+    ) -> None:
+        """`model`: a directory, or a model in memory with its `tokenizer` and `manifest`.
+
+        `max_length`, `max_prompt_length`: tokens; default: the manifest's.
+        """
+        if isinstance(model, RewardModel):
+            assert tokenizer is not None and manifest is not None, "a model in memory comes with its tokenizer and manifest"
+            self.model, self.manifest = model, manifest
+        else:
+            self.model = RewardModel.load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+            tokenizer = tokenizer or load_tokenizer(str(model), trust_remote_code=trust_remote_code)
+            self.manifest = manifest or read_manifest(model)
+        self.device = torch.device(device)
+        self.model.to(self.device)
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.transform = (self.manifest.score_transform if self.manifest else None) or ScoreTransform()
+        self.encoder = Encoder(
+            tokenizer,
+            prompt_format=self.manifest.prompt_format if self.manifest else "qa",
+            max_length=max_length or (self.manifest.max_length if self.manifest else None) or _positions(self.model.config),
+            max_prompt_length=max_prompt_length or (self.manifest.max_prompt_length if self.manifest else None),
+            truncate_prompt=truncate_prompt,
+            is_encoder_decoder=self.model.config.is_encoder_decoder,
+        )
+
+    @property
+    def score_mean(self) -> float:
+        """Mean of output scores on the training set; 0 where no manifest tells."""
+        return (self.manifest.score_mean if self.manifest else None) or 0.0
+
+    @property
+    def score_scale(self) -> float:
+        """Standard deviation of output scores on the training set; 1 where no manifest tells."""
+        return (self.manifest.score_scale if self.manifest else None) or 1.0
+
+    def score(self, prompts: Sequence[Prompt | str], responses: Sequence[str], ended: Sequence[bool] | None = None) -> list[float]:
+        """Final scores of prompts (a string is a question without context) and answers, in their order.
+
+        `ended`: False for an answer cut off while being written, so that no EOS follows it; default: all ended.
+        """
+        return self.transform.invert(self.raw_scores(prompts, responses, ended))
+
+    def raw_scores(self, prompts: Sequence[Prompt | str], responses: Sequence[str], ended: Sequence[bool] | None = None) -> list[float]:
+        """As `score`, with the score transform left on: what `AutoModelForSequenceClassification` gives."""
+        if len(prompts) != len(responses) or (ended is not None and len(ended) != len(responses)):
+            raise ValueError(f"{len(prompts)} prompts, {len(responses)} responses" + (f", {len(ended)} ended" if ended is not None else ""))
+        flags = [True] * len(responses) if ended is None else list(ended)
+        rows = [
+            reward_inputs(self.encoder, self.model.config, Prompt(prompt) if isinstance(prompt, str) else prompt, response, ended=flag)
+            for prompt, response, flag in zip(prompts, responses, flags, strict=True)
+        ]
+        return self.score_inputs(rows)
+
+    def score_inputs(self, rows: Sequence[RewardInput]) -> list[float]:
+        """Raw scores of tokenized rows, in their order; rows of like length are scored together."""
+        order = sorted(range(len(rows)), key=lambda index: rows[index].length)
+        scores = [0.0] * len(rows)
+        with evaluating(self.model), torch.inference_mode():
+            for start in range(0, len(order), self.batch_size):
+                chunk = order[start : start + self.batch_size]
+                batch = collate_rewards([rows[index] for index in chunk], self.tokenizer.pad_token_id).to(self.device)
+                values: list[float] = self.model(*batch).tolist()
+                for index, value in zip(chunk, values, strict=True):
+                    scores[index] = value
+        return scores
+
+
+def _positions(config: PreTrainedConfig) -> int:
+    """Positions of a model that came without manifest; 512 where it has no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else 512
