@@ -1,0 +1,117 @@
+"""SFT as Lightning sees it: a thin adapter around one pure loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.freezing import freeze_eval
+from common.optim import build_adamw, lr_lambda, warmup_steps
+from common.schema import ModelParams
+
+LABEL_IGNORED = -100
+
+# Every metric this stage logs, with one line of definition; `monitor` may name any that starts with val/.
+METRICS = {
+    "train/loss": "Cross-entropy per answer token (EOS included) of the micro-batch, in nats.",
+    "val/loss": "The same over the whole validation split, each token weighing alike.",
+    "val/perplexity": "exp(val/loss).",
+    "val/token_accuracy": "Share of answer tokens that are the model's likeliest token, given the true ones before.",
+}
+GENERATION_METRICS = {
+    "val/bleu": "Corpus BLEU (0-100) of generated answers to a fixed subset of validation questions.",
+    "val/rouge1_fmeasure": "Mean ROUGE-1 F-measure (0-1) of those answers.",
+    "val/rouge2_fmeasure": "Mean ROUGE-2 F-measure (0-1) of those answers.",
+    "val/rougeL_fmeasure": "Mean ROUGE-L F-measure (0-1) of those answers.",
+    "val/eos_rate": "Share of those answers that end in EOS.",
+    "val/answer_tokens": "Mean length of those answers in tokens.",
+}
+
+
+def answer_loss(logits: Tensor, labels: Tensor, is_encoder_decoder: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed cross-entropy over answer tokens (nats), their number, and how many were the likeliest token.
+
+    logits (B, S, V); labels (B, S), -100 where a token carries no loss. A causal model's logits at t predict token t + 1; a decoder's
+    predict token t, since its input was shifted already.
+    """
+    if not is_encoder_decoder:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    counted = labels != LABEL_IGNORED
+    kept_logits, kept_labels = logits[counted].float(), labels[counted]  # (N, V), (N,)
+    loss = F.cross_entropy(kept_logits, kept_labels, reduction="sum")
+    correct = (kept_logits.detach().argmax(-1) == kept_labels).sum()
+    return loss, counted.sum(), correct
+
+
+class SFTModule(pl.LightningModule):
+    """Trains `model` on answer tokens alone; the loss of a window of micro-batches is a mean over its tokens, however it is split."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        params: ModelParams,
+        total_steps: int,
+        generate: Callable[[], dict[str, float]] | None = None,
+    ) -> None:
+        """`generate` answers the fixed validation questions and returns their metrics; None leaves that out."""
+        super().__init__()
+        self.model = model
+        self.params = params
+        self.total_steps = total_steps
+        self.generate = generate
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self._validation = torch.zeros(3, dtype=torch.float64)
+
+    @property
+    def logged_metrics(self) -> tuple[str, ...]:
+        """Names that `monitor` may choose from."""
+        names = {**METRICS, **(GENERATION_METRICS if self.generate else {})}
+        return tuple(name for name in names if name.startswith("val/"))
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        """Logits (B, S, V)."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if batch.get(name) is not None}
+        if self.is_encoder_decoder:
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        return self.model(**inputs, use_cache=False).logits
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss_sum, tokens, _ = answer_loss(self(batch), batch["labels"], self.is_encoder_decoder)
+        self.log("train/loss", loss_sum.detach() / tokens.clamp(min=1), prog_bar=True)
+        return loss_sum / batch["denominator"]
+
+    def on_train_epoch_start(self) -> None:
+        freeze_eval(self.model)
+
+    def on_validation_model_train(self) -> None:
+        super().on_validation_model_train()
+        freeze_eval(self.model)
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = torch.zeros(3, dtype=torch.float64)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        sums = answer_loss(self(batch), batch["labels"], self.is_encoder_decoder)
+        self._validation += torch.stack([value.detach().double().cpu() for value in sums])
+
+    def on_validation_epoch_end(self) -> None:
+        loss_sum, tokens, correct = self.trainer.strategy.reduce(self._validation.to(self.device), reduce_op="sum").tolist()
+        loss = loss_sum / max(tokens, 1)
+        self.log("val/loss", loss, prog_bar=True)
+        self.log("val/perplexity", math.exp(min(loss, 700.0)))
+        self.log("val/token_accuracy", correct / max(tokens, 1))
+        if self.generate is not None:
+            self.log_dict(self.generate())
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_adamw(self.model, self.params)
+        warmup = warmup_steps(self.params.warmup_steps_per_cent, self.total_steps)
+        schedule = lr_lambda(self.params.lr_scheduler, warmup, self.total_steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
