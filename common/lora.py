@@ -31,7 +31,7 @@ def add_lora(model: nn.Module, settings: LoraSettings, *, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)  # type: ignore[arg-type]
+            return get_peft_model(model, config)
         except ValueError as error:
             raise UserError(f"lora.target_modules: {settings.target_modules} fits no layer of {type(model).__name__}: {error}") from None
 
@@ -66,4 +66,4 @@ def save_adapter(model: Any, folder: Path) -> None:
     from peft import PeftModel
 
     adapter = model if isinstance(model, PeftModel) else model.backbone
-    adapter.save_pretrained(folder)
+    adapter.save_pretrained(str(folder))

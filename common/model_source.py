@@ -19,6 +19,7 @@ Role = Literal["generator", "backbone", "reward"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 _TRUE = {"1", "ON", "YES", "TRUE"}
 # How the architectures call the number of positions they have an embedding or a rotation for.
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
@@ -94,11 +95,29 @@ def _describe_directory(path: Path, name: str, setting: str) -> ModelSource:
     manifest = read_manifest(path)
     if not any(found for pattern in _WEIGHTS for found in path.glob(pattern)):
         raise UserError(f"{setting}: {name} has a config.json but no weights (model.safetensors); it was not written to the end")
+    if not any((path / file).is_file() for file in _TOKENIZER_FILES):
+        raise UserError(f"{setting}: {name} holds no tokenizer")
+    entries, embeddings = _vocabulary_entries(path / "tokenizer.json", setting), config.get("vocab_size")
+    if entries is not None and isinstance(embeddings, int) and entries > embeddings:
+        raise UserError(
+            f"{setting}: {name} does not fit together: its tokenizer has {entries} entries, its model embeddings for {embeddings}"
+        )
     if manifest is not None:
         lost = [file for file in manifest.files if not (path / file).is_file()]
         if lost:
             raise UserError(f"{setting}: {name} lacks {', '.join(lost)}, which its manifest lists")
     return ModelSource(name, setting, path, config, manifest)
+
+
+def _vocabulary_entries(path: Path, setting: str) -> int | None:
+    """Highest id of a fast tokenizer's file + 1; None where the file or its layout is another."""
+    if not path.is_file():
+        return None
+    content = _read_json(path, setting)
+    vocabulary = content.get("model", {}).get("vocab")
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else range(len(vocabulary or ()))
+    added = [token["id"] for token in content.get("added_tokens", [])]
+    return max([*ids, *added], default=-1) + 1 or None
 
 
 def _meant_instead(path: Path) -> str:

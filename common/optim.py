@@ -50,7 +50,7 @@ def adamw(
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
     # A fused optimizer announces that it unscales gradients itself, on which Lightning refuses to clip them under mixed precision.
     # Without the announcement the scaler unscales before clipping, as for any other optimizer.
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    optimizer._step_supports_amp_scaling = False
     return optimizer
 
 

@@ -53,7 +53,14 @@ class RewardBatch(NamedTuple):
     decoder_attention_mask: Tensor | None = None
 
     def to(self, device: Any) -> RewardBatch:
-        return RewardBatch(*(None if tensor is None else tensor.to(device) for tensor in self))
+        """The same batch on another device."""
+        ids, mask, decoder_ids, decoder_mask = self
+        return RewardBatch(
+            ids.to(device),
+            mask.to(device),
+            None if decoder_ids is None else decoder_ids.to(device),
+            None if decoder_mask is None else decoder_mask.to(device),
+        )
 
 
 def reward_inputs(

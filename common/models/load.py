@@ -100,6 +100,13 @@ def give_pad_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -
     return True
 
 
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for (the reverse, spare embeddings, is common)."""
+    embeddings = model.get_input_embeddings()
+    if isinstance(embeddings, nn.Embedding) and len(tokenizer) > embeddings.num_embeddings:
+        raise UserError(f"the tokenizer has {len(tokenizer)} entries, but {name} has embeddings for {embeddings.num_embeddings}")
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on `texts`: `<pad>` is 0, `<eos>` is 1, then the 256 bytes, then merges. The result is deterministic.
 
@@ -141,6 +148,8 @@ def load_generator(name: str, *, dtype: Dtype = "float32", trust_remote_code: bo
     Sampling defaults that came with the weights are dropped: what a config does not say is not done. The model is in eval mode.
     """
     config = _load_config(name, trust_remote_code)
+    if any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or []):
+        raise UserError(f"{name} is a reward model; expected a model that writes text")
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = _load(auto, name, dtype, trust_remote_code)
     _reset_generation_config(model)
@@ -320,7 +329,7 @@ def quiet() -> Iterator[None]:
 def _without_pooler(model: PreTrainedModel) -> PreTrainedModel:
     """BERT's pooler feeds no readout; dropped, so that it neither saves, trains nor counts."""
     if isinstance(getattr(model, "pooler", None), nn.Module):
-        model.pooler = None
+        setattr(model, "pooler", None)  # noqa: B010  # a module attribute by type, which may be None by design
     return model
 
 

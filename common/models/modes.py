@@ -1,4 +1,4 @@
-"""Train and eval mode of a model that is frozen in parts."""
+"""How a model runs: eval mode for a while, activations kept or recomputed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -18,3 +19,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Gradient checkpointing: activations inside blocks are recomputed in backward. Works with frozen embeddings and adapters."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -17,7 +17,7 @@ from common.checkpoint import Manifest, read_manifest
 from common.errors import UserError
 from common.model_source import check_model_source
 from common.models.backbone import RewardBatch, RewardInput, backbone_kind, backbone_states, collate_rewards, reward_inputs
-from common.models.load import Dtype, load_backbone, load_sequence_classifier, load_tokenizer
+from common.models.load import Dtype, check_vocabulary, load_backbone, load_sequence_classifier, load_tokenizer
 from common.models.modes import evaluating
 from common.models.readouts import LastToken, build_readout
 from common.records import Prompt
@@ -60,6 +60,22 @@ class RewardModel(nn.Module):
         if isinstance(backbone, str):
             backbone = load_backbone(backbone, dtype=dtype, trust_remote_code=trust_remote_code)
         return cls(backbone, readout_settings or LastTokenSettings(), seed)
+
+    @classmethod
+    def start(
+        cls,
+        name: str,
+        readout_settings: Section | None = None,
+        *,
+        seed: int = 0,
+        dtype: Dtype = "float32",
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """What training starts from: a reward model with the head it has, any other model as a backbone with a fresh one."""
+        source = check_model_source(name, role="backbone", trust_remote_code=trust_remote_code)
+        if source.is_reward_model:
+            return cls.load(name, dtype=dtype, trust_remote_code=trust_remote_code, readout_settings=readout_settings)
+        return cls.from_backbone(name, readout_settings, seed=seed, dtype=dtype, trust_remote_code=trust_remote_code)
 
     @classmethod
     def load(
@@ -121,7 +137,7 @@ class RewardModel(nn.Module):
     def _as_sequence_classifier(self) -> PreTrainedModel | None:
         """transformers' sequence classifier around the same weights; None where it would compute something else."""
         classifier = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(self.config), None)
-        if not isinstance(self.readout, LastToken) or backbone_kind(self.config) != "causal" or classifier is None:
+        if not isinstance(self.readout, LastToken) or backbone_kind(self.config) != "causal" or not isinstance(classifier, type):
             return None
         config = copy.deepcopy(self.config)
         config.num_labels = 1
@@ -172,11 +188,13 @@ class RewardScorer:
         """
         if isinstance(model, RewardModel):
             assert tokenizer is not None and manifest is not None, "a model in memory comes with its tokenizer and manifest"
-            self.model, self.manifest = model, manifest
+            self.model = model
         else:
             self.model = RewardModel.load(model, dtype=dtype, trust_remote_code=trust_remote_code)
             tokenizer = tokenizer or load_tokenizer(str(model), trust_remote_code=trust_remote_code)
-            self.manifest = manifest or read_manifest(model)
+            manifest = manifest or read_manifest(model)
+            check_vocabulary(tokenizer, self.model.backbone, str(model))
+        self.manifest = manifest
         self.device = torch.device(device)
         self.model.to(self.device)
         self.tokenizer = tokenizer
