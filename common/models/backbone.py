@@ -7,29 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from common.collate import right_pad
 
 if TYPE_CHECKING:
     from common.records import Prompt
     from common.tokenization import Encoder
-
-BackboneKind = Literal["causal", "encoder", "encoder_decoder"]
-
-
-def backbone_kind(config: PreTrainedConfig) -> BackboneKind:
-    """What a configuration describes. A model that predicts masked words and is not told to be a decoder is an encoder."""
-    if config.is_encoder_decoder:
-        return "encoder_decoder"
-    if getattr(config, "is_decoder", False):
-        return "causal"
-    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return "encoder" if is_encoder else "causal"
 
 
 @dataclass(frozen=True)

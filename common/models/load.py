@@ -7,11 +7,13 @@ a pickle that torch reads with `weights_only=True`; a missing weight is an error
 from __future__ import annotations
 
 import difflib
+import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -35,7 +37,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
-from common.models.backbone import backbone_kind
+from common.models.kinds import backbone_kind
 from common.schema import ModelInit
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -285,7 +287,9 @@ def _load(auto: Any, name: str, dtype: Dtype, trust_remote_code: bool) -> PreTra
             model, info = auto.from_pretrained(
                 name, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except pickle.UnpicklingError:
+        raise UserError(f"no model can be loaded from {name}: its pickle holds more than weights, and was not run") from None
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"no model can be loaded from {name}: {_first_line(error)}") from None
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.models.backbone import BackboneKind, States
+from common.models.backbone import States
+from common.models.kinds import BackboneKind
 from common.schema import Section
 
 

@@ -16,7 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from common.checkpoint import Manifest, read_manifest
 from common.errors import UserError
 from common.model_source import check_model_source
-from common.models.backbone import RewardBatch, RewardInput, backbone_kind, backbone_states, collate_rewards, reward_inputs
+from common.models.backbone import RewardBatch, RewardInput, backbone_states, collate_rewards, reward_inputs
+from common.models.kinds import backbone_kind
 from common.models.load import Dtype, check_vocabulary, load_backbone, load_sequence_classifier, load_tokenizer
 from common.models.modes import evaluating
 from common.models.readouts import LastToken, build_readout

@@ -1,0 +1,20 @@
+"""The three kinds of transformer, told apart by their configuration."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+BackboneKind = Literal["causal", "encoder", "encoder_decoder"]
+
+
+def backbone_kind(config: PreTrainedConfig) -> BackboneKind:
+    """What a configuration describes. A model that predicts masked words and is not told to be a decoder is an encoder."""
+    if config.is_encoder_decoder:
+        return "encoder_decoder"
+    if getattr(config, "is_decoder", False):
+        return "causal"
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return "encoder" if is_encoder else "causal"
