@@ -1,0 +1,66 @@
+"""SIGTERM and SIGINT as a wish to stop at the next safe point: save, then exit with 128 + signal number (143, 130)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+class Stopped(SystemExit):
+    """A run that a signal ended, after it saved; left uncaught, the process exits with 143 or 130."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+
+
+class StopSignals:
+    """Catches both signals inside a `with`; the training loop asks `received` at each step and calls `stop()` once it has saved.
+
+    A second SIGINT stops at once, without saving. Outside the main thread (a Ray worker, say) Python delivers no signals: then nothing is
+    caught and nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in EXIT_CODES:
+                self._previous[number] = signal.getsignal(number)
+        self.install()
+        return self
+
+    def install(self) -> None:
+        """(Re)install the handlers, where a library took them in between."""
+        for number in self._previous:
+            signal.signal(number, self._handle)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number)
+        if self.received is not None and name is signal.SIGINT:
+            raise Stopped(EXIT_CODES[signal.SIGINT])
+        if self.received is None:
+            self.received = name
+            again = " (Ctrl-C again: at once, without saving)" if name is signal.SIGINT else ""
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, f"{name.name}: saving after this step, then stopping{again}\n".encode())
+
+    @property
+    def exit_code(self) -> int:
+        assert self.received is not None
+        return EXIT_CODES[self.received]
+
+    def stop(self) -> NoReturn:
+        """Leave with the exit code of the received signal."""
+        raise Stopped(self.exit_code)
