@@ -155,7 +155,7 @@ def test_prompt_formats_must_agree(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         check_joinable(policy, [judge])
     assert caught.value.problems == (f"judge: {judge.name} was trained on prompt format chat, but model_name {policy.name} uses qa",)
-    with pytest.raises(UserError, match="prompt_format chat does not fit model_name .*, which was trained on qa"):
+    with pytest.raises(UserError, match=r"prompt_format chat does not fit model_name .*, which was trained on qa"):
         check_joinable(policy, [], prompt_format="chat")
     with pytest.raises(UserError, match=r"data\.prompt_format chat does not fit model_name"):
         check_prompt_format(policy, "chat", "data.prompt_format")
