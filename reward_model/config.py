@@ -22,6 +22,9 @@ from common.schema import (
 
 
 class RewardData(DataSettings):
+    batching: Literal["random", "bucketed"] = Field(
+        "random", description="`random`; `bucketed`: rows of like length together, which pads less and gives the same gradient for a row."
+    )
     max_prompt_length: PositiveInt | None = Field(None, description="Prompt tokens at most; null: only `max_length` limits it.")
 
 
@@ -61,7 +64,9 @@ class ClassificationConfig(RewardConfig):
 
 
 class RegressionParams(RewardModelParams):
-    loss: Literal["mse", "mae", "huber"] | None = Field(None, description="Loss on the transformed score; null: mse, or mae when `mae_loss`.")
+    loss: Literal["mse", "mae", "huber"] | None = Field(
+        None, description="Loss on the transformed score; null: mse, or mae when `mae_loss`."
+    )
     mae_loss: bool = Field(False, description="The original's switch: mean absolute instead of squared error.")
     huber_delta: Annotated[float, Field(gt=0)] = Field(1.0, description="Where Huber's loss turns linear.")
     score_transform: Literal["none", "standardize", "log1p", "minmax"] = Field(
@@ -115,5 +120,3 @@ class RewardTestConfig(Section):
     data: RewardTestData = Field(description="Rows to score.")
     test_params: RewardTestParams = Field(default_factory=RewardTestParams, description="What is computed and where it goes.")
     wandb: WandbSettings = Field(default_factory=lambda: WandbSettings(mode="disabled"), description="Weights & Biases.")
-
-

@@ -1,0 +1,102 @@
+"""The pairwise objective as Lightning sees it: a thin adapter around one pure loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from common.models.reward import RewardModel
+from reward_model.classification.dataset import PairBatch
+from reward_model.classification.losses import bradley_terry_loss, pair_loss
+from reward_model.config import ClassificationParams
+from reward_model.lightning import Gathered, configure_optimizers, eval_frozen
+from reward_model.metrics import wins
+
+# Every metric this stage logs, with one line of definition; `monitor` may name any that starts with val/.
+METRICS = {
+    "train/loss": "Mean preference loss per question of the micro-batch (with smoothing and centring), in nats.",
+    "train/accuracy": "Share of the micro-batch's pairs whose chosen answer scores higher; ties count half.",
+    "train/margin": "Mean chosen score minus rejected score of the micro-batch.",
+    "val/loss": "Mean of -log sigmoid(chosen - rejected - margin) over the questions of the validation split, in nats.",
+    "val/accuracy": "Share of validation pairs whose chosen answer scores higher; ties count half.",
+    "val/margin": "Mean chosen score minus rejected score over the validation pairs.",
+    "val/score_mean": "Mean score over all answers of the validation pairs; a drift that PPO's normalisation removes.",
+}
+
+
+class PairModule(pl.LightningModule):
+    """Trains a reward model on preferences; the loss of a window of micro-batches is a mean over its questions, however it is split."""
+
+    def __init__(self, model: RewardModel, params: ClassificationParams, total_steps: int) -> None:
+        super().__init__()
+        self.model = model
+        self.params = params
+        self.total_steps = total_steps
+        self._validation = Gathered()
+
+    @property
+    def logged_metrics(self) -> tuple[str, ...]:
+        """Names that `monitor` may choose from."""
+        return tuple(name for name in METRICS if name.startswith("val/"))
+
+    def forward(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Scores of chosen and rejected answers, (P,) each, from one forward pass over all answers."""
+        scores = self.model(*batch.inputs)  # (R,)
+        return scores[batch.chosen], scores[batch.rejected]
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        chosen, rejected = self(batch)
+        loss_sum = pair_loss(
+            chosen,
+            rejected,
+            batch.weight,
+            batch.margin,
+            label_smoothing=self.params.label_smoothing,
+            centring_coef=self.params.centring_coef,
+        )
+        margins = (chosen - rejected).detach()
+        right = (margins > 0).float() + 0.5 * (margins == 0).float()
+        self.log("train/loss", loss_sum.detach() / batch.weight.sum().clamp(min=1e-8), prog_bar=True)
+        self.log("train/accuracy", right.mean())
+        self.log("train/margin", margins.mean())
+        return loss_sum / batch.denominator
+
+    def on_train_epoch_start(self) -> None:
+        eval_frozen(self.model)
+
+    def on_validation_model_train(self) -> None:
+        super().on_validation_model_train()
+        eval_frozen(self.model)
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = Gathered()
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        chosen, rejected = self(batch)
+        columns = [chosen, rejected, batch.margin, batch.weight, bradley_terry_loss(chosen, rejected, batch.margin)]
+        table = torch.stack([column.float() for column in columns], dim=1).cpu()  # (P, 5)
+        question = batch.question.cpu()
+        for number, index in enumerate(batch.index.tolist()):
+            self._validation.add(index, table[question == number].tolist())
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(pair_metrics(self._validation.rows()), prog_bar=False)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return configure_optimizers(self.model, self.params, self.total_steps)
+
+
+def pair_metrics(questions: list[list[list[float]]]) -> dict[str, float]:
+    """Figures of the validation split from each question's pairs (chosen, rejected, margin, weight, loss)."""
+    chosen, rejected, _, weight, loss = np.array([pair for pairs in questions for pair in pairs], dtype=np.float64).T
+    answers = [score for pairs in questions for score in (pairs[0][0], *(pair[1] for pair in pairs))]
+    return {
+        "val/loss": float((weight * loss).sum() / weight.sum()),
+        "val/accuracy": float(wins(chosen - rejected).mean()),
+        "val/margin": float((chosen - rejected).mean()),
+        "val/score_mean": float(np.mean(answers)),
+    }

@@ -1,0 +1,68 @@
+"""What the scripts of both kinds check and read before torch is imported: the model they start from and the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Literal
+
+from common.model_source import ModelSource, check_length, check_model_source, check_prompt_format
+from common.records import Prompt, Splits, normalise_question, read_splits
+from reward_model.config import RewardConfig, RewardTestConfig
+
+Kind = Literal["pair", "score"]
+
+
+def check_models(config: RewardConfig) -> None:
+    """Raise UserError where the backbone or the checkpoint to start from is missing or does not fit the data section."""
+    named = {"model_name": (config.model_name, "backbone"), "trainer.ckpt_path": (config.trainer.ckpt_path, "reward")}
+    for setting, (name, role) in named.items():
+        if name is None:
+            continue
+        source = check_model_source(name, setting=setting, role=role, trust_remote_code=config.trust_remote_code)  # type: ignore[arg-type]
+        check_prompt_format(source, config.data.prompt_format, "data.prompt_format")
+        check_length(source, config.data.max_length, f"data.max_length {config.data.max_length}")
+
+
+def read_training_data(config: RewardConfig, kind: Kind) -> Splits:
+    """Validated rows; train and validation split are needed."""
+    data = config.data
+    return read_splits(
+        data.data_dir,
+        kind,
+        columns=data.columns,
+        validation_file=data.validation_file,
+        validation_split_percentage=data.validation_split_percentage,
+        seed=config.seed,
+        require=("train", "val"),
+    )
+
+
+def read_test_data(config: RewardTestConfig, kind: Kind) -> tuple[ModelSource, Splits]:
+    """The model to evaluate and validated rows; the split that the config names is needed."""
+    data, name = config.data, tested_model(config)
+    setting = "test_params.test_model_path" if config.test_params.test_model_path else "model_name"
+    source = check_model_source(name, setting=setting, role="reward", trust_remote_code=config.trust_remote_code)
+    splits = read_splits(
+        data.data_dir,
+        kind,
+        columns=data.columns,
+        validation_file=data.validation_file,
+        validation_split_percentage=data.validation_split_percentage,
+        seed=config.seed,
+        require=(data.split,),
+    )
+    return source, splits
+
+
+def tested_model(config: RewardTestConfig) -> str:
+    return config.test_params.test_model_path or config.model_name
+
+
+def question_key(prompt: Prompt) -> Hashable:
+    """Equal for prompts that ask the same thing in the same place of a dialogue."""
+    return (normalise_question(prompt.question), prompt.context, prompt.history)
+
+
+def prompt_length(prompt: Prompt) -> int:
+    """Characters of question, context and earlier turns."""
+    return len(prompt.question) + len(prompt.context) + sum(len(question) + len(answer) for question, answer in prompt.history)

@@ -1,0 +1,115 @@
+"""Whether a reward model can be trusted to predict scores. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reward_model.metrics import (
+    Floats,
+    bootstrap_ratio,
+    group_ids,
+    mean,
+    pairs_within,
+    pearson,
+    quantile_slices,
+    r2,
+    same_sign,
+    score_calibration,
+    spearman,
+    wins,
+)
+from reward_model.report import Breakdown, Check, Figure, Report, calibration_breakdown, invariance_check, shown
+
+LENGTH_CORRELATION = 0.5
+
+
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """An answer with target and prediction in the data's units. Lengths in characters; `question` groups the answers to one question."""
+
+    question: Hashable
+    target: float
+    predicted: float
+    length: int
+    prompt_length: int
+
+
+def score_report(
+    answers: Sequence[ScoredAnswer], train_mean: float, differences: dict[str, float], samples: int, seed: int, title: str
+) -> Report:
+    """Errors, correlations and order within a question, with intervals by question and the baselines of always predicting
+    `train_mean` and of preferring the longer answer.
+
+    differences: what `invariance` measured. samples, seed: of the bootstrap.
+    """
+    groups = group_ids([answer.question for answer in answers])
+    predicted, target, length = column(answers, "predicted"), column(answers, "target"), column(answers, "length")
+    error, constant = predicted - target, train_mean - target
+    ones = np.ones(len(answers))
+
+    squared, absolute, total = error**2, np.abs(error), constant**2
+    r2_value = r2(predicted, target, train_mean)
+    r2_interval = bootstrap_ratio(total - squared, total, groups, samples, seed)
+    sign = same_sign(predicted, target)
+    better, worse = pairs_within(groups, target)
+    ordered, longer = wins(predicted[better] - predicted[worse]), wins(length[better] - length[worse])
+    pair_groups = group_ids(groups[better].tolist())
+    pair_interval = bootstrap_ratio(ordered, np.ones(len(ordered)), pair_groups, samples, seed)
+    length_correlation = pearson(predicted, length)
+    mean_name = "always the mean training score"
+    figures = [
+        Figure("MSE", mean(squared), bootstrap_ratio(squared, ones, groups, samples, seed), mean(total), mean_name),
+        Figure("MAE", mean(absolute), bootstrap_ratio(absolute, ones, groups, samples, seed), mean(np.abs(constant)), mean_name),
+        Figure("R2 against the mean training score", r2_value, r2_interval, 0.0, mean_name),
+        Figure("Pearson", pearson(predicted, target), baseline=pearson(length, target), baseline_name="length of the answer"),
+        Figure("Spearman", spearman(predicted, target), baseline=spearman(length, target), baseline_name="length of the answer"),
+        Figure(
+            "sign accuracy",
+            mean(sign),
+            bootstrap_ratio(sign, ones, groups, samples, seed),
+            mean(same_sign(np.full(len(answers), train_mean), target)),
+            mean_name,
+        ),
+        Figure("pair accuracy within a question", mean(ordered), pair_interval, mean(longer), "the longer answer wins"),
+        Figure("correlation of score with length", length_correlation),
+        Figure("mean predicted score", mean(predicted), baseline=mean(target), baseline_name="mean target score"),
+    ]
+    checks = [
+        Check(r2_interval.low > 0, f"better than the mean: R2 {shown(r2_value)}, lower end of its interval {shown(r2_interval.low)}"),
+        Check(
+            pair_interval.low > 0.5,
+            f"orders answers to one question: pair accuracy {shown(mean(ordered))} over {len(ordered)} pairs, "
+            f"lower end of its interval {shown(pair_interval.low)}, chance 0.5",
+        ),
+        Check(
+            not abs(length_correlation) > LENGTH_CORRELATION,
+            f"no length meter: correlation of score with length {shown(length_correlation)} (limit {LENGTH_CORRELATION})",
+        ),
+        invariance_check(differences),
+    ]
+    return Report(
+        title=title,
+        figures=figures,
+        breakdowns=[
+            calibration_breakdown(
+                "mean predicted (expected) and mean target (observed), by predicted score", score_calibration(predicted, target)
+            ),
+            sliced("by length of the answer (characters)", length, squared, total),
+            sliced("by length of the prompt (characters)", column(answers, "prompt_length"), squared, total),
+        ],
+        checks=checks,
+        facts={"answers": len(answers), "questions": int(groups.max()) + 1 if len(groups) else 0, "pairs": len(ordered)},
+    )
+
+
+def column(answers: Sequence[ScoredAnswer], name: str) -> Floats:
+    return np.array([getattr(answer, name) for answer in answers], dtype=np.float64)
+
+
+def sliced(name: str, values: Floats, squared: Floats, total: Floats) -> Breakdown:
+    """MSE of the model and of the mean in quartiles of `values`."""
+    rows = [(part.low, part.high, len(part.rows), mean(squared[part.rows]), mean(total[part.rows])) for part in quantile_slices(values)]
+    return Breakdown(name, ("from", "to", "answers", "MSE", "MSE of the mean"), rows)

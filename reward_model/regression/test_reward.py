@@ -1,0 +1,88 @@
+"""Predict the scores of a split with a trained reward model and say whether it can be trusted.
+
+Writes a CSV of target and predicted score of every answer, in the data's units (continued where it stopped when started again), and a
+summary: errors against always predicting the mean training score, correlations, order of the answers to one question, intervals by
+question, dependence on length, padding and batch order. It trains nothing; of the train split it reads the mean score.
+
+    python test_reward.py --config_file configs/test_config.yaml [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+STAGE_DIR = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path[0] = str(STAGE_DIR.parents[1])
+
+from common.config import parse_command_line
+from common.errors import run_main
+from common.records import ScoreRecord
+from reward_model.config import RewardTestConfig
+from reward_model.inputs import prompt_length, question_key, read_test_data, tested_model
+from reward_model.regression.report import ScoredAnswer, score_report
+
+if TYPE_CHECKING:
+    from common.models.reward import RewardScorer
+
+COLUMNS = ("question", "answer", "target_score", "pred_score", "mse")
+
+
+def main(argv: Sequence[str]) -> int:
+    invocation = parse_command_line(RewardTestConfig, STAGE_DIR, argv, description=__doc__ or "")
+    config = invocation.config
+    source, splits = read_test_data(config, "score")
+    records: list[ScoreRecord] = getattr(splits, config.data.split)
+    title = f"{tested_model(config)}: {len(records)} answers, {config.data.split} split of {config.data.data_dir}"
+    print("\n".join([title, *splits.notes]))
+    if not splits.train:
+        print("no train split: the baseline is the mean of the scored split itself, which no model could have known")
+    if invocation.validate_only:
+        return 0
+
+    from reward_model import evaluation
+
+    log = evaluation.open_log(config, source, splits.fingerprint, COLUMNS)
+    scorer = evaluation.load_scorer(config)
+    for start in range(len(log.rows), len(records), config.test_params.save_steps):
+        log.append(scored_rows(scorer, records[start : start + config.test_params.save_steps]))
+        print(f"{len(log.rows)} of {len(records)} answers scored", flush=True)
+
+    scored = [
+        ScoredAnswer(
+            question=question_key(record.prompt),
+            target=record.score,
+            predicted=float(row["pred_score"]),
+            length=len(record.answer),
+            prompt_length=prompt_length(record.prompt),
+        )
+        for record, row in zip(records, log.rows, strict=True)
+    ]
+    known = splits.train or records
+    train_mean = sum(record.score for record in known) / len(known)
+    differences = evaluation.invariance(scorer, [(record.prompt, record.answer) for record in records], config.seed)
+    report = score_report(scored, train_mean, differences, config.test_params.bootstrap_samples, config.seed, title)
+    evaluation.publish(report, log, config, "reward_regression")
+    return 0
+
+
+def scored_rows(scorer: RewardScorer, records: Sequence[ScoreRecord]) -> list[dict[str, object]]:
+    """CSV rows of answers. `mse` is the squared error of the row."""
+    predictions = scorer.score([record.prompt for record in records], [record.answer for record in records])
+    return [
+        {
+            "question": record.prompt.question,
+            "answer": record.answer,
+            "target_score": record.score,
+            "pred_score": predicted,
+            "mse": (predicted - record.score) ** 2,
+        }
+        for record, predicted in zip(records, predictions, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    run_main(main)
