@@ -203,7 +203,8 @@ def save_model_directory(
     """Write model, tokenizer, model card and manifest into a new directory, all or nothing; returns the destination.
 
     `model` is a transformers model, a peft model over one (merged weights are saved, the adapter beside them in `adapter/`) or a
-    `RewardModel`. `extra(staging)` may add files (a value head, a training state). Raises UserError where the destination exists.
+    `RewardModel`. The manifest's `files`, `readout` and `is_encoder_decoder` are filled in here. `extra(staging)` may add files
+    (a value head, a training state). Raises UserError where the destination exists.
     """
     from common.lora import is_lora, merged_copy, save_adapter
 
@@ -218,8 +219,11 @@ def save_model_directory(
         tokenizer.save_pretrained(staging)
         if extra is not None:
             extra(staging)
-        (staging / "README.md").write_text(model_card(manifest, destination.name, _loading_class(staging)), encoding="utf-8")
-        complete = manifest.model_copy(update={"files": _file_records(staging)})
+        facts = {"files": _file_records(staging), "is_encoder_decoder": bool(plain.config.is_encoder_decoder)}
+        if hasattr(plain, "readout_settings"):
+            facts["readout"] = plain.readout_settings.model_dump()
+        complete = manifest.model_copy(update=facts)
+        (staging / "README.md").write_text(model_card(complete, destination.name, _loading_class(staging)), encoding="utf-8")
         (staging / MANIFEST).write_text(complete.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return destination
 

@@ -23,4 +23,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def recompute_activations(model: PreTrainedModel) -> None:
     """Gradient checkpointing: activations inside blocks are recomputed in backward. Works with frozen embeddings and adapters."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model, "activation_checkpointing_enable"):  # the name in later transformers 5, where the older one warns
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
