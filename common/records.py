@@ -1,0 +1,365 @@
+"""Data files -> validated records in splits: the one door through which data enters a stage.
+
+`read_splits` reads a file, a folder of files named by split, or `hf:NAME[:config]`, checks every row, and reports all problems at once
+as `FILE: train row 3 (line 12): key: got, expected`. The formats are listed in `common/row_formats.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar, cast
+
+from common.errors import UserError
+from common.json_rows import SPLIT_ALIASES, SPLITS, RawRow, RawRows, SplitName, parse_file, shown
+from common.row_formats import (
+    CONTEXT,
+    KNOWN_KEYS,
+    MARGIN,
+    SUITS,
+    PairRecord,
+    Prompt,
+    PromptRecord,
+    Record,
+    RecordKind,
+    RowFormat,
+    RowReader,
+    ScoreRecord,
+    SFTRecord,
+    normalise_question,
+    question_key,
+    read_row,
+)
+
+__all__ = [
+    "PairRecord",
+    "Prompt",
+    "PromptRecord",
+    "Record",
+    "RecordKind",
+    "SFTRecord",
+    "ScoreRecord",
+    "Splits",
+    "normalise_question",
+    "question_key",
+    "read_splits",
+    "record_to_json",
+]
+
+MAX_PROBLEMS = 20
+DATA_SUFFIXES = (".json", ".jsonl", ".gz", ".ndjson")
+
+R = TypeVar("R", SFTRecord, ScoreRecord, PairRecord, PromptRecord)
+
+
+@dataclass(frozen=True)
+class Splits(Generic[R]):
+    """Validated rows by split. `fingerprint` is a SHA-256 over all of them; `notes` are lines a user should see."""
+
+    train: list[R]
+    val: list[R]
+    test: list[R]
+    fingerprint: str
+    notes: tuple[str, ...] = ()
+
+    def split(self, name: SplitName) -> list[R]:
+        """The rows of a split by its name."""
+        rows: dict[str, list[R]] = {"train": self.train, "val": self.val, "test": self.test}
+        return rows[name]
+
+
+def read_splits(
+    path: str,
+    kind: RecordKind,
+    *,
+    columns: Mapping[str, str] | None = None,
+    validation_file: str | None = None,
+    validation_split_percentage: float = 5.0,
+    seed: int = 42,
+    require: Sequence[SplitName] = ("train",),
+    unusable_rows: Literal["error", "drop"] = "error",
+) -> Splits[Any]:
+    """Read, check and split a data file.
+
+    Args:
+        path: a file, a folder with files named train, val and test, or `hf:NAME[:config]`.
+        kind: what the stage needs; richer rows serve as poorer ones (pairs as prompts, say).
+        columns: our key to the file's key.
+        validation_file: its rows (its `val` split, where it has splits) become the validation split.
+        validation_split_percentage: share (per cent) of the train questions that become `val` where the data has none, at least one
+            question; all rows of a question stay on one side, and the choice depends on the seed and the questions alone. 0: no `val`.
+        require: splits that must have rows.
+        unusable_rows: what to do with a row whose types are right but that nothing can be learnt from (empty question or answer,
+            chosen equal to rejected, a dialogue that does not fit): refuse it, or drop it and count it in the notes.
+
+    Raises:
+        UserError: one line per problem, 20 at most and then their count.
+    """
+    columns = dict(columns or {})
+    _check_columns(columns)
+    reading = _Reading(kind, columns, unusable_rows == "drop")
+    rows, named = reading.read_path(path)
+    if validation_file is not None:
+        others, others_named = reading.read_path(validation_file)
+        chosen = others["val"] or ([] if others_named else others["train"])
+        if not chosen and not reading.problems:
+            reading.problems.append(f"{validation_file}: validation_file: got no rows of a val split, expected some")
+        if rows["val"]:
+            reading.notes.append(f"{validation_file} takes the place of the {len(rows['val'])} val rows of {path}")
+        rows["val"] = chosen
+    reading.finish()
+    if not rows["val"] and validation_file is None and (validation_split_percentage > 0):
+        rows["train"], rows["val"], note = _hold_out(rows["train"], validation_split_percentage, seed, path)
+        reading.notes.extend(note)
+    _check_required(path, rows, named, require)
+    reading.notes.extend(_overlap_notes(path, rows))
+    return Splits(rows["train"], rows["val"], rows["test"], _fingerprint(rows), tuple(reading.notes))
+
+
+# --- files -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Reading:
+    """Collects the records, problems and notes of one or two sources."""
+
+    kind: RecordKind
+    columns: dict[str, str]
+    drop: bool
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def read_path(self, path: str) -> tuple[dict[SplitName, list[Any]], bool]:
+        """The records of a file, folder or hub data set by split, and whether the source names its splits."""
+        rows: dict[SplitName, list[Any]] = {name: [] for name in SPLITS}
+        named = False
+        if path.startswith("hf:"):
+            self._collect(_load_hub(path), path, rows)
+            return rows, True
+        file = Path(path)
+        if not file.exists():
+            siblings = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
+            close = difflib.get_close_matches(file.name, siblings, n=1)
+            meant = f" (did you mean {file.parent / close[0]}?)" if close else ""
+            self.problems.append(f"{path}: no such file{meant}")
+            return rows, False
+        if not file.is_dir():
+            raw = self._parse(file)
+            self._collect(raw, path, rows)
+            return rows, raw.named_splits
+        for split, part in self._folder(file):
+            raw = self._parse(part)
+            if split is None:
+                named = raw.named_splits
+            elif raw.named_splits:
+                self.problems.append(f"{part}: got a file with splits of its own in a folder of splits, expected rows")
+                continue
+            else:
+                raw.rows = [RawRow(split, row.number, row.line, row.value, row.duplicates) for row in raw.rows]
+                raw.splits, named = (split,), True
+            self._collect(raw, str(part), rows)
+        return rows, named
+
+    def _parse(self, file: Path) -> RawRows:
+        try:
+            return parse_file(file.read_bytes(), str(file))
+        except OSError as error:
+            return RawRows(problems=[f"{file}: cannot be read: {error.strerror or error}"])
+
+    def _folder(self, folder: Path) -> list[tuple[SplitName | None, Path]]:
+        """The data files of a folder with their splits; a single file of another name is read as it is (split None)."""
+        files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in DATA_SUFFIXES)
+        by_split: dict[SplitName, Path] = {}
+        others = []
+        for file in files:
+            split = SPLIT_ALIASES.get(file.name.split(".")[0].lower())
+            if split is None:
+                others.append(file)
+            elif split in by_split:
+                self.problems.append(f"{file}: a second file for the {split} split beside {by_split[split].name}, expected one")
+            else:
+                by_split[split] = file
+        if not by_split and len(others) == 1:
+            return [(None, others[0])]
+        if not by_split:
+            got = ", ".join(file.name for file in others[:5]) or "no data file"
+            self.problems.append(f"{folder}: got {got}, expected a folder with train.json, val.json, test.json (or .jsonl, .gz)")
+        elif others:
+            self.notes.append(f"{folder}: not read, since not named by a split: {', '.join(file.name for file in others)}")
+        return [(split, by_split[split]) for split in SPLITS if split in by_split]
+
+    # --- rows ------------------------------------------------------------------------------------------------------------------
+
+    def _collect(self, raw: RawRows, name: str, rows: dict[SplitName, list[Any]]) -> None:
+        """Check the raw rows of one source and append their records to `rows`."""
+        self.problems.extend(raw.problems)
+        reader = RowReader(self.kind, self.columns)
+        first: tuple[RowFormat, str] | None = None
+        alike: dict[str, list[str]] = {}
+        dropped: list[str] = []
+        seen_keys: set[str] = set()
+        for row in raw.rows:
+            where = f"{name}: {row.split} row {row.number}"
+            at = where if row.line is None else f"{where} (line {row.line})"
+            if not isinstance(row.value, dict):
+                self.problems.append(f"{at}: got {shown(row.value)}, expected an object with keys")
+                continue
+            if row.duplicates:
+                self.problems.extend(f"{at}: {ascii(key)[1:-1]}: got this key twice, expected it once" for key in row.duplicates)
+                continue
+            seen_keys.update(row.value)
+            value = reader.renamed(row.value)
+            form, key_problems = reader.check_keys(row.value, value)
+            if key_problems:
+                for problem in key_problems:
+                    alike.setdefault(problem, []).append(at)
+                continue
+            assert form is not None
+            if first is None:
+                first = (form, f"{row.split} row {row.number}")
+            elif form is not first[0]:
+                got, expected = ("/".join(each.required) for each in (form, first[0]))
+                self.problems.append(f"{at}: keys: got {got}, expected {expected} as in {first[1]}: one file holds rows of one shape")
+                continue
+            record, problems = read_row(form, self.kind, value, where)
+            self.problems.extend(f"{at}: {problem}" for problem in problems.errors)
+            if record is not None:
+                rows[row.split].append(record)
+            elif not problems.errors:
+                if self.drop:
+                    dropped.append(f"{at}: {problems.unusable[0]}")
+                else:
+                    self.problems.extend(f"{at}: {problem} (unusable_rows: drop leaves such rows out)" for problem in problems.unusable)
+        for problem, places in alike.items():
+            more = f" (and {len(places) - 1} more alike)" if len(places) > 1 else ""
+            self.problems.append(f"{places[0]}: {problem}{more}")
+        if raw.rows:
+            for ours in (CONTEXT, *MARGIN):
+                if ours in self.columns and self.columns[ours] not in seen_keys:
+                    self.problems.append(f"{name}: {self.columns[ours]}: in no row, expected as columns.{ours} says")
+        if dropped:
+            self.notes.append(f"{name}: {len(dropped)} of {len(raw.rows)} rows dropped as unusable, the first being {dropped[0]}")
+        if first is not None and self.kind == "sft" and first[0].kind == "score":
+            self.notes.append(f"{name}: rows suit {SUITS['score']} too; SFT imitates every answer, whatever its {first[0].score}")
+
+    def finish(self) -> None:
+        """Raise what was found, 20 lines at most."""
+        if self.problems:
+            more = len(self.problems) - MAX_PROBLEMS
+            raise UserError(*self.problems[:MAX_PROBLEMS], *([f"... and {more} more problems"] if more > 0 else []))
+
+
+def _check_columns(columns: Mapping[str, str]) -> None:
+    problems = []
+    for ours in columns:
+        if ours not in KNOWN_KEYS:
+            close = difflib.get_close_matches(ours, KNOWN_KEYS, n=1)
+            meant = f" (did you mean {close[0]}?)" if close else ""
+            problems.append(f"columns.{ours}: unknown name, expected one of {', '.join(KNOWN_KEYS)}{meant}")
+    if problems:
+        raise UserError(*problems)
+
+
+def _load_hub(path: str) -> RawRows:
+    """A data set through `datasets`; missing values (None) of optional keys count as absent."""
+    name, _, config = path.removeprefix("hf:").partition(":")
+    if not name:
+        raise UserError(f"{path}: got no name, expected hf:NAME or hf:NAME:CONFIG")
+    load = _datasets_loader()
+    try:
+        loaded = load(name, config or None)
+    except Exception as error:  # whatever datasets, the hub client or the network raise: the user's line is the same
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        where = "without network only local folders and what lies in HF_HOME's cache can be loaded"
+        raise UserError(f"{path}: cannot be loaded: {reason} ({where})") from None
+    out = RawRows(named_splits=True)
+    unknown = []
+    for split_name, rows in loaded.items():
+        split = SPLIT_ALIASES.get(str(split_name).lower())
+        if split is None:
+            unknown.append(str(split_name))
+            continue
+        out.rows.extend(RawRow(split, number, None, {k: v for k, v in row.items() if v is not None}) for number, row in enumerate(rows, 1))
+    out.splits = tuple(dict.fromkeys(row.split for row in out.rows))
+    if not out.rows:
+        listed = ", ".join(map(str, loaded)) or "none"
+        raise UserError(f"{path}: got splits {listed}, expected train, val (or validation) and test with rows")
+    return out
+
+
+def _datasets_loader() -> Callable[[str, str | None], Mapping[str, Any]]:
+    from datasets import load_dataset
+
+    return cast("Callable[[str, str | None], Mapping[str, Any]]", load_dataset)
+
+
+# --- splits ------------------------------------------------------------------------------------------------------------------------
+
+
+def _hold_out(rows: list[Any], percentage: float, seed: int, path: str) -> tuple[list[Any], list[Any], list[str]]:
+    """Move a share of the questions from train to val; which ones depends on the seed and on the questions, not on their order."""
+
+    def rank(key: str) -> str:
+        return hashlib.sha256(f"{seed}\x1f{key}".encode()).hexdigest()
+
+    keys = [question_key(row.prompt) for row in rows]
+    questions = sorted(set(keys), key=rank)
+    if len(questions) < 2:
+        return rows, [], [f"{path}: too few questions ({len(questions)}) to hold any out for validation"] if rows else []
+    count = min(max(1, round(len(questions) * percentage / 100)), len(questions) - 1)
+    held = set(questions[:count])
+    train = [row for row, key in zip(rows, keys, strict=True) if key not in held]
+    val = [row for row, key in zip(rows, keys, strict=True) if key in held]
+    note = f"{path}: no val split: {count} of {len(questions)} train questions ({len(val)} of {len(rows)} rows) held out for validation"
+    return train, val, [note]
+
+
+def _check_required(path: str, rows: Mapping[SplitName, list[Any]], named: bool, require: Sequence[SplitName]) -> None:
+    problems = []
+    for split in require:
+        if not rows[split]:
+            there = ", ".join(f"{name} {len(rows[name])}" for name in SPLITS if rows[name]) or "none at all"
+            hint = "" if named or split == "train" else " (a file without named splits is all train)"
+            problems.append(f"{path}: {split}: got no rows, expected some; rows there are: {there}{hint}")
+    if problems:
+        raise UserError(*problems)
+
+
+def _overlap_notes(path: str, rows: Mapping[SplitName, list[Any]]) -> Iterator[str]:
+    train = {question_key(row.prompt) for row in rows["train"]}
+    for split in SPLITS[1:]:
+        questions = {question_key(row.prompt) for row in rows[split]}
+        shared = len(questions & train)
+        if shared:
+            yield f"{path}: {shared} of {len(questions)} {split} questions occur in train too: figures on them flatter the model"
+
+
+def record_to_json(record: Record) -> dict[str, Any]:
+    """A record's content as plain JSON values, without its place in a file."""
+    prompt = {
+        "question": record.prompt.question,
+        "context": record.prompt.context,
+        "history": [list(turn) for turn in record.prompt.history],
+    }
+    parts: dict[str, Any] = {"prompt": prompt, "columns": record.columns}
+    if isinstance(record, SFTRecord | ScoreRecord):
+        parts["answer"] = record.answer
+    if isinstance(record, ScoreRecord):
+        parts["score"] = record.score
+    if isinstance(record, PairRecord):
+        parts |= {"chosen": record.chosen, "rejected": list(record.rejected), "margin": record.margin}
+    return parts
+
+
+def _fingerprint(rows: Mapping[SplitName, list[Any]]) -> str:
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        digest.update(f"{split} {len(rows[split])}\n".encode())
+        for record in rows[split]:
+            # columns of a hub data set may hold values that are no JSON (dates, images): their text stands for them
+            digest.update(json.dumps(record_to_json(record), sort_keys=True, default=str).encode())
+    return digest.hexdigest()
