@@ -21,7 +21,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._enabled = enabled and total > 0
         self._terminal = self._enabled and self._stream.isatty()
-        self._every = max(1, total // LOG_LINES)
+        self._every = max(1, -(-total // LOG_LINES))
         self._started, self._first, self._done = time.monotonic(), done, done
         self._drawn = -1.0
         self._bar: Any = None

@@ -93,7 +93,8 @@ class Tracker:
             return tracker
         if wandb is not None and wandb_mode(wandb) != "disabled":
             tracker._add(
-                "wandb", lambda: WandbSink(run_dir, stage=stage, config=config, settings=wandb, directions=directions or {}, extra=init_arguments)
+                "wandb",
+                lambda: WandbSink(run_dir, stage=stage, config=config, settings=wandb, directions=directions or {}, extra=init_arguments),
             )
         if tensorboard:
             tracker._add("TensorBoard", lambda: TensorBoardSink(run_dir / TENSORBOARD_FOLDER))

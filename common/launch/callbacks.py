@@ -1,0 +1,351 @@
+"""What this project adds to Lightning's training loop, one callback per subject."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers.logger import Logger
+from torch import Tensor
+from torch.optim import Optimizer
+
+from common.errors import UserError
+from common.launch.checkpointing import CheckpointKeeper
+from common.launch.signals import StopSignals
+from common.progress import Progress, duration, format_figure
+from common.tracking import Tracker
+
+# Every metric that training itself logs, with one line of definition.
+TRAINING_METRICS = {
+    "train/loss": "Loss whose gradient the step applied: over all rows of its micro-batches and processes, as the stage normalises it.",
+    "train/lr": "Learning rate of the step.",
+    "train/grad_norm": "Euclidean norm of the whole gradient before clipping.",
+    "train/epoch": "Passes over the training rows so far (fractional).",
+    "perf/step_seconds": "Seconds per optimizer step since the last line, validation and saving left out.",
+    "perf/tokens_per_second": "Tokens (prompt and answer, no padding) per second and process, over the same steps.",
+    "perf/memory_gib": "Most memory used so far: of the GPU where there is one, else of the process.",
+}
+ESTIMATE_AFTER_STEPS = 5
+ESTIMATE_WORTH_S = 20.0
+
+
+class TrackerLogger(Logger):
+    """Hands what a LightningModule logs to the tracker, at the number of optimizer steps made."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        super().__init__()
+        self.tracker = tracker
+        self.trainer: pl.Trainer | None = None
+
+    @property
+    def name(self) -> str:
+        return self.tracker.stage
+
+    @property
+    def version(self) -> str:
+        return self.tracker.run_dir.name
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass  # the run directory holds the configuration
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        assert self.trainer is not None
+        # TrainingMetrics logs the loss of the whole step; Lightning would give the last micro-batch's.
+        kept = {name: value for name, value in metrics.items() if name not in {"train/loss", "epoch"}}
+        self.tracker.log(kept, self.trainer.global_step)
+
+
+class SetEpoch(pl.Callback):
+    """Tells the batch plan which epoch it orders; with `overfit_batches` the order stays that of epoch 0."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.overfit_batches == 0:
+            set_epoch(trainer.train_dataloader, trainer.current_epoch)
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Call `set_epoch` of a loader's batch sampler, where it has one."""
+    plan = getattr(loader, "batch_sampler", None)
+    if hasattr(plan, "set_epoch"):
+        plan.set_epoch(epoch)
+
+
+class StatelessDropout(pl.Callback):
+    """Makes dropout a function of (seed, epoch, micro-batch, rank), whatever ran before: a resumed run draws the same masks."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(mixed_seed(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+
+
+def mixed_seed(*parts: int) -> int:
+    """A 63-bit seed from several numbers; tuples that differ anywhere give unrelated seeds."""
+    digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class TrainingMetrics(pl.Callback):
+    """Loss, learning rate, gradient norm, speed and memory of each step; refuses to step on a loss or gradient that is not finite.
+
+    A module may name the rows of a batch in errors: `describe_rows(batch) -> str`.
+    """
+
+    def __init__(self, tracker: Tracker, total_steps: int) -> None:
+        self.tracker = tracker
+        self.total_steps = total_steps
+        self._step = 0
+        self._batch: Any = None
+        self._window: list[tuple[Tensor, Any]] = []  # (loss, batch) of the micro-batches since the last step
+        self._losses: list[Tensor] = []  # the same losses, as they add up to the step's
+        self._step_loss = torch.tensor(math.nan)
+        self._lr = math.nan
+        self._grad_norm: float | None = None
+        # since the last line
+        self._steps = 0
+        self._seconds = 0.0
+        self._tokens: list[Tensor | int] = []
+        self._started = 0.0
+
+    @property
+    def loss(self) -> float:
+        """Loss of the last step on this process."""
+        return float(self._step_loss)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._started = time.monotonic()
+        self._batch = batch
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._window.append((loss.detach(), self._batch))
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        self._lr = optimizer.param_groups[0]["lr"]
+        window, self._window = self._window, []
+        finite = torch.stack([loss.isfinite() for loss, _ in window]).tolist()
+        if not all(finite):
+            bad = [batch for (_, batch), good in zip(window, finite, strict=True) if not good]
+            raise not_finite("loss", trainer.global_step + 1, pl_module, bad)
+        if _shards_gradients(trainer):
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._grad_norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        if not math.isfinite(self._grad_norm) and not _rescales_loss(trainer):
+            raise not_finite("gradient", trainer.global_step + 1, pl_module, [batch for _, batch in window])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._losses.append(outputs["loss"].detach().float())
+        self._tokens.append(count_tokens(batch))
+        self._seconds += time.monotonic() - self._started
+        self._batch = None
+        if trainer.global_step == self._step:
+            return  # in the middle of an accumulation
+        self._step = trainer.global_step
+        self._steps += 1
+        # Lightning has divided each by the number of micro-batches, so the sum is the loss of the step.
+        self._step_loss = torch.stack(self._losses).sum()
+        self._losses = []
+        if self._step % trainer.log_every_n_steps == 0 or self._step == self.total_steps:
+            self._log(trainer, pl_module, batch_idx)
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
+        metrics = {"train/loss": float(trainer.strategy.reduce(self._step_loss, reduce_op="mean")), "train/lr": self._lr}
+        if self._grad_norm is not None:
+            metrics["train/grad_norm"] = self._grad_norm
+        metrics["train/epoch"] = trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches
+        metrics["perf/step_seconds"] = self._seconds / self._steps
+        metrics["perf/tokens_per_second"] = sum(int(count) for count in self._tokens) / max(self._seconds, 1e-9)
+        metrics["perf/memory_gib"] = peak_memory_gib(pl_module.device)
+        self.tracker.log(metrics, self._step)
+        self._steps, self._seconds, self._tokens = 0, 0.0, []
+
+
+def not_finite(what: str, step: int, module: pl.LightningModule, batches: list[Any]) -> UserError:
+    """The error for a loss or gradient that is NaN or infinite, naming the rows where the module can."""
+    describe = getattr(module, "describe_rows", None)
+    rows = f" (rows: {'; '.join(describe(batch) for batch in batches)})" if describe is not None else ""
+    remedy = "lower the learning rate, set gradient_clip_val, or use precision 32 or bf16-mixed"
+    return UserError(f"step {step}: the {what} is not finite{rows}; training stopped before that step was applied; {remedy}")
+
+
+def count_tokens(batch: Any) -> Tensor | int:
+    """Tokens of a batch without padding where that can be told: `tokens`, else a (B, S) attention mask, else the size of `input_ids`."""
+    if not isinstance(batch, Mapping):
+        return 0
+    if "tokens" in batch:
+        return batch["tokens"]
+    total: Tensor | int = 0
+    for name, value in batch.items():
+        if name.endswith("input_ids") and isinstance(value, Tensor):
+            mask = batch.get(name.removesuffix("input_ids") + "attention_mask")
+            counted = isinstance(mask, Tensor) and mask.shape == value.shape
+            total = total + (mask.sum() if counted else value.numel())
+    return total
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory in use so far: allocated on a GPU, resident in the process without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _rescales_loss(trainer: pl.Trainer) -> bool:
+    """Under float16 a gradient that overflows is normal: the scaler skips that step and lowers its scale."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
+def _shards_gradients(trainer: pl.Trainer) -> bool:
+    """Whether a process holds only a part of each gradient, whose norm would mislead."""
+    return isinstance(trainer.strategy, (pl.strategies.FSDPStrategy, pl.strategies.DeepSpeedStrategy, pl.strategies.ModelParallelStrategy))
+
+
+class ProgressReport(pl.Callback):
+    """The progress bar, and early on how long the run will take."""
+
+    def __init__(self, metrics: TrainingMetrics, total_steps: int, enabled: bool) -> None:
+        self.metrics = metrics
+        self.total_steps = total_steps
+        self.enabled = enabled
+        self.progress: Progress | None = None
+        self._step = self._first = 0
+        self._seconds: list[float] = []
+        self._started = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = self._first = trainer.global_step
+        self.progress = Progress(self.total_steps, done=self._step, enabled=self.enabled and trainer.is_global_zero)
+        self._started = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self._step or self.progress is None:
+            return
+        self._step = trainer.global_step
+        made = self._step - self._first
+        if made <= ESTIMATE_AFTER_STEPS:
+            self._seconds.append(time.monotonic() - self._started)
+            self._started = time.monotonic()
+        if self.progress.due(self._step):
+            self.progress.update(self._step, {"loss": self.metrics.loss, **_shown(trainer)})
+        if made == ESTIMATE_AFTER_STEPS and self._step < self.total_steps:
+            self._estimate(pl_module.device)
+
+    def _estimate(self, device: torch.device) -> None:
+        per_step = sorted(self._seconds)[len(self._seconds) // 2]  # the first step is slower than the rest
+        left = per_step * (self.total_steps - self._step)
+        if left < ESTIMATE_WORTH_S:
+            return
+        self.note(
+            f"about {duration(left)} for the {self.total_steps - self._step} steps left ({per_step:.3g} s each, validation not counted); "
+            f"peak memory so far {peak_memory_gib(device):.2f} GiB"
+        )
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        if not self.enabled:
+            return
+        if self.progress is not None:
+            self.progress.note(text)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.progress is not None:
+            self.progress.close()
+
+
+def _shown(trainer: pl.Trainer) -> dict[str, float]:
+    """Figures the module wants in the bar, beside the loss."""
+    return {name: float(value) for name, value in trainer.progress_bar_metrics.items() if name != "train/loss"}
+
+
+class Checkpoints(pl.Callback):
+    """Saves every n optimizer steps or at each validation, at the end, and when a signal asks to stop. Goes last: it may leave."""
+
+    def __init__(
+        self, keeper: CheckpointKeeper, every_n_steps: int | None, total_steps: int, stop: StopSignals, report: ProgressReport
+    ) -> None:
+        self.keeper = keeper
+        self.every_n_steps = every_n_steps
+        self.total_steps = total_steps
+        self.stop = stop
+        self.report = report
+        self._step = 0
+        self._due = False
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stop.install()  # Lightning has put its own handler of SIGTERM in front
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stop.install()
+        self._step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._due:  # no validation followed the step that was to be saved
+            self._save(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        if self._asked_to_stop(trainer):
+            self._save(trainer)
+            self.stop.stop()
+        self._due = self.every_n_steps is not None and self._step % self.every_n_steps == 0
+        if self._step >= self.total_steps:
+            trainer.should_stop = True  # makes Lightning validate the final state, so that it can be the best
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._asked_to_stop(trainer):
+            if not trainer.sanity_checking and trainer.global_step > 0:
+                self._save(trainer)
+            self.stop.stop()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("train/")}
+        if self.keeper.monitor not in metrics:
+            raise UserError(
+                f"trainer.checkpoint.monitor: validation did not log {self.keeper.monitor}; it logged: {', '.join(sorted(metrics))}"
+            )
+        improves = self.keeper.improves(metrics)
+        figures = "  ".join(f"{name} {format_figure(value)}" for name, value in metrics.items())
+        self.report.note(f"step {trainer.global_step}: {figures}{'  (best so far)' if improves else ''}")
+        if self.every_n_steps is None or self._due or improves:
+            self._save(trainer, metrics)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step > 0:
+            self._save(trainer)
+            if trainer.is_global_zero:
+                self.keeper.close()
+
+    def _asked_to_stop(self, trainer: pl.Trainer) -> bool:
+        """Whether any process got a signal; all of them must agree on the step they leave at."""
+        received = self.stop.received is not None
+        return received if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(received, all=False)
+
+    def _save(self, trainer: pl.Trainer, metrics: Mapping[str, float] | None = None) -> None:
+        self._due = False
+        if trainer.is_global_zero:
+            self.keeper.save(trainer.global_step, metrics)
+        trainer.strategy.barrier("checkpoint")

@@ -1,0 +1,236 @@
+"""Lightning's trainer as this project uses it: the stage builds a module, two loaders and a way to save; this does the rest.
+
+total_steps = total_optimizer_steps(config.trainer, len(train_loader))
+trainer = build_trainer(config.trainer, run_dir=run_dir, tracker=tracker, seed=config.seed, save=save,
+                        choices=module.logged_metrics, total_steps=total_steps)
+result = fit(trainer, module, train_loader, val_loader)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
+
+from common.errors import UserError
+from common.launch.callbacks import (
+    Checkpoints,
+    ProgressReport,
+    SetEpoch,
+    StatelessDropout,
+    TrackerLogger,
+    TrainingMetrics,
+    peak_memory_gib,
+    set_epoch,
+)
+from common.launch.checkpointing import CheckpointKeeper, SaveFn, resolve_monitor
+from common.launch.signals import StopSignals
+from common.schema import TrainerSettings
+from common.tracking import Tracker
+
+FLOAT16 = frozenset({16, "16", "16-mixed", "16-true"})
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training ended with. Paths are those of `checkpoints/step-…`; seconds and GiB as measured."""
+
+    best: Path
+    last: Path
+    monitor: str
+    best_value: float | None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+    peak_memory_gib: float = 0.0
+
+
+def trainer_params(settings: TrainerSettings) -> dict[str, Any]:
+    """Arguments of `pl.Trainer` with this project's defaults: one epoch, one process, on a GPU where there is one."""
+    params = {"accelerator": "auto", "devices": 1, "enable_model_summary": False, **settings.params}
+    if params.get("max_epochs") is None and params.get("max_steps") in (None, -1):
+        params["max_epochs"] = 1
+    return params
+
+
+def on_cpu(params: Mapping[str, Any]) -> bool:
+    accelerator = str(params.get("accelerator", "auto")).lower()
+    if accelerator in {"auto", "gpu"}:
+        return not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return accelerator == "cpu"
+
+
+def check_trainer(settings: TrainerSettings, choices: Iterable[str] | None = None) -> None:
+    """Refuse what Lightning would take silently or fail on late; call it before a model is loaded.
+
+    `choices` are the metrics that validation will log. Raises UserError with every problem found.
+    """
+    params = trainer_params(settings)
+    problems = []
+    if on_cpu(params) and params.get("precision") in FLOAT16:
+        problems.append(f"trainer.params.precision: got {params['precision']!r}, which a CPU cannot train in; use bf16-mixed or 32")
+    if str(params["accelerator"]).lower() in {"gpu", "cuda"} and on_cpu(params):
+        problems.append(f"trainer.params.accelerator: got {params['accelerator']!r}, but there is no GPU here; use cpu or auto")
+    elif not on_cpu(params):
+        problems.extend(_device_problems(params["devices"]))
+    if params.get("max_epochs") == -1 and params.get("max_steps") in (None, -1):
+        problems.append("trainer.params.max_epochs: got -1 (no end); the learning-rate schedule needs an end, set max_steps")
+    if choices is not None:
+        try:
+            resolve_monitor(settings.checkpoint.monitor, choices)
+        except UserError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise UserError(*problems)
+
+
+def _device_problems(devices: Any) -> list[str]:
+    present = torch.cuda.device_count()
+    if isinstance(devices, str) and "," in devices:
+        devices = [int(part) for part in devices.split(",") if part.strip().isdigit()]
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if isinstance(devices, int) and devices > present:
+        return [f"trainer.params.devices: got {devices}, but only {present} GPU(s) are present"]
+    if isinstance(devices, list) and any(index >= present for index in devices):
+        return [f"trainer.params.devices: got {devices}, but the {present} GPU(s) present are numbered 0 to {present - 1}"]
+    return []
+
+
+def total_optimizer_steps(settings: TrainerSettings, batches_per_epoch: int) -> int:
+    """Optimizer steps of the whole training, for the learning-rate schedule; equals Lightning's own count.
+
+    `batches_per_epoch` is the length of the training loader (per process). Raises UserError where no batch would be left.
+    """
+    params = trainer_params(settings)
+    if fast := params.get("fast_dev_run"):
+        return math.ceil(min(batches_per_epoch, int(fast)) / params.get("accumulate_grad_batches", 1)) if fast is not True else 1
+    name = "overfit_batches" if params.get("overfit_batches") else "limit_train_batches"
+    limit = params.get(name)
+    batches = batches_per_epoch
+    if isinstance(limit, float):
+        batches = int(batches * limit)
+    elif limit is not None:
+        batches = min(batches, int(limit))
+    if batches < 1:
+        raise UserError(f"trainer.params.{name}: {limit} of {batches_per_epoch} training batches leaves none to train on")
+    interval = params.get("val_check_interval")
+    if type(interval) is int and interval > batches and params.get("check_val_every_n_epoch", 1) is not None:
+        raise UserError(
+            f"trainer.params.val_check_interval: got {interval}, but an epoch has {batches} batches; "
+            "lower it, or set check_val_every_n_epoch: null to count batches across epochs"
+        )
+    per_epoch = math.ceil(batches / params.get("accumulate_grad_batches", 1))
+    max_steps = params.get("max_steps", -1)
+    by_epochs = math.inf if params.get("max_epochs") in (None, -1) else per_epoch * params["max_epochs"]
+    total = min(by_epochs, math.inf if max_steps in (None, -1) else max_steps)
+    assert total != math.inf, "check_trainer refuses a training without an end"
+    if total < 1:
+        raise UserError("trainer.params: max_epochs and max_steps leave no step to train")
+    return int(total)
+
+
+def build_trainer(
+    settings: TrainerSettings,
+    *,
+    run_dir: Path,
+    tracker: Tracker,
+    seed: int,
+    save: SaveFn,
+    choices: Iterable[str],
+    total_steps: int,
+) -> pl.Trainer:
+    """A `pl.Trainer` that logs to `tracker`, saves through `save(directory, metrics, step)` and stops cleanly on signals.
+
+    `choices` are the metrics that validation logs (`module.logged_metrics`). Raises UserError for settings that cannot work.
+    """
+    choices = tuple(choices)
+    check_trainer(settings, choices)
+    params = trainer_params(settings)
+    shows_progress = params.pop("enable_progress_bar", True)
+    logger = TrackerLogger(tracker)
+    metrics = TrainingMetrics(tracker, total_steps)
+    report = ProgressReport(metrics, total_steps, shows_progress)
+    keeper = CheckpointKeeper.from_settings(run_dir, save, settings.checkpoint, choices)
+    checkpoints = Checkpoints(keeper, settings.checkpoint.every_n_train_steps, total_steps, StopSignals(), report)
+    try:
+        with quiet_lightning():
+            trainer = pl.Trainer(
+                **params,
+                logger=logger,
+                callbacks=[SetEpoch(), StatelessDropout(seed), metrics, report, checkpoints],
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                use_distributed_sampler=False,  # the batch plan knows the processes
+                default_root_dir=str(run_dir),
+            )
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UserError(f"trainer.params: {' '.join(str(error).split())}") from error
+    logger.trainer = trainer
+    return trainer
+
+
+def fit(
+    trainer: pl.Trainer, module: pl.LightningModule, train_loader: DataLoader[Any], val_loader: DataLoader[Any] | None = None
+) -> FitResult:
+    """Train to the end. SIGTERM and SIGINT save and raise `Stopped` (exit 143, 130); a loss that is not finite raises UserError."""
+    checkpoints = next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))  # type: ignore[attr-defined]
+    set_epoch(train_loader, 0)
+    started = time.monotonic()
+    with checkpoints.stop, quiet_lightning():
+        try:
+            trainer.fit(module, train_loader, val_loader)
+        except MisconfigurationException as error:
+            raise UserError(f"trainer.params: {' '.join(str(error).split())}") from error
+    keeper = checkpoints.keeper
+    assert keeper.best is not None and keeper.last is not None, "training ended without a step"
+    return FitResult(
+        best=keeper.best,
+        last=keeper.last,
+        monitor=keeper.monitor,
+        best_value=keeper.best_value,
+        best_metrics=dict(keeper.best_metrics),
+        steps=trainer.global_step,
+        seconds=time.monotonic() - started,
+        peak_memory_gib=peak_memory_gib(module.device),
+    )
+
+
+# Hints of Lightning that are settled here, or advertise.
+_SETTLED_WARNINGS = (
+    r".*does not have many workers.*",
+    r".*The number of training batches .* is smaller than the logging interval.*",
+    r".*GPU available but not used.*",
+    r".*`overfit_batches`.*",
+    r".*Trainer already configured with model summary.*",
+    r".*LeafSpec.*",
+    r".*logging on the .* level with .* on distributed setting.*",
+)
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's notices and settled hints inside; warnings of other kinds still show."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for message in _SETTLED_WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
