@@ -223,7 +223,9 @@ def save_model_directory(
         if hasattr(plain, "readout_settings"):
             facts["readout"] = plain.readout_settings.model_dump()
         complete = manifest.model_copy(update=facts)
-        (staging / "README.md").write_text(model_card(complete, destination.name, _loading_class(staging)), encoding="utf-8")
+        tokenizer_class = "PreTrainedTokenizerFast" if has_plain_tokenizer(staging) else "AutoTokenizer"
+        card = model_card(complete, destination.name, _loading_class(staging), tokenizer_class)
+        (staging / "README.md").write_text(card, encoding="utf-8")
         (staging / MANIFEST).write_text(complete.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return destination
 
@@ -251,6 +253,15 @@ def _loading_class(folder: Path) -> str:
     return "AutoModelForSeq2SeqLM" if architecture.endswith("ForConditionalGeneration") else "AutoModelForCausalLM"
 
 
+def has_plain_tokenizer(folder: Path) -> bool:
+    """Whether a directory's tokenizer is what its tokenizer.json says and nothing else, such as one trained by us."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return False
+    declared = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class")
+    return declared in {"TokenizersBackend", "PreTrainedTokenizerFast"}
+
+
 def _file_records(folder: Path) -> dict[str, FileRecord]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in {MANIFEST, "README.md"})
     return {path.relative_to(folder).as_posix(): FileRecord(size=path.stat().st_size, sha256=file_sha256(path)) for path in files}
@@ -262,7 +273,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def model_card(manifest: Manifest, name: str, loading_class: str) -> str:
+def model_card(manifest: Manifest, name: str, loading_class: str, tokenizer_class: str) -> str:
     """A short README.md: what the model is, how to load it, the figures it was saved with."""
     kinds = {
         "sft": "a question-answering model after supervised fine-tuning",
@@ -271,8 +282,8 @@ def model_card(manifest: Manifest, name: str, loading_class: str) -> str:
         "ppo": "a question-answering model after PPO against a reward model",
     }
     lines = ["---", "library_name: transformers", f"tags: [rlhf, {manifest.stage}]", "---", "", f"# {name}", ""]
-    lines += [f"This is {kinds[manifest.stage]}.", "", "```python", f"from transformers import AutoTokenizer, {loading_class}", ""]
-    lines += [f'model = {loading_class}.from_pretrained("PATH")', 'tokenizer = AutoTokenizer.from_pretrained("PATH")', "```", ""]
+    lines += [f"This is {kinds[manifest.stage]}.", "", "```python", f"from transformers import {loading_class}, {tokenizer_class}", ""]
+    lines += [f'model = {loading_class}.from_pretrained("PATH")', f'tokenizer = {tokenizer_class}.from_pretrained("PATH")', "```", ""]
     lines.append(f"Prompt format `{manifest.prompt_format}`; trained on at most {manifest.max_length} tokens.")
     if manifest.is_reward_model and loading_class == "AutoModel":
         lines.append("Load it with `common.models.reward.RewardModel.load`: transformers alone reads the backbone without the score.")

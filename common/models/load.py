@@ -7,9 +7,11 @@ a pickle that torch reads with `weights_only=True`; a missing weight is an error
 from __future__ import annotations
 
 import difflib
+import logging
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -36,9 +38,12 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from common.checkpoint import has_plain_tokenizer, read_manifest, tokenizer_fingerprint
 from common.errors import UserError
 from common.models.kinds import backbone_kind
 from common.schema import ModelInit
+
+logger = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -60,9 +65,14 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
     Padding is a token of its own where the vocabulary holds one, else EOS (`pad_is_eos` tells). Encoders of BERT's kind end in their
     separator and begin with their class token, which serve as EOS and BOS. Raises UserError where nothing can end an answer.
+
+    A directory with a manifest is checked against its fingerprint; a tokenizer that splits text differently is warned of.
     """
+    manifest = read_manifest(name)
+    # For some model types (qwen2) AutoTokenizer replaces the rules in tokenizer.json by that type's own, whatever the directory says.
+    auto = PreTrainedTokenizerFast if manifest is not None and has_plain_tokenizer(Path(name)) else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = auto.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer can be loaded from {name}: {_first_line(error)}") from None
     if tokenizer.eos_token is None and tokenizer.sep_token is not None:
@@ -74,6 +84,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         tokenizer.pad_token = next((pad for pad in _PAD_NAMES if pad in vocabulary), tokenizer.eos_token)
+    if manifest is not None and tokenizer_fingerprint(tokenizer) != manifest.tokenizer_fingerprint:
+        logger.warning("%s: its tokenizer is not the one its manifest records; files were changed, or versions differ", name)
     return tokenizer
 
 

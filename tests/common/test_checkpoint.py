@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from common.checkpoint import (
     MANIFEST,
@@ -173,8 +173,10 @@ def test_saved_generators_load_with_plain_transformers_to_equal_numbers(model_ty
     folder = save_model_directory(tmp_path / "m", model, tokenizer, new_manifest("sft", tokenizer))
     auto = AutoModelForSeq2SeqLM if model_type == "t5" else AutoModelForCausalLM
     plain = auto.from_pretrained(folder)
-    ids = AutoTokenizer.from_pretrained(folder)(TEXTS[0], return_tensors="pt").input_ids
+    ids = PreTrainedTokenizerFast.from_pretrained(folder)(TEXTS[0], return_tensors="pt").input_ids
     assert torch.equal(ids, tokenizer(TEXTS[0], return_tensors="pt").input_ids)
+    if model_type != "qwen2":  # for which AutoTokenizer puts its own rules over those in the directory
+        assert torch.equal(ids, AutoTokenizer.from_pretrained(folder)(TEXTS[0], return_tensors="pt").input_ids)
     more = {"decoder_input_ids": ids[:, :4]} if model_type == "t5" else {}
     with torch.no_grad():
         assert torch.equal(plain(ids, **more).logits, model(ids, **more).logits)
@@ -187,6 +189,21 @@ def test_saved_generators_load_with_plain_transformers_to_equal_numbers(model_ty
     }
     assert verify_directory(folder) == []
     assert sorted(path.suffix for path in folder.iterdir() if path.suffix not in {".json", ".md"}) == [".safetensors"]
+
+
+@pytest.mark.parametrize("model_type", SIZES)
+def test_our_tokenizer_comes_back_beside_every_architecture(
+    model_type: str, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build(model_type, tokenizer)
+    folder = save_model_directory(tmp_path / "m", model, tokenizer, new_manifest("sft", tokenizer))
+    loaded = load_tokenizer(str(folder))
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer) and len(loaded) == len(tokenizer)
+    assert not caplog.records
+    tokenizer_file = folder / "tokenizer.json"
+    tokenizer_file.write_text(tokenizer_file.read_text().replace('"individual_digits": true', '"individual_digits": false'))
+    load_tokenizer(str(folder))
+    assert "its tokenizer is not the one its manifest records" in caplog.text
 
 
 def test_model_card_says_how_to_load(tmp_path: Path, tokenizer: Any) -> None:

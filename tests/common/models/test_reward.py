@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from common.checkpoint import new_manifest, read_manifest, save_model_directory, verify_directory
 from common.errors import UserError
@@ -224,7 +230,7 @@ def test_plain_transformers_give_the_same_raw_scores(model_type: str, tokenizer:
     """With padding and EOS, in one batch of mixed lengths, tokenized without our code."""
     model = reward_model(model_type, tokenizer)
     folder = save(model, tokenizer, tmp_path / "m", score_transform=ScoreTransform(name="standardize", shift=3.0, scale=2.0))
-    plain, plain_tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    plain, plain_tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
     rows = []
     for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
         parts = plain_tokenizer(f"Question: {prompt.question}\nAnswer:").input_ids, plain_tokenizer(" " + answer).input_ids
