@@ -6,6 +6,7 @@ The tables of settings in the README are generated from these descriptions (`pyt
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,28 @@ LIGHTNING_TRAINER_ARGUMENTS = frozenset(
 STAGE_OWNED_TRAINER_ARGUMENTS = frozenset(
     {"logger", "callbacks", "enable_checkpointing", "default_root_dir", "use_distributed_sampler", "plugins", "model_registry"}
 )
+
+
+class KeyedProblems(ValueError):
+    """Problems with single keys of a free mapping: key -> what is wrong with it."""
+
+    def __init__(self, keyed: dict[str, str]) -> None:
+        self.keyed = keyed
+        super().__init__("; ".join(f"{key}: {problem}" for key, problem in keyed.items()))
+
+
+def lightning_argument_problems(params: dict[str, Any]) -> dict[str, str]:
+    """What is wrong with `trainer.params`: argument -> problem. Needs no torch."""
+    problems: dict[str, str] = {}
+    for name in params:
+        if name in STAGE_OWNED_TRAINER_ARGUMENTS:
+            problems[name] = "is set by the stage itself; remove it"
+        elif name not in LIGHTNING_TRAINER_ARGUMENTS:
+            close = difflib.get_close_matches(name, sorted(LIGHTNING_TRAINER_ARGUMENTS - STAGE_OWNED_TRAINER_ARGUMENTS), n=1)
+            problems[name] = "is no argument of pl.Trainer" + (f"; did you mean {close[0]}?" if close else "")
+    if str(params.get("precision")) in {"16", "16-mixed", "16-true"} and params.get("accelerator") == "cpu":
+        problems["precision"] = f"got {params['precision']!r}, which a CPU cannot do; expected 'bf16-mixed' or '32'"
+    return problems
 
 
 class CommandLineValue(str):
@@ -80,7 +103,7 @@ class DataSettings(Section):
     """What every training stage that reads rows has in common (SFT and reward models)."""
 
     data_dir: StagePath = Field(
-        description="Data file (JSON with splits, JSON Lines, either gzipped), a folder of such files named by split, or `hf:NAME[:config]`."
+        description="Data file (JSON with splits or JSON Lines, gzip or plain), a folder of files named by split, or `hf:NAME[:config]`."
     )
     batch_size: PositiveInt = Field(8, description="Rows per process and optimizer micro-batch.")
     val_batch_size: PositiveInt | None = Field(None, description="Rows per validation batch; default: `batch_size`.")
@@ -88,8 +111,12 @@ class DataSettings(Section):
     truncate_prompt: bool = Field(True, description="Cut the prompt (not the answer) where both do not fit; false: such a row is an error.")
     on_tpu: bool = Field(False, description="Pad every batch to `max_length` (static shapes).")
     num_workers: NonNegativeInt = Field(0, description="Processes that collate batches beside the training one.")
-    prompt_format: Literal["qa", "chat"] = Field("qa", description="`qa`: the plain question/answer text; `chat`: the tokenizer's own template.")
-    columns: dict[str, str] = Field(default_factory=dict, description="Renames columns: our name to the file's name, e.g. `{Question: title}`.")
+    prompt_format: Literal["qa", "chat"] = Field(
+        "qa", description="`qa`: the plain question/answer text; `chat`: the tokenizer's own template."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Renames columns: our name to the file's name, e.g. `{Question: title}`."
+    )
     validation_file: StagePath | None = Field(None, description="File whose rows become the validation split.")
     validation_split_percentage: Annotated[float, Field(ge=0, lt=100)] = Field(
         5.0, description="Per cent of train questions held out when the data has no `val` split."
@@ -108,7 +135,9 @@ class FreezeSettings(Section):
     freeze_attn: bool = Field(False, description="Freeze attention.")
     freeze_ff: bool = Field(False, description="Freeze feed-forward blocks.")
     freeze_other: bool = Field(False, description="Freeze everything that belongs to no other group.")
-    layers_not_to_freeze: list[int] = Field(default_factory=list, description="Layers that train whatever the flags say; negative counts from the end.")
+    layers_not_to_freeze: list[int] = Field(
+        default_factory=list, description="Layers that train whatever the flags say; negative counts from the end."
+    )
 
     @property
     def active(self) -> bool:
@@ -130,7 +159,7 @@ class ModelParams(FreezeSettings):
 
     learning_rate: PositiveFloat = Field(2e-5, description="Peak learning rate of AdamW.")
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.95), description="AdamW betas."
+        (0.9, 0.95), strict=False, description="AdamW betas."
     )
     adam_eps: PositiveFloat = Field(1e-8, description="AdamW epsilon.")
     weight_decay: NonNegativeFloat = Field(0.001, description="Decoupled weight decay on matrices (not on norms, biases).")
@@ -139,7 +168,9 @@ class ModelParams(FreezeSettings):
     use_cache: bool = Field(False, description="Keep keys and values in generation during training-time evaluation.")
     do_compute_metrics: bool = Field(False, description="Metrics that cost extra (SFT: BLEU/ROUGE of generated answers) in validation.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, about a third more time.")
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="Sets every dropout of the model; null keeps the model's own.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="Sets every dropout of the model; null keeps the model's own."
+    )
     model_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type the weights are loaded in.")
     lora: LoraSettings | None = Field(None, description="LoRA adapters; excludes `freeze_*`.")
 
@@ -174,12 +205,8 @@ class TrainerSettings(Section):
     @field_validator("params")
     @classmethod
     def _known_arguments(cls, params: dict[str, Any]) -> dict[str, Any]:
-        # The config loader reports unknown ones itself, with line and suggestion; this guards direct use.
-        for name in params:
-            if name in STAGE_OWNED_TRAINER_ARGUMENTS:
-                raise ValueError(f"{name} is set by the stage itself; remove it")
-            if name not in LIGHTNING_TRAINER_ARGUMENTS:
-                raise ValueError(f"{name} is no argument of pl.Trainer")
+        if problems := lightning_argument_problems(params):
+            raise KeyedProblems(problems)
         return params
 
 
@@ -191,7 +218,9 @@ class WandbArgs(Section):
 
 
 class WandbSettings(Section):
-    api: str | None = Field(None, description="Placeholder kept for old files; keys belong into the environment (WANDB_API_KEY).", repr=False)
+    api: str | None = Field(
+        None, description="Placeholder kept for old files; keys belong into the environment (WANDB_API_KEY).", repr=False
+    )
     args: WandbArgs = Field(default_factory=WandbArgs, description="Arguments of `wandb.init`.")
     project_name: str | None = Field(None, description="wandb project.")
     mode: Literal["auto", "online", "offline", "disabled"] = Field(

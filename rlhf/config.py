@@ -28,7 +28,9 @@ class PPOData(Section):
     data_file_path: StagePath = Field(description="Data file (or folder) with questions; answers in it are not used.")
     max_prompt_length: PositiveInt | None = Field(None, description="Prompt tokens at most; null: positions minus `max_new_tokens`.")
     truncate_prompt: bool = Field(True, description="Cut longer prompts; false: an error.")
-    padding: bool | Literal["longest", "max_length"] = Field(True, description="Pad to the longest prompt of a batch, or to `max_prompt_length`.")
+    padding: bool | Literal["longest", "max_length"] = Field(
+        True, description="Pad to the longest prompt of a batch, or to `max_prompt_length`."
+    )
     prompt_format: Literal["qa", "chat"] | None = Field(None, description="Null: what the policy's manifest says, else `qa`.")
     columns: dict[str, str] = Field(default_factory=dict, description="Renames columns: our name to the file's name.")
     validation_file: StagePath | None = Field(None, description="File whose rows become the evaluation prompts.")
@@ -80,8 +82,9 @@ class PPOParams(Section):
     ratio_threshold: PositiveFloat = Field(10.0, description="Minibatches whose mean ratio exceeds this are skipped and counted.")
     early_stopping: bool = Field(False, description="Stop a batch's updates when the policy moved too far from the sampling one.")
     target_kl: PositiveFloat = Field(1.0, description="Early stop at mean(old_logp - logp) > 1.5 * target_kl.")
-    compare_steps: PositiveInt = Field(1, description="Classic setting without effect; accepted.")
-    critic: Literal["head", "model"] = Field("head", description="`head` on the policy's trunk; `model`: its own, started from the reward model.")
+    critic: Literal["head", "model"] = Field(
+        "head", description="`head` on the policy's trunk; `model`: its own, started from the reward model."
+    )
     critic_warmup_steps: NonNegativeInt = Field(0, description="First steps that train the value only.")
     log_with: Literal["wandb", "tensorboard"] | None = Field(None, description="Tracker beside the CSV; null: none.")
     tracker_project_name: str | None = Field(None, description="wandb project.")
@@ -120,7 +123,8 @@ class RewardComponent(Section):
     model_name: ModelName | None = Field(None, description="model: reward model directory.")
     batch_size: PositiveInt | None = Field(None, description="model: answers scored at once; default: `reward_config.batch_size`.")
     normalise: Literal["manifest", "reference", "none"] = Field(
-        "manifest", description="model: subtract mean and divide by scale of the training set, of the reference's first answers, or neither."
+        "manifest",
+        description="model: subtract mean and divide by scale of the training set, of the reference's first answers, or neither.",
     )
     path: str | None = Field(None, description="function: `module:function` or `file.py:function`.")
     timeout_s: PositiveFloat | None = Field(None, description="function: seconds a call may take.")
@@ -128,7 +132,9 @@ class RewardComponent(Section):
     max_words: PositiveInt | None = Field(None, description="length: more words cost 1 each.")
     ngram: PositiveInt = Field(3, description="repetition: n of the n-grams; scores minus the share that repeats.")
     pattern: str | None = Field(None, description="regex: 1 where it is found, else 0.")
-    endings: list[str] = Field(default_factory=lambda: [".", "!", "?"], description="must_end: 1 where the answer ends in one of these, else 0.")
+    endings: list[str] = Field(
+        default_factory=lambda: [".", "!", "?"], description="must_end: 1 where the answer ends in one of these, else 0."
+    )
     members: list[RewardComponent] = Field(default_factory=list, description="sum, ensemble: its parts.")
     combine: Literal["mean", "min", "mean_minus_std"] = Field("mean", description="ensemble: how members are combined.")
     std_coef: NonNegativeFloat = Field(1.0, description="ensemble: factor of the spread in `mean_minus_std`.")
@@ -162,7 +168,9 @@ class PPOEvaluation(Section):
 
 
 class SaveSettings(Section):
-    checkpoint_dir: StagePath = Field("models", description="Folder for runs; each run makes `desc-DESC,index-N` in it.", validate_default=True)
+    checkpoint_dir: StagePath = Field(
+        "models", description="Folder for runs; each run makes `desc-DESC,index-N` in it.", validate_default=True
+    )
     save_interval: PositiveInt = Field(100, description="PPO steps between two checkpoints.")
     keep_last: PositiveInt = Field(1, description="How many of the newest checkpoints stay, beside the best one.")
 
