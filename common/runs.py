@@ -148,7 +148,7 @@ def run_log(run_dir: Path) -> Iterator[None]:
     """Copy what is printed inside (stdout and stderr) to `log.txt` of the run, appending."""
     with (run_dir / LOG_FILE).open("a", encoding="utf-8") as log:
         out, err = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = _Tee(out, log), _Tee(err, log)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = _Tee(out, log), _Tee(err, log)
         try:
             yield
         finally:

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
@@ -66,14 +66,14 @@ class SetEpoch(pl.Callback):
     """Tells the batch plan which epoch it orders; with `overfit_batches` the order stays that of epoch 0."""
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.overfit_batches == 0:
+        if getattr(trainer, "overfit_batches", 0) == 0:
             set_epoch(trainer.train_dataloader, trainer.current_epoch)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
     """Call `set_epoch` of a loader's batch sampler, where it has one."""
     plan = getattr(loader, "batch_sampler", None)
-    if hasattr(plan, "set_epoch"):
+    if plan is not None and hasattr(plan, "set_epoch"):
         plan.set_epoch(epoch)
 
 
@@ -99,9 +99,10 @@ class TrainingMetrics(pl.Callback):
     A module may name the rows of a batch in errors: `describe_rows(batch) -> str`.
     """
 
-    def __init__(self, tracker: Tracker, total_steps: int) -> None:
+    def __init__(self, tracker: Tracker, total_steps: int, log_every_n_steps: int) -> None:
         self.tracker = tracker
         self.total_steps = total_steps
+        self.log_every_n_steps = log_every_n_steps
         self._step = 0
         self._batch: Any = None
         self._window: list[tuple[Tensor, Any]] = []  # (loss, batch) of the micro-batches since the last step
@@ -156,7 +157,7 @@ class TrainingMetrics(pl.Callback):
         # Lightning has divided each by the number of micro-batches, so the sum is the loss of the step.
         self._step_loss = torch.stack(self._losses).sum()
         self._losses = []
-        if self._step % trainer.log_every_n_steps == 0 or self._step == self.total_steps:
+        if self._step % self.log_every_n_steps == 0 or self._step == self.total_steps:
             self._log(trainer, pl_module, batch_idx)
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
@@ -189,8 +190,7 @@ def count_tokens(batch: Any) -> Tensor | int:
     for name, value in batch.items():
         if name.endswith("input_ids") and isinstance(value, Tensor):
             mask = batch.get(name.removesuffix("input_ids") + "attention_mask")
-            counted = isinstance(mask, Tensor) and mask.shape == value.shape
-            total = total + (mask.sum() if counted else value.numel())
+            total = total + (mask.sum() if isinstance(mask, Tensor) and mask.shape == value.shape else value.numel())
     return total
 
 
@@ -306,7 +306,7 @@ class Checkpoints(pl.Callback):
         self._step = trainer.global_step
         if self._asked_to_stop(trainer):
             self._save(trainer)
-            self.stop.stop()
+            self._leave()
         self._due = self.every_n_steps is not None and self._step % self.every_n_steps == 0
         if self._step >= self.total_steps:
             trainer.should_stop = True  # makes Lightning validate the final state, so that it can be the best
@@ -317,7 +317,7 @@ class Checkpoints(pl.Callback):
         if self._asked_to_stop(trainer):
             if not trainer.sanity_checking and trainer.global_step > 0:
                 self._save(trainer)
-            self.stop.stop()
+            self._leave()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -338,6 +338,11 @@ class Checkpoints(pl.Callback):
             self._save(trainer)
             if trainer.is_global_zero:
                 self.keeper.close()
+
+    def _leave(self) -> NoReturn:
+        if self.keeper.last is not None:
+            self.report.note(f"saved {self.keeper.last}; stopping")
+        self.stop.stop()
 
     def _asked_to_stop(self, trainer: pl.Trainer) -> bool:
         """Whether any process got a signal; all of them must agree on the step they leave at."""

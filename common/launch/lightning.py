@@ -14,15 +14,15 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
+from common.closing import RunResult
 from common.errors import UserError
 from common.launch.callbacks import (
     Checkpoints,
@@ -40,20 +40,6 @@ from common.schema import TrainerSettings
 from common.tracking import Tracker
 
 FLOAT16 = frozenset({16, "16", "16-mixed", "16-true"})
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What a training ended with. Paths are those of `checkpoints/step-…`; seconds and GiB as measured."""
-
-    best: Path
-    last: Path
-    monitor: str
-    best_value: float | None
-    best_metrics: dict[str, float] = field(default_factory=dict)
-    steps: int = 0
-    seconds: float = 0.0
-    peak_memory_gib: float = 0.0
 
 
 def trainer_params(settings: TrainerSettings) -> dict[str, Any]:
@@ -160,7 +146,7 @@ def build_trainer(
     params = trainer_params(settings)
     shows_progress = params.pop("enable_progress_bar", True)
     logger = TrackerLogger(tracker)
-    metrics = TrainingMetrics(tracker, total_steps)
+    metrics = TrainingMetrics(tracker, total_steps, params.get("log_every_n_steps") or 50)
     report = ProgressReport(metrics, total_steps, shows_progress)
     keeper = CheckpointKeeper.from_settings(run_dir, save, settings.checkpoint, choices)
     checkpoints = Checkpoints(keeper, settings.checkpoint.every_n_train_steps, total_steps, StopSignals(), report)
@@ -183,7 +169,7 @@ def build_trainer(
 
 def fit(
     trainer: pl.Trainer, module: pl.LightningModule, train_loader: DataLoader[Any], val_loader: DataLoader[Any] | None = None
-) -> FitResult:
+) -> RunResult:
     """Train to the end. SIGTERM and SIGINT save and raise `Stopped` (exit 143, 130); a loss that is not finite raises UserError."""
     checkpoints = next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))  # type: ignore[attr-defined]
     set_epoch(train_loader, 0)
@@ -195,9 +181,8 @@ def fit(
             raise UserError(f"trainer.params: {' '.join(str(error).split())}") from error
     keeper = checkpoints.keeper
     assert keeper.best is not None and keeper.last is not None, "training ended without a step"
-    return FitResult(
-        best=keeper.best,
-        last=keeper.last,
+    return RunResult(
+        model=keeper.best,
         monitor=keeper.monitor,
         best_value=keeper.best_value,
         best_metrics=dict(keeper.best_metrics),

@@ -1,0 +1,99 @@
+"""The first and the last words of a training: what it is about to do, and what came of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.plots import plot_curves
+from common.progress import duration, format_figure
+from common.runs import SUMMARY_FILE, publish_latest
+from common.tracking import METRICS_CSV, Tracker, best_values, read_metrics
+
+BEST = "best"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a training ended with: the best checkpoint by the monitored metric (None where it was never finite), and what it cost."""
+
+    model: Path
+    monitor: str
+    best_value: float | None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+    peak_memory_gib: float = 0.0
+
+
+def opening_lines(
+    run_dir: Path, *, trainable: int, parameters: int, rows: Mapping[str, int], steps: int, batch: str = "", device: str = ""
+) -> list[str]:
+    """What starts now: parameters, rows per split, optimizer steps, and where the results go."""
+    splits = ", ".join(f"{count:,} {split}" for split, count in rows.items())
+    where = f" on {device}" if device else ""
+    return [
+        f"model: {parameters:,} parameters, {trainable:,} of them train{where}",
+        f"data: {splits} rows; {steps:,} optimizer steps{f' of {batch}' if batch else ''}",
+        f"output: {run_dir}",
+    ]
+
+
+def summary_of(run_dir: Path, stage: str, result: RunResult, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of `summary.json`."""
+    return {
+        "stage": stage,
+        "steps": result.steps,
+        "seconds": round(result.seconds, 1),
+        "peak_memory_gib": round(result.peak_memory_gib, 3),
+        "monitor": result.monitor,
+        "best_value": result.best_value,
+        "best_metrics": result.best_metrics,
+        "best_of_each": best_values(read_metrics(run_dir)),
+        "model": str(result.model),
+        **(extra or {}),
+    }
+
+
+def closing_lines(run_dir: Path, result: RunResult, *, latest: Path | None, curves: Path | None) -> list[str]:
+    """A few lines: the best figure, what it took, and the paths."""
+    if result.best_value is None:
+        best = f"{result.monitor} was never a finite number; the last checkpoint stands in for the best"
+    else:
+        others = ", ".join(f"{name} {format_figure(value)}" for name, value in result.best_metrics.items() if name != result.monitor)
+        best = f"best {result.monitor} {format_figure(result.best_value)}{f' ({others})' if others else ''}"
+    lines = [
+        f"done: {result.steps:,} steps in {duration(result.seconds)}, peak memory {result.peak_memory_gib:.2f} GiB",
+        f"{best}, {result.model.name}",
+        f"model:   {latest or run_dir / BEST}{f' -> {result.model}' if latest else ''}",
+        f"metrics: {run_dir / METRICS_CSV}, {SUMMARY_FILE}",
+    ]
+    return [*lines, *([f"curves:  {curves}"] if curves else [])]
+
+
+def finish_run(
+    tracker: Tracker, result: RunResult, *, runs_root: Path | None, extra: Mapping[str, Any] | None = None, log_model: bool = False
+) -> dict[str, Any]:
+    """Publish the best model as `runs_root/latest`, draw the curves, write `summary.json`, close the tracker, print the closing lines.
+
+    `runs_root` None publishes nothing. `extra` goes into the summary, which is returned.
+    """
+    run_dir = tracker.run_dir
+    summary = summary_of(run_dir, tracker.stage, result, extra)
+    if not tracker.is_main:
+        return summary
+    latest = publish_latest(runs_root, run_dir / BEST) if runs_root is not None else None
+    if log_model:
+        tracker.artifact(result.model)
+    tracker.finish(summary)
+    curves = None
+    try:
+        curves = plot_curves(run_dir)
+    except Exception as error:  # a picture is not worth a failed run
+        print(f"warning: no curves were drawn: {error}", file=sys.stderr)
+    for line in closing_lines(run_dir, result, latest=latest, curves=curves):
+        print(line)
+    return summary

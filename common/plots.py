@@ -1,0 +1,125 @@
+"""The curves of a run as one picture, drawn from its `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.tracking import STEP, TIME, better, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CURVES_FILE = "curves.png"
+COLUMNS = 3
+PANEL_INCHES = (4.2, 2.6)
+SMOOTH_FROM = 20  # points from which a smoothed curve helps more than it hides
+COLOURS = {"train": "#4c72b0", "val": "#c44e52", "eval": "#c44e52"}
+OTHER_COLOUR = "#55a868"
+# Panels come in the order of these prefixes; what follows is alphabetical.
+PREFIX_ORDER = ("train", "val", "eval", "objective", "reward", "ppo")
+HIDDEN_PREFIXES = frozenset({"perf", "time"})
+
+Series = list[tuple[int, float]]
+
+
+def plot_curves(run_dir: Path, *, title: str | None = None) -> Path:
+    """Draw `curves.png` beside the metrics and return its path; raises ValueError where the run logged nothing to draw."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = group_panels(read_series(run_dir))
+    if not panels:
+        raise ValueError(f"{run_dir}: no metrics to draw")
+    columns = min(COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title or f"{run_dir.parent.name}/{run_dir.name}", fontsize=11)
+    last_step = max(series[-1][0] for panel in panels.values() for series in panel.values())
+    for number, (name, panel) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        _draw_panel(axes, name, panel, last_step)
+        if number > len(panels) - columns:
+            axes.set_xlabel("step", fontsize=8)
+    path = run_dir / CURVES_FILE
+    figure.savefig(path)
+    return path
+
+
+def read_series(run_dir: Path) -> dict[str, Series]:
+    """Finite values of each metric by step, ascending; of several at one step the last."""
+    series: dict[str, dict[int, float]] = {}
+    for line in read_metrics(run_dir):
+        for name, value in line.items():
+            if name not in (STEP, TIME) and value is not None:
+                series.setdefault(name, {})[line[STEP]] = value
+    return {name: sorted(points.items()) for name, points in series.items()}
+
+
+def group_panels(series: dict[str, Series]) -> dict[str, dict[str, Series]]:
+    """Panels by title, each with its series by full name: `train/x`, `val/x` and `eval/x` share one, called `x`."""
+
+    def order(name: str) -> tuple[int, str, int, str]:
+        prefix = name.split("/")[0]
+        rank = PREFIX_ORDER.index(prefix) if prefix in PREFIX_ORDER else len(PREFIX_ORDER)
+        return rank, prefix, 0 if name.endswith("/loss") else 1, name
+
+    panels: dict[str, dict[str, Series]] = {}
+    for name in sorted((name for name in series if name.split("/")[0] not in HIDDEN_PREFIXES), key=order):
+        if name == "train/epoch":
+            continue
+        prefix, slash, rest = name.partition("/")
+        shared = slash and prefix in ("train", "val", "eval") and sum(f"{other}/{rest}" in series for other in ("train", "val", "eval")) > 1
+        panels.setdefault(rest if shared else name, {})[name] = series[name]
+    return panels
+
+
+def smoothed(values: Sequence[float], span: float) -> list[float]:
+    """Exponential moving average over about `span` points, unbiased at its start (weights sum to 1 everywhere)."""
+    keep = 1.0 - 2.0 / (span + 1.0)
+    total = weight = 0.0
+    averages = []
+    for value in values:
+        total = keep * total + value
+        weight = keep * weight + 1.0
+        averages.append(total / weight)
+    return averages
+
+
+def _draw_panel(axes: Axes, title: str, panel: dict[str, Series], last_step: int) -> None:
+    for name, points in panel.items():
+        prefix = name.split("/")[0]
+        _draw_series(axes, name, points, COLOURS.get(prefix, OTHER_COLOUR))
+    axes.set_title(title, fontsize=9, loc="left", fontweight="bold")
+    axes.set_xlim(0, last_step * 1.02 or 1)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
+    axes.yaxis.get_offset_text().set_fontsize(7)
+    if len(panel) > 1:
+        axes.legend(fontsize=7, frameon=False)
+
+
+def _draw_series(axes: Axes, name: str, points: Series, colour: str) -> None:
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    if len(points) >= SMOOTH_FROM:
+        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smoothed(values, max(5.0, len(points) / 15)), color=colour, linewidth=1.6, label=name)
+    else:
+        axes.plot(steps, values, color=colour, linewidth=1.4, marker="o", markersize=3, label=name)
+    direction = better(name)
+    if direction is not None:
+        _mark_best(axes, points, direction, colour)
+
+
+def _mark_best(axes: Axes, points: Series, direction: str, colour: str) -> None:
+    step, value = (min if direction == "min" else max)(points, key=lambda point: point[1])
+    axes.plot([step], [value], marker="*", markersize=9, color=colour, markeredgecolor="white", markeredgewidth=0.6, zorder=5)
+    below: Any = direction == "min"
+    axes.annotate(
+        f"{value:.4g}", (step, value), textcoords="offset points", xytext=(-4, 6 if below else -11), ha="right", fontsize=7, color=colour
+    )
