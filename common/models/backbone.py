@@ -53,10 +53,7 @@ class RewardBatch(NamedTuple):
 def reward_inputs(
     encoder: Encoder, config: PreTrainedConfig, prompt: Prompt, answer: str, *, ended: bool = True, where: str = ""
 ) -> RewardInput:
-    """Tokenize a prompt and an answer for a reward model.
-
-    causal, encoder     prompt + answer (+ EOS) in one row
-    encoder_decoder     the prompt enters the encoder; the decoder reads its start token + answer (+ EOS)
+    """Tokenize a prompt and an answer for a reward model; `place_in_backbone` says what enters which part.
 
     `ended`: the answer ends where it ends, so EOS follows it as in training; False for one that was cut off while being written.
     """
@@ -64,9 +61,18 @@ def reward_inputs(
     answer_ids = list(encoded.answer_ids)
     if not ended and answer_ids and answer_ids[-1] == encoder.tokenizer.eos_token_id:
         answer_ids.pop()
+    return place_in_backbone(encoded.prompt_ids, answer_ids, config)
+
+
+def place_in_backbone(prompt_ids: Sequence[int], answer_ids: Sequence[int], config: PreTrainedConfig) -> RewardInput:
+    """Lay out the ids of a prompt and an answer (with EOS where it ended).
+
+    causal, encoder     prompt + answer in one row
+    encoder_decoder     the prompt enters the encoder; the decoder reads its start token + answer
+    """
     if config.is_encoder_decoder:
-        return RewardInput(list(encoded.prompt_ids), [decoder_start(config), *answer_ids])
-    return RewardInput([*encoded.prompt_ids, *answer_ids])
+        return RewardInput(list(prompt_ids), [decoder_start(config), *answer_ids])
+    return RewardInput([*prompt_ids, *answer_ids])
 
 
 def decoder_start(config: PreTrainedConfig) -> int:
