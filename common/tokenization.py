@@ -1,0 +1,378 @@
+"""Prompts and answers -> token ids that fit: the one place where text becomes ids and where a text is cut.
+
+Prompt and answer are tokenized apart and joined as ids, in every stage. Whatever a text holds is read as plain text: a special token
+written out in a question never becomes that token.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from common.errors import UserError
+from common.prompts import PromptFormat, answer_text, render_prompt
+from common.row_formats import PairRecord, Prompt, ScoreRecord, SFTRecord
+
+# Threads of the tokenizer and forked data workers do not go together; batches are fast without them.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+MAX_PROBLEMS = 20
+
+
+class UnusableRow(UserError):
+    """A row that nothing can be learnt from once it is tokenized; `unusable_rows: drop` leaves it out."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Ids of a prompt (with BOS where the tokenizer adds one) and of its answer (with EOS unless it was cut), and the tokens cut off."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    cut_prompt: int = 0
+    cut_answer: int = 0
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Prompt and answer as one sequence."""
+        return self.prompt_ids + self.answer_ids
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer together."""
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+class Encoder:
+    """Turns prompts and answers into ids within a budget of tokens.
+
+    A prompt that does not fit loses its oldest turns, then the end of its context, then the end of its question; what frames them
+    (`Question:`, `Answer:`, a chat template) stays. The prompt gives way to the answer: an answer that fits beside the frame keeps all
+    its tokens and its EOS. One that does not is cut at its end and loses EOS; the prompt then keeps up to half of `max_length`.
+
+    `max_length`: tokens of prompt + answer + EOS; for encoder-decoders of each of the two. `max_prompt_length`: prompt tokens at most.
+    `truncate_prompt` false: a prompt that would have to be cut raises UserError. `counts` adds up what was cut.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        prompt_format: PromptFormat = "qa",
+        max_length: int,
+        max_prompt_length: int | None = None,
+        truncate_prompt: bool = True,
+        is_encoder_decoder: bool = False,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no EOS token, so no answer could ever end")
+        self.tokenizer = tokenizer
+        self.prompt_format = prompt_format
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        self.truncate_prompt = truncate_prompt
+        self.is_encoder_decoder = is_encoder_decoder
+        self.counts: Counter[str] = Counter()
+        self._special = _special_pattern(tokenizer)
+        self._before, self._after = _added_ids(tokenizer) if prompt_format == "qa" else ([], [])
+        if not is_encoder_decoder:
+            self._after = []
+        self._answer_prefix = self._measured_prefix()
+        # The least a prompt takes: its frame without any text of the user's.
+        self._frame = len(self._prompt_ids([Prompt("")])[0])
+        for name, limit, least in (("max_length", max_length, self._frame + 1), ("max_prompt_length", max_prompt_length, self._frame)):
+            if limit is not None and limit < least and not (is_encoder_decoder and name == "max_length" and limit >= self._frame):
+                raise UserError(f"{name}: got {limit}, expected at least {least}: the prompt format alone takes {self._frame} tokens")
+
+    # --- single rows -------------------------------------------------------------------------------------------------------------
+
+    def prompt(self, prompt: Prompt, where: str = "") -> list[int]:
+        """Ids of a prompt alone, at most `max_prompt_length` (or `max_length`) of them."""
+        return self.prompts([prompt], [where])[0]
+
+    def pair(self, prompt: Prompt, answer: str, where: str = "") -> Encoded:
+        """Ids of a prompt and its answer. Raises UnusableRow where the answer has no token."""
+        return self.answers(prompt, [answer], where)[0]
+
+    def answers(self, prompt: Prompt, answers: Sequence[str], where: str = "") -> list[Encoded]:
+        """Ids of a prompt with each of several answers; all of them follow the same, equally cut prompt."""
+        self._count_special([prompt], answers)
+        return self._fit_answers(prompt, self._prompt_ids([prompt])[0], self._answer_ids(answers), where)
+
+    # --- many rows ---------------------------------------------------------------------------------------------------------------
+
+    def prompts(self, prompts: Sequence[Prompt], wheres: Sequence[str] | None = None) -> list[list[int]]:
+        """`prompt` of many rows, tokenized together. Raises UserError with a line for each row that does not fit."""
+        limit = self.max_length if self.max_prompt_length is None else min(self.max_prompt_length, self.max_length)
+        self._count_special(prompts)
+        problems: list[str] = []
+        fitted = []
+        for prompt, ids, where in zip(prompts, self._prompt_ids(prompts), wheres or [""] * len(prompts), strict=True):
+            try:
+                fitted.append(self._fit_prompt(prompt, ids, limit, where)[0])
+            except UserError as error:
+                problems.extend(error.problems)
+        _raise_all(problems)
+        return fitted
+
+    def pairs(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        wheres: Sequence[str] | None = None,
+        unusable_rows: Literal["error", "drop"] = "error",
+    ) -> list[Encoded | None]:
+        """`pair` of many rows, tokenized together; a dropped row is None and counted. Raises UserError with a line for each bad row."""
+        groups = self.groups(prompts, [[answer] for answer in answers], wheres, unusable_rows)
+        return [None if group is None else group[0] for group in groups]
+
+    def groups(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[str]],
+        wheres: Sequence[str] | None = None,
+        unusable_rows: Literal["error", "drop"] = "error",
+        *,
+        first_differs: bool = False,
+    ) -> list[list[Encoded] | None]:
+        """`answers` of many rows, tokenized together. `first_differs`: a row whose first answer equals another of its own, as ids
+        after cutting, is unusable (chosen and rejected).
+        """
+        prompt_ids = self._prompt_ids(prompts)
+        texts = [answer for group in answers for answer in group]
+        self._count_special(prompts, texts)
+        flat = iter(self._answer_ids(texts))
+        problems: list[str] = []
+        out: list[list[Encoded] | None] = []
+        for row, (prompt, ids, group) in enumerate(zip(prompts, prompt_ids, answers, strict=True)):
+            where = wheres[row] if wheres else ""
+            answer_ids = [next(flat) for _ in group]
+            try:
+                encoded = self._fit_answers(prompt, ids, answer_ids, where)
+                if first_differs and any(other.answer_ids == encoded[0].answer_ids for other in encoded[1:]):
+                    raise UnusableRow(_at(where, f"chosen and rejected are the same after cutting to max_length {self.max_length}"))
+                out.append(encoded)
+            except UnusableRow as error:
+                if unusable_rows == "error":
+                    problems.extend(f"{problem} (unusable_rows: drop leaves such rows out)" for problem in error.problems)
+                self.counts["rows dropped"] += 1
+                out.append(None)
+            except UserError as error:
+                problems.extend(error.problems)
+        _raise_all(problems)
+        return out
+
+    # --- ids -----------------------------------------------------------------------------------------------------------------------
+
+    def _plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts in which nothing is special."""
+        return _call(self.tokenizer, texts, split_special_tokens=True)
+
+    def _prompt_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        if self.prompt_format == "qa":
+            texts = [render_prompt(prompt) for prompt in prompts]
+            return [[*self._before, *ids, *self._after] for ids in self._plain_ids(texts)]
+        # A template's own special tokens must become ids, those in its messages must not.
+        plain = [row for row, prompt in enumerate(prompts) if not self._holds_special(prompt)]
+        texts = [render_prompt(prompts[row], "chat", self.tokenizer) for row in plain]
+        together = dict(zip(plain, _call(self.tokenizer, texts, split_special_tokens=False), strict=True))
+        return [together[row] if row in together else self._guarded_chat_ids(prompt) for row, prompt in enumerate(prompts)]
+
+    def _holds_special(self, prompt: Prompt) -> bool:
+        return self._special is not None and any(self._special.search(text) for text in _texts(prompt))
+
+    def _guarded_chat_ids(self, prompt: Prompt) -> list[int]:
+        """Ids of a chat whose messages hold special tokens: these are marked before the template is applied and read as text after."""
+        assert self._special is not None
+        found: list[str] = []
+
+        def mark(match: re.Match[str]) -> str:
+            found.append(match[0])
+            return f"\ue000{len(found) - 1}\ue001"
+
+        pattern = self._special
+        marked = _map_texts(prompt, lambda text: pattern.sub(mark, text))
+        ids: list[int] = []
+        for number, piece in enumerate(re.split("\ue000([0-9]+)\ue001", render_prompt(marked, "chat", self.tokenizer))):
+            is_mark = number % 2 == 1 and int(piece) < len(found)
+            if piece:
+                ids += _call(self.tokenizer, [found[int(piece)] if is_mark else piece], split_special_tokens=is_mark)[0]
+        return ids
+
+    def _answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
+        """Ids of answers without EOS."""
+        return self._plain_ids([self._answer_prefix + answer for answer in answers])
+
+    def _count_special(self, prompts: Sequence[Prompt], answers: Sequence[str] = ()) -> None:
+        if self._special is not None:
+            texts = [*answers, *(text for prompt in prompts for text in _texts(prompt))]
+            held = sum(self._special.search(text) is not None for text in texts)
+            if held:
+                self.counts["texts with special tokens, read as plain text"] += held
+
+    def _measured_prefix(self) -> str:
+        """What goes before an answer so that prompt and answer, joined as ids, decode to the text of the format.
+
+        Tokenizers of SentencePiece's kind put a space before every text by themselves; the others need it written. An
+        encoder-decoder's answer begins a sequence of its own.
+        """
+        prefix = answer_text("", self.prompt_format)
+        if not prefix or self.is_encoder_decoder:
+            return ""
+        for candidate in (prefix, ""):
+            prompt, answer = self._plain_ids(["Answer:", candidate + "a"])
+            if self.tokenizer.decode([*prompt, *answer]) == f"Answer:{prefix}a":
+                return candidate
+        return prefix
+
+    # --- cutting -------------------------------------------------------------------------------------------------------------------
+
+    def _fit_answers(self, prompt: Prompt, prompt_ids: list[int], answers: Sequence[list[int]], where: str) -> list[Encoded]:
+        if not all(answers):
+            raise UnusableRow(_at(where, "answer: no token is left of it, expected at least one"))
+        ended = [[*ids, self.tokenizer.eos_token_id] for ids in answers]
+        limit = self.max_length if self.max_prompt_length is None else min(self.max_prompt_length, self.max_length)
+        if not self.is_encoder_decoder:
+            limit = min(limit, self._room_for_prompt([len(ids) for ids in ended], len(prompt_ids), where))
+        fitted, cut = self._fit_prompt(prompt, prompt_ids, limit, where)
+        room = self.max_length if self.is_encoder_decoder else self.max_length - len(fitted)
+        out = []
+        for ids in ended:
+            over = max(0, len(ids) - room)
+            if over:
+                self.counts["answers cut"] += 1
+                self.counts["answer tokens cut"] += over
+            out.append(Encoded(fitted, ids[:room], cut, over))
+        return out
+
+    def _room_for_prompt(self, answer_lengths: Sequence[int], prompt_length: int, where: str) -> int:
+        """Prompt tokens that leave every answer its place, as far as it fits at all."""
+        longest = max(answer_lengths)
+        if not self.truncate_prompt and prompt_length + longest > self.max_length:
+            got = f"prompt and answer of {prompt_length} + {longest} tokens"
+            raise UserError(_at(where, f"got {got}, expected at most max_length {self.max_length} (truncate_prompt is false)"))
+        beside_frame = self.max_length - self._frame
+        fitting = [length for length in answer_lengths if length <= beside_frame]
+        room = self.max_length - max(fitting, default=1)
+        return room if longest <= beside_frame else min(room, max(self._frame, self.max_length // 2))
+
+    def _fit_prompt(self, prompt: Prompt, ids: list[int], limit: int, where: str) -> tuple[list[int], int]:
+        """The prompt's ids within `limit`, and how many were cut."""
+        if len(ids) <= limit:
+            return ids, 0
+        if not self.truncate_prompt:
+            raise UserError(_at(where, f"prompt: got {len(ids)} tokens, expected at most {limit} (truncate_prompt is false)"))
+        fitted = self._shortened(prompt, limit)
+        self.counts["prompts cut"] += 1
+        self.counts["prompt tokens cut"] += len(ids) - len(fitted)
+        return fitted, len(ids) - len(fitted)
+
+    def _shortened(self, prompt: Prompt, limit: int) -> list[int]:
+        while prompt.history:
+            prompt = replace(prompt, history=prompt.history[1:])
+            self.counts["dialogue turns dropped"] += 1
+            ids = self._prompt_ids([prompt])[0]
+            if len(ids) <= limit:
+                return ids
+        if prompt.context:
+            shorter = self._cut(lambda text: replace(prompt, context=text), prompt.context, limit)
+            if shorter is not None:
+                return shorter
+        shorter = self._cut(lambda text: Prompt(text), prompt.question, limit)
+        assert shorter is not None, "the frame alone fits any limit"
+        return shorter
+
+    def _cut(self, make: Callable[[str], Prompt], text: str, limit: int) -> list[int] | None:
+        """Ids of the prompt made of the longest beginning of `text` that fits; None where not even an empty one does."""
+        least = len(self._prompt_ids([make("")])[0])
+        if least > limit:
+            return None
+        ends = self._token_ends(text)
+        # Tokens merge differently at the seams, so start a little too long and take away what is measured to be over.
+        keep = min(len(ends), limit - least + 2)
+        while True:
+            ids = self._prompt_ids([make(text[: ends[keep - 1]].rstrip() if keep else "")])[0]
+            if len(ids) <= limit:
+                return ids
+            keep = max(0, keep - (len(ids) - limit))
+
+    def _token_ends(self, text: str) -> list[int]:
+        """For each token of a text, the character at which it ends (by proportion, where a tokenizer does not tell)."""
+        if self.tokenizer.is_fast:
+            offsets = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False)[
+                "offset_mapping"
+            ]
+            return [end for _, end in offsets]
+        count = len(self._plain_ids([text])[0])
+        return [len(text) * (number + 1) // count for number in range(count)]
+
+
+def encode_answers(
+    encoder: Encoder, records: Sequence[SFTRecord | ScoreRecord], unusable_rows: Literal["error", "drop"] = "error"
+) -> list[Encoded | None]:
+    """Rows with one answer; None for dropped ones."""
+    wheres = [record.where for record in records]
+    return encoder.pairs([record.prompt for record in records], [record.answer for record in records], wheres, unusable_rows)
+
+
+def encode_preferences(
+    encoder: Encoder, records: Sequence[PairRecord], unusable_rows: Literal["error", "drop"] = "error"
+) -> list[list[Encoded] | None]:
+    """Rows with a chosen answer (first) and rejected ones after the same prompt; None for dropped ones."""
+    answers = [(record.chosen, *record.rejected) for record in records]
+    wheres = [record.where for record in records]
+    return encoder.groups([record.prompt for record in records], answers, wheres, unusable_rows, first_differs=True)
+
+
+# --- helpers -----------------------------------------------------------------------------------------------------------------------
+
+
+def _call(tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=split_special_tokens,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _added_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and after a text of its own accord (BOS, CLS; EOS, SEP)."""
+    bare = _call(tokenizer, ["a"], split_special_tokens=True)[0]
+    full = list(tokenizer("a", split_special_tokens=True, verbose=False)["input_ids"])
+    start = next(place for place in range(len(full)) if full[place : place + len(bare)] == bare)
+    return full[:start], full[start + len(bare) :]
+
+
+def _special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    tokens = sorted({str(token) for token in tokenizer.all_special_tokens if str(token)}, key=len, reverse=True)
+    return re.compile("|".join(re.escape(token) for token in tokens)) if tokens else None
+
+
+def _texts(prompt: Prompt) -> list[str]:
+    return [prompt.question, prompt.context, *(text for turn in prompt.history for text in turn)]
+
+
+def _map_texts(prompt: Prompt, change: Callable[[str], str]) -> Prompt:
+    history = tuple((change(question), change(answer)) for question, answer in prompt.history)
+    return Prompt(change(prompt.question), change(prompt.context), history)
+
+
+def _at(where: str, problem: str) -> str:
+    return f"{where}: {problem}" if where else problem
+
+
+def _raise_all(problems: Sequence[str]) -> None:
+    if problems:
+        more = len(problems) - MAX_PROBLEMS
+        raise UserError(*problems[:MAX_PROBLEMS], *([f"... and {more} more problems"] if more > 0 else []))
