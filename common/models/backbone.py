@@ -16,7 +16,7 @@ from common.collate import right_pad
 
 if TYPE_CHECKING:
     from common.records import Prompt
-    from common.tokenization import Encoder
+    from common.tokenization import Encoded, Encoder
 
 
 @dataclass(frozen=True)
@@ -53,26 +53,23 @@ class RewardBatch(NamedTuple):
 def reward_inputs(
     encoder: Encoder, config: PreTrainedConfig, prompt: Prompt, answer: str, *, ended: bool = True, where: str = ""
 ) -> RewardInput:
-    """Tokenize a prompt and an answer for a reward model; `place_in_backbone` says what enters which part.
+    """Tokenize one prompt and answer for a reward model. Raises UnusableRow where the answer has no token."""
+    return as_reward_input(encoder.pair(prompt, answer, where), config, ended=ended)
+
+
+def as_reward_input(encoded: Encoded, config: PreTrainedConfig, *, ended: bool = True) -> RewardInput:
+    """What of a tokenized prompt and answer enters which part of the backbone.
+
+    causal, encoder     prompt + answer (+ EOS) in one row
+    encoder_decoder     the prompt enters the encoder; the decoder reads its start token + answer (+ EOS)
 
     `ended`: the answer ends where it ends, so EOS follows it as in training; False for one that was cut off while being written.
     """
-    encoded = encoder.pair(prompt, answer, where)
-    answer_ids = list(encoded.answer_ids)
-    if not ended and answer_ids and answer_ids[-1] == encoder.tokenizer.eos_token_id:
-        answer_ids.pop()
-    return place_in_backbone(encoded.prompt_ids, answer_ids, config)
-
-
-def place_in_backbone(prompt_ids: Sequence[int], answer_ids: Sequence[int], config: PreTrainedConfig) -> RewardInput:
-    """Lay out the ids of a prompt and an answer (with EOS where it ended).
-
-    causal, encoder     prompt + answer in one row
-    encoder_decoder     the prompt enters the encoder; the decoder reads its start token + answer
-    """
+    # The tokenizing code puts EOS after every answer that it did not have to cut.
+    answer_ids = encoded.answer_ids if ended or encoded.cut_answer else encoded.answer_ids[:-1]
     if config.is_encoder_decoder:
-        return RewardInput(list(prompt_ids), [decoder_start(config), *answer_ids])
-    return RewardInput([*prompt_ids, *answer_ids])
+        return RewardInput(list(encoded.prompt_ids), [decoder_start(config), *answer_ids])
+    return RewardInput([*encoded.prompt_ids, *answer_ids])
 
 
 def decoder_start(config: PreTrainedConfig) -> int:

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from common.checkpoint import Manifest, read_manifest
 from common.errors import UserError
 from common.model_source import check_model_source
-from common.models.backbone import RewardBatch, RewardInput, backbone_states, collate_rewards, reward_inputs
+from common.models.backbone import RewardBatch, RewardInput, as_reward_input, backbone_states, collate_rewards
 from common.models.kinds import backbone_kind
 from common.models.load import Dtype, check_vocabulary, load_backbone, load_sequence_classifier, load_tokenizer
 from common.models.modes import evaluating
@@ -24,7 +24,7 @@ from common.models.readouts import LastToken, build_readout
 from common.records import Prompt
 from common.schema import Section
 from common.score_transform import ScoreTransform
-from common.tokenization import Encoder
+from common.tokenization import Encoded, Encoder
 
 READOUT_FILE = "readout.safetensors"
 
@@ -232,11 +232,17 @@ class RewardScorer:
         if len(prompts) != len(responses) or (ended is not None and len(ended) != len(responses)):
             raise ValueError(f"{len(prompts)} prompts, {len(responses)} responses" + (f", {len(ended)} ended" if ended is not None else ""))
         flags = [True] * len(responses) if ended is None else list(ended)
+        asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        encoded = self.encoder.pairs(asked, responses, unusable_rows="drop")
         rows = [
-            reward_inputs(self.encoder, self.model.config, Prompt(prompt) if isinstance(prompt, str) else prompt, response, ended=flag)
-            for prompt, response, flag in zip(prompts, responses, flags, strict=True)
+            as_reward_input(row or self._empty_answer(prompt), self.model.config, ended=flag)
+            for row, prompt, flag in zip(encoded, asked, flags, strict=True)
         ]
         return self.score_inputs(rows)
+
+    def _empty_answer(self, prompt: Prompt) -> Encoded:
+        """An answer without any token ends at once; it is judged, not refused."""
+        return Encoded(self.encoder.prompt(prompt)[: self.encoder.max_length - 1], [self.encoder.tokenizer.eos_token_id])
 
     def score_inputs(self, rows: Sequence[RewardInput]) -> list[float]:
         """Raw scores of tokenized rows, in their order; rows of like length are scored together."""

@@ -334,3 +334,11 @@ def test_gradients_reach_head_and_backbone_also_when_activations_are_recomputed(
     assert plain.keys() == recomputed.keys() and "readout.score.weight" in plain and len(plain) > 5
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_an_empty_answer_is_judged_and_not_refused(tokenizer: Any) -> None:
+    for model_type in ("gpt_neo", "t5"):
+        judge = scorer(reward_model(model_type, tokenizer), tokenizer)
+        empty, full = judge.score(["Who?", "Who?"], ["", "Nobody."])
+        assert math.isfinite(empty) and empty != full
+        assert math.isfinite(judge.score(["Who?"], [""], [False])[0])
