@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.tracking import STEP, TIME, better, read_metrics
 
@@ -18,8 +18,10 @@ PANEL_INCHES = (4.2, 2.6)
 SMOOTH_FROM = 20  # points from which a smoothed curve helps more than it hides
 COLOURS = {"train": "#4c72b0", "val": "#c44e52", "eval": "#c44e52"}
 OTHER_COLOUR = "#55a868"
-# Panels come in the order of these prefixes; what follows is alphabetical.
-PREFIX_ORDER = ("train", "val", "eval", "objective", "reward", "ppo")
+# Panels shared by training and evaluation come first, then these prefixes, then others.
+PREFIX_ORDER = ("val", "eval", "objective", "reward", "ppo", "train")
+# Set by a schedule or controller: no noise to smooth away.
+EXACT = ("lr", "kl_coef")
 HIDDEN_PREFIXES = frozenset({"perf", "time"})
 
 Series = list[tuple[int, float]]
@@ -62,18 +64,18 @@ def read_series(run_dir: Path) -> dict[str, Series]:
 def group_panels(series: dict[str, Series]) -> dict[str, dict[str, Series]]:
     """Panels by title, each with its series by full name: `train/x`, `val/x` and `eval/x` share one, called `x`."""
 
-    def order(name: str) -> tuple[int, str, int, str]:
+    def shared(name: str) -> bool:
+        prefix, _, rest = name.partition("/")
+        return prefix in COLOURS and sum(f"{other}/{rest}" in series for other in COLOURS) > 1
+
+    def order(name: str) -> tuple[bool, int, bool, str]:
         prefix = name.split("/")[0]
-        rank = PREFIX_ORDER.index(prefix) if prefix in PREFIX_ORDER else len(PREFIX_ORDER)
-        return rank, prefix, 0 if name.endswith("/loss") else 1, name
+        rank = PREFIX_ORDER.index(prefix) if prefix in PREFIX_ORDER and not shared(name) else len(PREFIX_ORDER)
+        return not shared(name), rank, not name.endswith("/loss"), name
 
     panels: dict[str, dict[str, Series]] = {}
-    for name in sorted((name for name in series if name.split("/")[0] not in HIDDEN_PREFIXES), key=order):
-        if name == "train/epoch":
-            continue
-        prefix, slash, rest = name.partition("/")
-        shared = slash and prefix in ("train", "val", "eval") and sum(f"{other}/{rest}" in series for other in ("train", "val", "eval")) > 1
-        panels.setdefault(rest if shared else name, {})[name] = series[name]
+    for name in sorted((name for name in series if name.split("/")[0] not in HIDDEN_PREFIXES and name != "train/epoch"), key=order):
+        panels.setdefault(name.partition("/")[2] if shared(name) else name, {})[name] = series[name]
     return panels
 
 
@@ -98,19 +100,19 @@ def _draw_panel(axes: Axes, title: str, panel: dict[str, Series], last_step: int
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
-    axes.yaxis.get_offset_text().set_fontsize(7)
+    axes.yaxis.set_major_formatter(lambda value, position: f"{value:.3g}")
+    axes.margins(y=0.14)
     if len(panel) > 1:
         axes.legend(fontsize=7, frameon=False)
 
 
 def _draw_series(axes: Axes, name: str, points: Series, colour: str) -> None:
     steps, values = [step for step, _ in points], [value for _, value in points]
-    if len(points) >= SMOOTH_FROM:
+    if len(points) >= SMOOTH_FROM and not name.endswith(EXACT):
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(steps, smoothed(values, max(5.0, len(points) / 15)), color=colour, linewidth=1.6, label=name)
     else:
-        axes.plot(steps, values, color=colour, linewidth=1.4, marker="o", markersize=3, label=name)
+        axes.plot(steps, values, color=colour, linewidth=1.4, marker="o" if len(points) < SMOOTH_FROM else "", markersize=3, label=name)
     direction = better(name)
     if direction is not None:
         _mark_best(axes, points, direction, colour)
@@ -119,7 +121,15 @@ def _draw_series(axes: Axes, name: str, points: Series, colour: str) -> None:
 def _mark_best(axes: Axes, points: Series, direction: str, colour: str) -> None:
     step, value = (min if direction == "min" else max)(points, key=lambda point: point[1])
     axes.plot([step], [value], marker="*", markersize=9, color=colour, markeredgecolor="white", markeredgewidth=0.6, zorder=5)
-    below: Any = direction == "min"
+    # Below a minimum and above a maximum no curve is in the way.
+    beside = (0, -11) if direction == "min" else (0, 6)
+    at_the_right = step > points[-1][0] * 0.9
     axes.annotate(
-        f"{value:.4g}", (step, value), textcoords="offset points", xytext=(-4, 6 if below else -11), ha="right", fontsize=7, color=colour
+        f"{value:.4g}",
+        (step, value),
+        textcoords="offset points",
+        xytext=beside,
+        ha="right" if at_the_right else "center",
+        fontsize=7,
+        color=colour,
     )

@@ -35,16 +35,17 @@ WANDB_KEY_VARIABLE = "WANDB_API_KEY"
 STEP, TIME = "step", "time"
 
 Best = Literal["min", "max"]
+EVALUATION_PREFIXES = frozenset({"val", "eval", "test"})
 # Whether less or more of a metric is better, by the end of its name; what matches nothing has no best value.
 _BETTER: tuple[tuple[str, Best], ...] = (
-    (r"(loss|perplexity|mse|mae|kl)$", "min"),
+    (r"(loss|perplexity|mse|mae)$", "min"),
     (r"(accuracy\w*|bleu|rouge\w+_fmeasure|pearson|spearman|r2|margin|score|score_mean|mean_score|eos_rate)$", "max"),
 )
 
 
 def better(metric: str) -> Best | None:
-    """`min` or `max` where one direction is better, None where neither is; only evaluations (not training batches) have a best."""
-    if metric.split("/")[0] in {"train", "perf"}:
+    """`min` or `max` where one direction is better, None where neither is; only evaluations (`val/`, `eval/`) have a best."""
+    if metric.split("/")[0] not in EVALUATION_PREFIXES:
         return None
     return next((direction for pattern, direction in _BETTER if re.search(pattern, metric)), None)
 
