@@ -1,0 +1,184 @@
+"""Which rows make a batch, on which rank, and what a batch's summed loss is divided by.
+
+The order is a pure function of (seed, epoch) and does not depend on the number of ranks: N ranks with batches of B rows work through
+the same rows, optimizer step by optimizer step, as one process with batches of N * B. Every row is used exactly once an epoch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+T = TypeVar("T")
+Mode = Literal["random", "bucketed", "packed", "sequential"]
+
+# Rows that are sorted by length or packed together come from stretches of this many batches of the shuffled rows.
+POOL_BATCHES = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one micro-batch.
+
+    The summed loss of the batch is divided by `denominator`; after Lightning's division by the number of accumulated batches and DDP's
+    mean over ranks, the gradient is that of (sum of losses) / (sum of weights) over the whole optimizer step on all ranks.
+    `filler`: the rank had no row left; its row is there to keep ranks in step and counts nothing.
+    """
+
+    indices: list[int]
+    denominator: float
+    filler: bool = False
+
+
+class BatchPlan:
+    """The batches of each epoch for one rank; every rank gets the same number of them.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows per micro-batch and rank; in `packed` mode lines of `capacity` tokens.
+        weights: what each row counts in the mean (answer tokens or pairs); default: 1 each.
+        mode: `random` order; `bucketed`: rows of like length together; `packed`: rows one after another in lines of `capacity`;
+            `sequential`: rows as they are, the same in each epoch.
+        accumulate: micro-batches per optimizer step.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        batch_size: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        mode: Mode = "random",
+        accumulate: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        capacity: int | None = None,
+    ) -> None:
+        assert 0 <= rank < world_size and batch_size > 0 and accumulate > 0
+        assert mode != "packed" or capacity is not None, "packing needs a capacity"
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.weights = np.ones(len(self.lengths)) if weights is None else np.asarray(weights, dtype=np.float64)
+        assert len(self.weights) == len(self.lengths) and bool((self.weights > 0).all()), "each row needs a weight above 0"
+        self.batch_size, self.seed, self.mode, self.capacity = batch_size, seed, mode, capacity
+        self.accumulate, self.world_size, self.rank = accumulate, world_size, rank
+        self._made: tuple[int, list[Batch]] | None = None
+
+    def batches(self, epoch: int) -> list[Batch]:
+        """This rank's micro-batches of an epoch, in order."""
+        if self._made is None or self._made[0] != epoch:
+            self._made = epoch, self._make(epoch)
+        return self._made[1]
+
+    def steps(self, epoch: int) -> int:
+        """Optimizer steps of an epoch."""
+        return -(-len(self.batches(epoch)) // self.accumulate)
+
+    def _make(self, epoch: int) -> list[Batch]:
+        together = self._global_batches(epoch)
+        batches = []
+        for start in range(0, len(together), self.accumulate):
+            window = together[start : start + self.accumulate]
+            total = float(sum(self.weights[row] for units in window for unit in units for row in unit))
+            denominator = total / (self.world_size * self.accumulate)
+            for units in window:
+                mine = _share(units, self.world_size, self.rank)
+                rows = [row for unit in mine for row in unit]
+                batches.append(Batch(rows or list(units[0][:1]), denominator, filler=not rows))
+        return batches
+
+    def _global_batches(self, epoch: int) -> list[list[list[int]]]:
+        """Batches over all ranks; each is a list of units that stay on one rank: single rows, or lines of packed rows."""
+        size = self.batch_size * self.world_size
+        if self.mode == "sequential":
+            return _chunks([[row] for row in range(len(self.lengths))], size)
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
+        order = generator.permutation(len(self.lengths)).tolist()
+        if self.mode == "random":
+            return _chunks([[row] for row in order], size)
+        if self.mode == "bucketed":
+            batches = []
+            for pool in _chunks(order, POOL_BATCHES * size):
+                by_length = sorted(pool, key=lambda row: int(self.lengths[row]))
+                batches += _chunks([[row] for row in by_length], size)
+            return [batches[place] for place in generator.permutation(len(batches))]
+        assert self.mode == "packed" and self.capacity is not None
+        mean = max(1.0, float(self.lengths.mean())) if len(self.lengths) else 1.0
+        pool_rows = max(1, round(POOL_BATCHES * size * self.capacity / mean))
+        lines = [line for pool in _chunks(order, pool_rows) for line in pack(pool, self.lengths, self.capacity)]
+        return _chunks([lines[place] for place in generator.permutation(len(lines))], size)
+
+
+def pack(rows: Sequence[int], lengths: Sequence[int] | np.ndarray[Any, Any], capacity: int) -> list[list[int]]:
+    """Rows in few lines of at most `capacity` tokens: longest first, each into the line that it leaves the least room in."""
+    lines: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room left, number of the line), sorted
+    for row in sorted(rows, key=lambda row: -int(lengths[row])):
+        length = int(lengths[row])
+        assert length <= capacity, f"row {row} of {length} tokens does not fit into {capacity}"
+        place = bisect_left(rooms, (length, -1))
+        if place == len(rooms):
+            lines.append([row])
+            insort(rooms, (capacity - length, len(lines) - 1))
+        else:
+            room, line = rooms.pop(place)
+            lines[line].append(row)
+            insort(rooms, (room - length, line))
+    return lines
+
+
+def _chunks(items: Sequence[T], size: int) -> list[list[T]]:
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def _share(units: Sequence[T], world_size: int, rank: int) -> Sequence[T]:
+    """One rank's part of a global batch: consecutive units, the parts as equal as can be."""
+    small, larger = divmod(len(units), world_size)
+    start = rank * small + min(rank, larger)
+    return units[start : start + small + (rank < larger)]
+
+
+class PlanSampler(Sampler[Batch]):
+    """Yields the batches of a plan, from `start` on in the epoch set last, for a DataLoader with `batch_size=None`."""
+
+    def __init__(self, plan: BatchPlan) -> None:
+        self.plan = plan
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and how many of its batches are behind us already."""
+        self.epoch, self.start = epoch, start
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self.plan.batches(self.epoch)[self.start :]
+
+    def __len__(self) -> int:
+        return len(self.plan.batches(self.epoch)) - self.start
+
+
+class BatchDataset(Dataset[Any]):
+    """Makes the tensors of a `Batch` where the data worker asks for them."""
+
+    def __init__(self, collate: Callable[[Batch], Any]) -> None:
+        self.collate = collate
+
+    def __getitem__(self, batch: Batch) -> Any:
+        return self.collate(batch)
+
+
+def batch_loader(plan: BatchPlan, collate: Callable[[Batch], Any], *, num_workers: int = 0, pin_memory: bool = False) -> DataLoader[Any]:
+    """A DataLoader over a plan: `collate` turns a `Batch` into what the training step gets. Its `sampler` has `set_epoch`."""
+    return DataLoader(
+        BatchDataset(collate),
+        batch_size=None,
+        sampler=PlanSampler(plan),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+    )
