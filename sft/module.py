@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.collate import IGNORED
 from common.freezing import freeze_eval
 from common.optim import build_adamw, lr_lambda, warmup_steps
 from common.schema import ModelParams
-
-LABEL_IGNORED = -100
 
 # Every metric this stage logs, with one line of definition; `monitor` may name any that starts with val/.
 METRICS = {
@@ -42,7 +41,7 @@ def answer_loss(logits: Tensor, labels: Tensor, is_encoder_decoder: bool = False
     """
     if not is_encoder_decoder:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    counted = labels != LABEL_IGNORED
+    counted = labels != IGNORED
     kept_logits, kept_labels = logits[counted].float(), labels[counted]  # (N, V), (N,)
     loss = F.cross_entropy(kept_logits, kept_labels, reduction="sum")
     correct = (kept_logits.detach().argmax(-1) == kept_labels).sum()
@@ -67,6 +66,8 @@ class SFTModule(pl.LightningModule):
         self.generate = generate
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._validation = torch.zeros(3, dtype=torch.float64)
+        self.model.train()  # Lightning keeps the mode it finds
+        freeze_eval(self.model)
 
     @property
     def logged_metrics(self) -> tuple[str, ...]:
@@ -85,13 +86,6 @@ class SFTModule(pl.LightningModule):
         loss_sum, tokens, _ = answer_loss(self(batch), batch["labels"], self.is_encoder_decoder)
         self.log("train/loss", loss_sum.detach() / tokens.clamp(min=1), prog_bar=True)
         return loss_sum / batch["denominator"]
-
-    def on_train_epoch_start(self) -> None:
-        freeze_eval(self.model)
-
-    def on_validation_model_train(self) -> None:
-        super().on_validation_model_train()
-        freeze_eval(self.model)
 
     def on_validation_epoch_start(self) -> None:
         self._validation = torch.zeros(3, dtype=torch.float64)

@@ -1,0 +1,64 @@
+"""Supervised fine-tuning: teaches a language model to answer, on answer tokens and EOS alone.
+
+    python train_sft.py --config_file configs/trainer_config.yaml [section.key=value ...] [--validate]
+
+Reads and checks config and data first, so that a mistake costs a second; what then happens stands in `training.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+STAGE_DIR = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path[0] = str(STAGE_DIR.parent)  # modules have one import name, whichever folder this runs from
+
+from common.config import parse_command_line
+from common.errors import run_main
+from common.model_source import check_length, check_model_source, check_prompt_format
+from common.records import read_splits
+from sft.config import SFTConfig
+
+
+def check_models(config: SFTConfig) -> None:
+    """Raise UserError where the model to start from is missing or does not fit the data section."""
+    for setting, name in {"model_name": config.model_name, "trainer.ckpt_path": config.trainer.ckpt_path}.items():
+        if name is not None:
+            source = check_model_source(name, setting=setting, role="generator", trust_remote_code=config.trust_remote_code)
+            check_length(source, config.data.max_length, f"data.max_length {config.data.max_length}")
+            if setting == "trainer.ckpt_path":
+                check_prompt_format(source, config.data.prompt_format, "data.prompt_format")
+
+
+def main(argv: Sequence[str]) -> int:
+    invocation = parse_command_line(SFTConfig, STAGE_DIR, argv, description=__doc__)
+    config, data = invocation.config, invocation.config.data
+    invocation.print_notes()
+    check_models(config)
+    splits = read_splits(
+        data.data_dir,
+        "sft",
+        columns=data.columns,
+        validation_file=data.validation_file,
+        validation_split_percentage=data.validation_split_percentage,
+        seed=config.seed,
+        require=("train", "val"),
+        unusable_rows=data.unusable_rows,
+    )
+    for note in splits.notes:
+        print(f"note: {note}")
+    if invocation.validate_only:
+        counts = ", ".join(f"{len(splits.split(name)):,} {name}" for name in ("train", "val", "test"))
+        print(f"valid: {invocation.config_path}; {data.data_dir}: {counts}")
+        return 0
+
+    from sft.training import train  # torch is imported here, after everything that can be checked without it
+
+    train(config, splits)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

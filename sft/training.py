@@ -1,0 +1,210 @@
+"""One SFT run, top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from common.batching import BatchPlan, batch_loader
+from common.checkpoint import new_manifest, save_model_directory
+from common.closing import finish_run, opening_lines
+from common.config import resolved_dict
+from common.errors import UserError
+from common.evaluation.generate import generate_answers
+from common.evaluation.text_metrics import corpus_metrics
+from common.freezing import apply_freezing
+from common.launch.lightning import build_trainer, check_trainer, fit, total_optimizer_steps, trainer_params
+from common.lora import add_lora
+from common.models.load import build_generator, load_generator, load_tokenizer, set_dropout, train_tokenizer
+from common.prompts import answer_text, render_prompt
+from common.records import SFTRecord, Splits
+from common.runs import create_run_directory, run_log, stage_runs_root, write_config
+from common.tokenization import Encoded, Encoder, encode_answers
+from common.tracking import Tracker
+from sft.config import SFTConfig
+from sft.dataset import SFTRows
+from sft.module import GENERATION_METRICS, METRICS, SFTModule
+
+
+def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
+    """Train on `splits.train`, validate on `splits.val`; returns the run directory. Raises UserError before anything is written."""
+    metrics = {**METRICS, **(GENERATION_METRICS if config.model_params.do_compute_metrics else {})}
+    check_trainer(config.trainer, [name for name in metrics if name.startswith("val/")])
+
+    # 1. model and tokenizer
+    model, tokenizer = load_model(config, splits.train)
+    is_encoder_decoder = bool(model.config.is_encoder_decoder)
+    if is_encoder_decoder and config.data.batching == "packed":
+        raise UserError("data.batching packed does not fit an encoder-decoder model; use bucketed")
+    freezing = apply_freezing(model, config.model_params)
+    if config.model_params.lora is not None:
+        model = add_lora(model, config.model_params.lora)
+    if config.model_params.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+
+    # 2. rows -> ids -> batches
+    encoder = Encoder(
+        tokenizer,
+        prompt_format=config.data.prompt_format,
+        max_length=config.data.max_length,
+        truncate_prompt=config.data.truncate_prompt,
+        is_encoder_decoder=is_encoder_decoder,
+    )
+    train_rows, _ = encode(encoder, splits.train, config, "train")
+    val_rows, val_records = encode(encoder, splits.val, config, "val")
+    train_loader, val_loader = loaders(config, train_rows, val_rows, tokenizer.pad_token_id, is_encoder_decoder)
+    total_steps = total_optimizer_steps(config.trainer, len(train_loader))
+
+    # 3. a run directory, from here on things are written
+    root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "sft")
+    run_dir = create_run_directory(root, config.desc, config.index)
+    resolved = resolved_dict(config)
+    with run_log(run_dir):
+        write_config(run_dir, resolved)
+        print(freezing)
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        for line in opening_lines(
+            run_dir,
+            trainable=trainable,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            rows={"train": len(train_rows), "val": len(val_rows)},
+            steps=total_steps,
+            batch=f"{config.data.batch_size} x {trainer_params(config.trainer).get('accumulate_grad_batches', 1)} rows",
+        ):
+            print(line)
+
+        # 4. train
+        with Tracker.start(run_dir, stage="sft", config=resolved, wandb=config.wandb, tensorboard=config.tensorboard) as tracker:
+            answer = None
+            if config.model_params.do_compute_metrics:
+                answer = answering(config, model, tokenizer, encoder, val_records[: config.evaluation.num_generated], tracker)
+            module = SFTModule(model, config.model_params, total_steps, answer)
+
+            def save(directory: Path, figures: dict[str, float], step: int) -> None:
+                manifest = new_manifest(
+                    "sft",
+                    tokenizer,
+                    prompt_format=config.data.prompt_format,
+                    max_length=config.data.max_length,
+                    is_encoder_decoder=is_encoder_decoder,
+                    metrics=figures,
+                    data_fingerprint=splits.fingerprint,
+                    config=resolved,
+                    step=step,
+                )
+                save_model_directory(directory, model, tokenizer, manifest)
+
+            trainer = build_trainer(
+                config.trainer,
+                run_dir=run_dir,
+                tracker=tracker,
+                seed=config.seed,
+                save=save,
+                choices=module.logged_metrics,
+                total_steps=total_steps,
+            )
+            result = fit(trainer, module, train_loader, val_loader)
+            finish_run(tracker, result, runs_root=root, log_model=config.wandb.log_model)
+    return run_dir
+
+
+def load_model(config: SFTConfig, train_rows: Sequence[SFTRecord]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model to train and its tokenizer: from a directory or the hub, or built with a tokenizer trained on `train_rows`.
+
+    `trainer.ckpt_path` replaces where the weights come from.
+    """
+    name = config.trainer.ckpt_path or config.model_name
+    if name is not None:
+        tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+        model = load_generator(name, dtype=config.model_params.model_dtype, trust_remote_code=config.trust_remote_code)
+    else:
+        assert config.model_init is not None  # the config holds one of the two
+        texts = (text for row in train_rows for text in (render_prompt(row.prompt), answer_text(row.answer, "qa")))
+        tokenizer = train_tokenizer(texts, config.model_init.vocab_size)
+        model = build_generator(config.model_init, tokenizer, config.data.max_length, config.seed)
+        model.to(getattr(torch, config.model_params.model_dtype))
+    if config.model_params.dropout is not None:
+        set_dropout(model, config.model_params.dropout)
+    return model, tokenizer
+
+
+def encode(encoder: Encoder, records: Sequence[SFTRecord], config: SFTConfig, split: str) -> tuple[list[Encoded], list[SFTRecord]]:
+    """Usable rows as ids, with their records; prints what was cut or dropped."""
+    encoder.counts.clear()
+    encoded = encode_answers(encoder, records, config.data.unusable_rows)
+    kept = [(row, record) for row, record in zip(encoded, records, strict=True) if row is not None]
+    for what, count in sorted(encoder.counts.items()):
+        if count:
+            print(f"note: {split}: {what}: {count:,}")
+    if not kept:
+        raise UserError(f"{config.data.data_dir}: no usable row is left in {split}")
+    return [row for row, _ in kept], [record for _, record in kept]
+
+
+def loaders(
+    config: SFTConfig, train_rows: list[Encoded], val_rows: list[Encoded], pad_id: int, is_encoder_decoder: bool
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Loaders over training rows, in an order that (seed, epoch) decides, and over the validation rows as they are."""
+    data = config.data
+    pad_to = data.max_length if data.on_tpu else None
+    capacity = data.max_length if data.batching == "packed" else None
+    train_plan = BatchPlan(
+        [row.length for row in train_rows],
+        weights=[len(row.answer_ids) for row in train_rows],
+        batch_size=data.batch_size,
+        accumulate=trainer_params(config.trainer).get("accumulate_grad_batches", 1),
+        seed=config.seed,
+        mode=data.batching,
+        capacity=capacity,
+    )
+    val_plan = BatchPlan(
+        [row.length for row in val_rows], batch_size=data.val_batch_size or data.batch_size, seed=config.seed, mode="sequential"
+    )
+    train_data = SFTRows(train_rows, pad_id, pad_to, capacity, is_encoder_decoder)
+    val_data = SFTRows(val_rows, pad_id, pad_to, None, is_encoder_decoder)
+    return (
+        batch_loader(train_plan, train_data, num_workers=data.num_workers),
+        batch_loader(val_plan, val_data, num_workers=data.num_workers),
+    )
+
+
+def answering(
+    config: SFTConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    records: Sequence[SFTRecord],
+    tracker: Tracker,
+) -> Callable[[], dict[str, float]]:
+    """A function that answers fixed validation questions with the model as it is, logs them as a table and returns their figures."""
+    prompts = encoder.prompts([record.prompt for record in records])
+    calls = 0
+
+    def answer() -> dict[str, float]:
+        nonlocal calls
+        calls += 1
+        answers = generate_answers(
+            model,
+            tokenizer,
+            prompts,
+            config.evaluation.generate_params,
+            seed=config.seed,
+            batch_size=config.data.val_batch_size or config.data.batch_size,
+            use_cache=config.model_params.use_cache,
+        )
+        rows = [(record.prompt.question, record.answer, given.text) for record, given in zip(records, answers, strict=True)]
+        tracker.table("val/answers", ("question", "original_answer", "generated_answer"), rows, calls)
+        figures = corpus_metrics([given.text for given in answers], [record.answer for record in records])
+        return {
+            **{f"val/{name}": value for name, value in figures.items()},
+            "val/eos_rate": sum(given.ended for given in answers) / len(answers),
+            "val/answer_tokens": sum(len(given.ids) for given in answers) / len(answers),
+        }
+
+    return answer
