@@ -33,6 +33,11 @@ class Progress:
                 total=total, initial=done, desc=label or None, file=self._stream, dynamic_ncols=True, leave=True, miniters=0, mininterval=0
             )
 
+    @property
+    def is_bar(self) -> bool:
+        """Whether it is drawn on a terminal."""
+        return self._bar is not None
+
     def due(self, done: int) -> bool:
         """Whether `update` would show anything now; figures that cost something to read are needed only then."""
         if not self._enabled:

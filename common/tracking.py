@@ -263,23 +263,23 @@ class WandbSink:
             "job_type": settings.args.job_type or stage,
             "name": settings.args.name or run_dir.name,
             "config": dict(config),
-            "dir": str(run_dir.absolute()),
+            "mode": wandb_mode(settings),
             "id": _wandb_id(folder),
             "resume": "allow",
             **(extra or {}),
+            "dir": str(run_dir.absolute()),
         }
         # Metadata holds the command line, and a key might stand in it; what ran is in the manifest and in config.yaml.
         quiet = wandb.Settings(silent=True, console="off", x_disable_meta=True, x_save_requirements=False, init_timeout=self.INIT_TIMEOUT_S)
-        mode = wandb_mode(settings)
         logging.getLogger("wandb").setLevel(logging.ERROR)
         try:
-            self._run = wandb.init(**arguments, mode=mode, settings=quiet)
+            self._run = wandb.init(**arguments, settings=quiet)
         except Exception as error:
-            if mode != "online":
+            if arguments["mode"] != "online":
                 raise
             reason = str(error).strip().partition("\n")[0]
             print(f"warning: wandb cannot be reached ({reason}); recording offline, `wandb sync` uploads it later", file=sys.stderr)
-            self._run = wandb.init(**{**arguments, "resume": None}, mode="offline", settings=quiet)
+            self._run = wandb.init(**{**arguments, "mode": "offline"}, settings=quiet)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         axes: dict[str, int] = {}

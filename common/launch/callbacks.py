@@ -63,18 +63,20 @@ class TrackerLogger(Logger):
 
 
 class SetEpoch(pl.Callback):
-    """Tells the batch plan which epoch it orders; with `overfit_batches` the order stays that of epoch 0."""
+    """Tells the training loader's sampler which epoch it orders; with `same_batches` always the first."""
+
+    def __init__(self, same_batches: bool) -> None:
+        self.same_batches = same_batches
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if getattr(trainer, "overfit_batches", 0) == 0:
-            set_epoch(trainer.train_dataloader, trainer.current_epoch)
+        set_epoch(trainer.train_dataloader, 0 if self.same_batches else trainer.current_epoch)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Call `set_epoch` of a loader's batch sampler, where it has one."""
-    plan = getattr(loader, "batch_sampler", None)
-    if plan is not None and hasattr(plan, "set_epoch"):
-        plan.set_epoch(epoch)
+    """Call `set_epoch` of a loader's sampler or batch sampler, whichever has one."""
+    for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        if sampler is not None and hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
 
 
 class StatelessDropout(pl.Callback):
@@ -238,7 +240,9 @@ class ProgressReport(pl.Callback):
             self._seconds.append(time.monotonic() - self._started)
             self._started = time.monotonic()
         if self.progress.due(self._step):
-            self.progress.update(self._step, {"loss": self.metrics.loss, **_shown(trainer)})
+            # In a log, validation has lines of its own.
+            figures = _shown(trainer) if self.progress.is_bar else {}
+            self.progress.update(self._step, {"loss": self.metrics.loss, **figures})
         if made == ESTIMATE_AFTER_STEPS and self._step < self.total_steps:
             self._estimate(pl_module.device)
 

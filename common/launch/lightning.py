@@ -43,11 +43,20 @@ FLOAT16 = frozenset({16, "16", "16-mixed", "16-true"})
 
 
 def trainer_params(settings: TrainerSettings) -> dict[str, Any]:
-    """Arguments of `pl.Trainer` with this project's defaults: one epoch, one process, on a GPU where there is one."""
+    """Arguments of `pl.Trainer` with this project's defaults: one epoch, one process, on a GPU where there is one.
+
+    `overfit_batches` becomes the two limits that it stands for: Lightning would put a sampler of its own in place of the batch plan.
+    """
     params = {"accelerator": "auto", "devices": 1, "enable_model_summary": False, **settings.params}
+    if overfit := params.pop("overfit_batches", 0):
+        params["limit_train_batches"] = params["limit_val_batches"] = overfit
     if params.get("max_epochs") is None and params.get("max_steps") in (None, -1):
         params["max_epochs"] = 1
     return params
+
+
+def _overfits(settings: TrainerSettings) -> bool:
+    return bool(settings.params.get("overfit_batches"))
 
 
 def on_cpu(params: Mapping[str, Any]) -> bool:
@@ -102,14 +111,14 @@ def total_optimizer_steps(settings: TrainerSettings, batches_per_epoch: int) -> 
     params = trainer_params(settings)
     if fast := params.get("fast_dev_run"):
         return math.ceil(min(batches_per_epoch, int(fast)) / params.get("accumulate_grad_batches", 1)) if fast is not True else 1
-    name = "overfit_batches" if params.get("overfit_batches") else "limit_train_batches"
-    limit = params.get(name)
+    limit = params.get("limit_train_batches")
     batches = batches_per_epoch
     if isinstance(limit, float):
         batches = int(batches * limit)
     elif limit is not None:
         batches = min(batches, int(limit))
     if batches < 1:
+        name = "overfit_batches" if _overfits(settings) else "limit_train_batches"
         raise UserError(f"trainer.params.{name}: {limit} of {batches_per_epoch} training batches leaves none to train on")
     interval = params.get("val_check_interval")
     if type(interval) is int and interval > batches and params.get("check_val_every_n_epoch", 1) is not None:
@@ -155,7 +164,7 @@ def build_trainer(
             trainer = pl.Trainer(
                 **params,
                 logger=logger,
-                callbacks=[SetEpoch(), StatelessDropout(seed), metrics, report, checkpoints],
+                callbacks=[SetEpoch(same_batches=_overfits(settings)), StatelessDropout(seed), metrics, report, checkpoints],
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 use_distributed_sampler=False,  # the batch plan knows the processes
@@ -197,7 +206,6 @@ _SETTLED_WARNINGS = (
     r".*does not have many workers.*",
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*GPU available but not used.*",
-    r".*`overfit_batches`.*",
     r".*Trainer already configured with model summary.*",
     r".*LeafSpec.*",
     r".*logging on the .* level with .* on distributed setting.*",
