@@ -1,0 +1,131 @@
+"""`train_sft.py` from end to end on a handful of rows: what it writes, what it learns, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from common.checkpoint import read_manifest, verify_directory
+from common.errors import UserError
+from common.tracking import read_metrics
+from sft.train_sft import main
+
+ROWS = [
+    {"Question": f"What is {a} and {b}?", "Answer": f"It is {a + b}, friend."} for a in range(5) for b in range(5)
+]  # fmt: skip
+
+
+def config(tmp_path: Path, **changes: Any) -> Path:
+    """A config file in its own stage folder, with data beside it; `changes` replace whole sections or merge into them."""
+    (tmp_path / "configs").mkdir(exist_ok=True)
+    (tmp_path / "data.json").write_text(json.dumps({"train": ROWS[:20], "val": ROWS[20:23], "test": ROWS[23:]}))
+    settings: dict[str, Any] = {
+        "data": {"data_dir": str(tmp_path / "data.json"), "batch_size": 5, "max_length": 48},
+        "model_init": {
+            "model_type": "gpt_neo",
+            "vocab_size": 280,
+            "config": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32, "window_size": 8},
+        },
+        "model_params": {"learning_rate": 1e-2},
+        "trainer": {
+            "checkpoint": {"dirpath": str(tmp_path / "models")},
+            "params": {"accelerator": "cpu", "max_epochs": 1, "num_sanity_val_steps": 0},
+        },
+        "wandb": {"mode": "disabled"},
+    }
+    for key, value in changes.items():
+        settings[key] = {**settings[key], **value} if isinstance(value, dict) and isinstance(settings.get(key), dict) else value
+    path = tmp_path / "configs" / "c.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def run(path: Path, *overrides: str) -> Path:
+    assert main(["--config_file", str(path), *overrides]) == 0
+    return (path.parent.parent / "models" / "latest").resolve()
+
+
+def test_a_run_writes_a_model_that_plain_transformers_loads(tmp_path: Path) -> None:
+    directory = run(config(tmp_path))
+    assert verify_directory(directory) == []
+    manifest = read_manifest(directory)
+    assert manifest is not None and (manifest.stage, manifest.prompt_format, manifest.step) == ("sft", "qa", 4)
+    run_dir = tmp_path / "models" / "desc-run,index-0"
+    for name in ("config.yaml", "metrics.jsonl", "metrics.csv", "curves.png", "summary.json", "log.txt", "best", "last"):
+        assert (run_dir / name).exists(), name
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    # Plain transformers gives the validation loss that the run logged.
+    nats, tokens = 0.0, 0
+    for row in ROWS[20:23]:
+        prompt = tokenizer(f"Question: {row['Question']}\nAnswer:")["input_ids"]
+        answer = [*tokenizer(" " + row["Answer"])["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        nats -= sum(logits[len(prompt) - 1 + place, token].item() for place, token in enumerate(answer))
+        tokens += len(answer)
+    logged = [line["val/loss"] for line in read_metrics(run_dir) if "val/loss" in line]
+    assert logged[-1] == pytest.approx(nats / tokens, rel=1e-5)
+
+
+def test_it_learns_and_monitors_generated_answers(tmp_path: Path) -> None:
+    path = config(
+        tmp_path,
+        model_params={"learning_rate": 1e-2, "do_compute_metrics": True, "use_cache": True},
+        evaluation={"num_generated": 3, "generate_params": {"max_new_tokens": 16}},
+    )
+    run(path, "trainer.params.max_epochs=8", "trainer.checkpoint.monitor=val_loss")
+    lines = read_metrics(tmp_path / "models" / "desc-run,index-0")
+    losses = [line["val/loss"] for line in lines if "val/loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(name in lines[-1] or any(name in line for line in lines) for name in ("val/bleu", "val/rougeL_fmeasure", "val/eos_rate"))
+    assert list((tmp_path / "models" / "desc-run,index-0" / "tables").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("batching", ["bucketed", "packed"])
+def test_every_kind_of_batch_trains(tmp_path: Path, batching: str) -> None:
+    run(config(tmp_path), f"data.batching={batching}", "trainer.params.max_steps=2", "trainer.params.accumulate_grad_batches=2")
+
+
+def test_an_encoder_decoder_trains_through_the_same_script(tmp_path: Path) -> None:
+    init = {"model_type": "t5", "vocab_size": 280, "config": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}}
+    directory = run(config(tmp_path, model_init=init), "trainer.params.max_steps=2")
+    assert AutoModelForSeq2SeqLM.from_pretrained(directory).config.is_encoder_decoder
+    manifest = read_manifest(directory)
+    assert manifest is not None and manifest.is_encoder_decoder
+
+
+def test_lora_and_gradient_checkpointing_train_and_save_merged_weights(tmp_path: Path) -> None:
+    params = {"learning_rate": 1e-2, "gradient_checkpointing": True, "lora": {"r": 2}}
+    directory = run(config(tmp_path, model_params=params), "trainer.params.max_steps=2")
+    assert (directory / "adapter" / "adapter_config.json").exists()
+    AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_a_run_starts_from_a_directory_and_from_ckpt_path(tmp_path: Path) -> None:
+    first = run(config(tmp_path))
+    again = config(tmp_path, model_init=None, model_name=str(first))
+    second = run(again, "trainer.params.max_steps=1", "data.on_tpu=true")
+    assert second != first
+    third = run(again, f"trainer.ckpt_path={second}", "trainer.params.max_steps=1", "model_params.learning_rate=1e-12")
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (second, third))
+    for name, value in before.items():
+        torch.testing.assert_close(value, after[name], atol=1e-9, rtol=0)
+
+
+def test_an_unknown_monitor_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected one of: val/loss, val/perplexity, val/token_accuracy"):
+        main(["--config_file", str(config(tmp_path)), "trainer.checkpoint.monitor=val/bleu"])
+    assert not (tmp_path / "models").exists()
+
+
+def test_validate_reads_everything_and_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config_file", str(config(tmp_path)), "--validate"]) == 0
+    assert "20 train, 3 val, 2 test" in capsys.readouterr().out
+    assert not (tmp_path / "models").exists()
