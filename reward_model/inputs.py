@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Literal
 
 from common.model_source import ModelSource, check_length, check_model_source, check_prompt_format
-from common.records import Prompt, Splits, normalise_question, read_splits
+from common.records import Prompt, Splits, read_splits
 from reward_model.config import RewardConfig, RewardTestConfig
 
 Kind = Literal["pair", "score"]
@@ -34,7 +33,15 @@ def read_training_data(config: RewardConfig, kind: Kind) -> Splits:
         validation_split_percentage=data.validation_split_percentage,
         seed=config.seed,
         require=("train", "val"),
+        unusable_rows=data.unusable_rows,
     )
+
+
+def describe(config: RewardConfig, splits: Splits) -> str:
+    """What `--validate` says when everything is in order."""
+    start = config.trainer.ckpt_path or config.model_name or f"a fresh {config.model_init.model_type}"  # type: ignore[union-attr]
+    rows = ", ".join(f"{len(splits.split(name))} {name}" for name in ("train", "val", "test"))
+    return "\n".join([*splits.notes, f"model: {start}", f"data: {config.data.data_dir}: {rows} rows", "config and data are in order"])
 
 
 def read_test_data(config: RewardTestConfig, kind: Kind) -> tuple[ModelSource, Splits]:
@@ -56,11 +63,6 @@ def read_test_data(config: RewardTestConfig, kind: Kind) -> tuple[ModelSource, S
 
 def tested_model(config: RewardTestConfig) -> str:
     return config.test_params.test_model_path or config.model_name
-
-
-def question_key(prompt: Prompt) -> Hashable:
-    """Equal for prompts that ask the same thing in the same place of a dialogue."""
-    return (normalise_question(prompt.question), prompt.context, prompt.history)
 
 
 def prompt_length(prompt: Prompt) -> int:

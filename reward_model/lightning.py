@@ -1,4 +1,4 @@
-"""What both LightningModules share: optimizer, frozen parts in eval mode, validation over exactly the rows there are."""
+"""What both LightningModules share: the optimizer, and validation over exactly the rows there are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import distributed
 
-from common.freezing import freeze_eval
 from common.models.reward import RewardModel
 from common.optim import build_adamw, lr_lambda, warmup_steps
 from common.schema import ModelParams
@@ -19,11 +18,6 @@ def configure_optimizers(model: RewardModel, params: ModelParams, total_steps: i
     schedule = lr_lambda(params.lr_scheduler, warmup_steps(params.warmup_steps_per_cent, total_steps), total_steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def eval_frozen(model: RewardModel) -> None:
-    """A backbone of which nothing trains runs without dropout."""
-    freeze_eval(model)
 
 
 class Gathered:

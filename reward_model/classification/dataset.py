@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from common.errors import UserError
-from common.models.backbone import RewardBatch, RewardInput, collate_rewards
+from common.models.backbone import RewardBatch, RewardInput, as_reward_input, collate_rewards
 from common.records import PairRecord
-from reward_model.rows import RowEncoder
+from common.tokenization import Encoder, encode_preferences
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class PairRow:
 
     answers: tuple[RewardInput, ...]
     margin: float
+    where: str = ""
     weight = 1.0
     """What the row counts in the loss: a question counts once, however many of its answers were rejected."""
 
@@ -30,34 +31,41 @@ class PairRow:
         return max(answer.length for answer in self.answers)
 
 
-class PairBatch(NamedTuple):
-    """N questions, P pairs, R rows (answers).
-
-    inputs: R rows. chosen, rejected: index of the row, (P,). weight (P,): 1 / K for the K pairs of a question. margin (P,).
-    index (N,): the question of the data set; question (P,): which of the N. denominator: what the summed loss is divided by.
-    """
+class PairBatch(TypedDict):
+    """N questions, P pairs, R rows (answers)."""
 
     inputs: RewardBatch
+    """R rows of ids and masks."""
     chosen: Tensor
+    """(P,): the pair's chosen row of R."""
     rejected: Tensor
+    """(P,): the pair's rejected row of R."""
     weight: Tensor
+    """(P,): 1 / K for the K pairs of a question, 0 for questions that only fill up a process's batch."""
     margin: Tensor
+    """(P,): by how much the chosen answer is known to be better."""
     question: Tensor
+    """(P,): which of the N questions."""
     index: Tensor
+    """(N,): their places in the data set."""
     denominator: float
+    """What the summed loss is divided by."""
+    tokens: int
+    """Tokens of the R rows without padding."""
+    where: list[str]
+    """The N places in the data file, for error messages."""
 
 
-def encode_pairs(records: Sequence[PairRecord], encoder: RowEncoder) -> list[PairRow]:
-    """Tokenize. A rejected answer that is cut to the same tokens as the chosen one teaches nothing and is unusable."""
-    rows = []
-    for record in records:
-        with encoder.unusable_rows():
-            chosen = encoder.encode(record.prompt, record.chosen, record.where)
-            rejected = [encoder.encode(record.prompt, answer, record.where) for answer in record.rejected]
-            if chosen in rejected:
-                raise UserError(f"{record.where}: chosen and rejected answer have the same tokens (equal, or cut to be so by max_length)")
-            rows.append(PairRow((chosen, *rejected), record.margin or 0.0))
-    return rows
+def encode_pairs(
+    records: Sequence[PairRecord], encoder: Encoder, config: PreTrainedConfig, unusable_rows: Literal["error", "drop"] = "error"
+) -> list[PairRow]:
+    """Tokenize; all answers to a question follow the same, equally cut prompt. Raises UserError with a line for each bad row."""
+    encoded = encode_preferences(encoder, records, unusable_rows)
+    return [
+        PairRow(tuple(as_reward_input(answer, config) for answer in answers), record.margin or 0.0, record.where)
+        for record, answers in zip(records, encoded, strict=True)
+        if answers is not None
+    ]
 
 
 def collate_pairs(
@@ -83,4 +91,6 @@ def collate_pairs(
         question=torch.tensor(question),
         index=torch.tensor(list(indices)),
         denominator=denominator,
+        tokens=sum(answer.length for answer in answers),
+        where=[row.where for row in rows],
     )

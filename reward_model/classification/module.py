@@ -9,16 +9,16 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from common.freezing import freeze_eval
 from common.models.reward import RewardModel
 from reward_model.classification.dataset import PairBatch
 from reward_model.classification.losses import bradley_terry_loss, pair_loss
 from reward_model.config import ClassificationParams
-from reward_model.lightning import Gathered, configure_optimizers, eval_frozen
+from reward_model.lightning import Gathered, configure_optimizers
 from reward_model.metrics import wins
 
-# Every metric this stage logs, with one line of definition; `monitor` may name any that starts with val/.
+# What this stage logs beside the figures of training itself, a line of definition each; `monitor` may name any that starts with val/.
 METRICS = {
-    "train/loss": "Mean preference loss per question of the micro-batch (with smoothing and centring), in nats.",
     "train/accuracy": "Share of the micro-batch's pairs whose chosen answer scores higher; ties count half.",
     "train/margin": "Mean chosen score minus rejected score of the micro-batch.",
     "val/loss": "Mean of -log sigmoid(chosen - rejected - margin) over the questions of the validation split, in nats.",
@@ -26,6 +26,9 @@ METRICS = {
     "val/margin": "Mean chosen score minus rejected score over the validation pairs.",
     "val/score_mean": "Mean score over all answers of the validation pairs; a drift that PPO's normalisation removes.",
 }
+
+CHOICES = tuple(name for name in METRICS if name.startswith("val/"))
+"""What `monitor` may name."""
 
 
 class PairModule(pl.LightningModule):
@@ -41,46 +44,45 @@ class PairModule(pl.LightningModule):
     @property
     def logged_metrics(self) -> tuple[str, ...]:
         """Names that `monitor` may choose from."""
-        return tuple(name for name in METRICS if name.startswith("val/"))
+        return CHOICES
+
+    def describe_rows(self, batch: PairBatch) -> str:
+        """Where the rows of a batch stand in the data."""
+        return ", ".join(batch["where"])
 
     def forward(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """Scores of chosen and rejected answers, (P,) each, from one forward pass over all answers."""
-        scores = self.model(*batch.inputs)  # (R,)
-        return scores[batch.chosen], scores[batch.rejected]
+        scores = self.model(*batch["inputs"])  # (R,)
+        return scores[batch["chosen"]], scores[batch["rejected"]]
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         chosen, rejected = self(batch)
         loss_sum = pair_loss(
             chosen,
             rejected,
-            batch.weight,
-            batch.margin,
+            batch["weight"],
+            batch["margin"],
             label_smoothing=self.params.label_smoothing,
             centring_coef=self.params.centring_coef,
         )
         margins = (chosen - rejected).detach()
         right = (margins > 0).float() + 0.5 * (margins == 0).float()
-        self.log("train/loss", loss_sum.detach() / batch.weight.sum().clamp(min=1e-8), prog_bar=True)
-        self.log("train/accuracy", right.mean())
+        self.log("train/accuracy", right.mean(), prog_bar=True)
         self.log("train/margin", margins.mean())
-        return loss_sum / batch.denominator
+        return loss_sum / batch["denominator"]
 
-    def on_train_epoch_start(self) -> None:
-        eval_frozen(self.model)
-
-    def on_validation_model_train(self) -> None:
-        super().on_validation_model_train()
-        eval_frozen(self.model)
+    def on_fit_start(self) -> None:
+        freeze_eval(self.model)  # Lightning restores these modes after each validation
 
     def on_validation_epoch_start(self) -> None:
         self._validation = Gathered()
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         chosen, rejected = self(batch)
-        columns = [chosen, rejected, batch.margin, batch.weight, bradley_terry_loss(chosen, rejected, batch.margin)]
+        columns = [chosen, rejected, batch["margin"], batch["weight"], bradley_terry_loss(chosen, rejected, batch["margin"])]
         table = torch.stack([column.float() for column in columns], dim=1).cpu()  # (P, 5)
-        question = batch.question.cpu()
-        for number, index in enumerate(batch.index.tolist()):
+        question = batch["question"].cpu()
+        for number, index in enumerate(batch["index"].tolist()):
             self._validation.add(index, table[question == number].tolist())
 
     def on_validation_epoch_end(self) -> None:

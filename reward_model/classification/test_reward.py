@@ -20,10 +20,10 @@ if __name__ == "__main__":
 
 from common.config import parse_command_line
 from common.errors import run_main
-from common.records import PairRecord
+from common.records import PairRecord, question_key
 from reward_model.classification.report import ScoredPair, pair_report
 from reward_model.config import RewardTestConfig
-from reward_model.inputs import prompt_length, question_key, read_test_data, tested_model
+from reward_model.inputs import prompt_length, read_test_data, tested_model
 
 if TYPE_CHECKING:
     from common.models.reward import RewardScorer
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(RewardTestConfig, STAGE_DIR, argv, description=__doc__ or "")
     config = invocation.config
     source, splits = read_test_data(config, "pair")
-    records: list[PairRecord] = getattr(splits, config.data.split)
+    records: list[PairRecord] = splits.split(config.data.split)
     pairs = [(record, rejected) for record in records for rejected in record.rejected]
     title = f"{tested_model(config)}: {len(pairs)} pairs, {config.data.split} split of {config.data.data_dir}"
     print("\n".join([title, *splits.notes]))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from common.models.backbone import RewardBatch, RewardInput, collate_rewards
-from common.records import ScoreRecord
+from common.models.backbone import RewardBatch, RewardInput, as_reward_input, collate_rewards
+from common.records import ScoreRecord, question_key
 from common.score_transform import ScoreTransform
-from reward_model.inputs import question_key
-from reward_model.rows import RowEncoder
+from common.tokenization import Encoder, encode_answers
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class ScoreRow:
     answers: tuple[RewardInput]
     target: float
     score: float
-    question: Hashable
+    question: str
+    where: str = ""
     weight = 1.0
 
     @property
@@ -31,25 +32,46 @@ class ScoreRow:
         return self.answers[0].length
 
 
-class ScoreBatch(NamedTuple):
-    """B rows. target (B,) on the transformed scale; weight (B,): 1, or 0 for rows that only fill up; index (B,): row of the data set."""
+class ScoreBatch(TypedDict):
+    """B rows."""
 
     inputs: RewardBatch
+    """Ids and masks."""
     target: Tensor
+    """(B,): scores on the transformed scale."""
     weight: Tensor
+    """(B,): 1, or 0 for rows that only fill up a process's batch."""
     index: Tensor
+    """(B,): places in the data set."""
     denominator: float
+    """What the summed loss is divided by."""
+    tokens: int
+    """Tokens without padding."""
+    where: list[str]
+    """Places in the data file, for error messages."""
 
 
-def encode_scores(records: Sequence[ScoreRecord], encoder: RowEncoder, transform: ScoreTransform) -> list[ScoreRow]:
-    """Tokenize, and put each score on the scale that the loss sees."""
+def encode_scores(
+    records: Sequence[ScoreRecord],
+    encoder: Encoder,
+    config: PreTrainedConfig,
+    transform: ScoreTransform,
+    unusable_rows: Literal["error", "drop"] = "error",
+) -> list[ScoreRow]:
+    """Tokenize, and put each score on the scale that the loss sees. Raises UserError with a line for each bad row."""
+    encoded = encode_answers(encoder, records, unusable_rows)
     targets = transform.apply([record.score for record in records])
-    rows = []
-    for record, target in zip(records, targets, strict=True):
-        with encoder.unusable_rows():
-            answer = encoder.encode(record.prompt, record.answer, record.where)
-            rows.append(ScoreRow((answer,), target, record.score, question_key(record.prompt)))
-    return rows
+    return [
+        ScoreRow(
+            (as_reward_input(answer, config),),
+            target,
+            record.score,
+            question_key(record.prompt),
+            record.where,
+        )
+        for record, target, answer in zip(records, targets, encoded, strict=True)
+        if answer is not None
+    ]
 
 
 def collate_scores(
@@ -62,4 +84,6 @@ def collate_scores(
         weight=torch.full((len(rows),), float(counted)),
         index=torch.tensor(list(indices)),
         denominator=denominator,
+        tokens=sum(row.length for row in rows),
+        where=[row.where for row in rows],
     )

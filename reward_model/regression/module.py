@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,17 +10,17 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from common.freezing import freeze_eval
 from common.models.reward import RewardModel
 from common.score_transform import ScoreTransform
 from reward_model.config import RegressionParams
-from reward_model.lightning import Gathered, configure_optimizers, eval_frozen
+from reward_model.lightning import Gathered, configure_optimizers
 from reward_model.metrics import group_ids, mean, pairs_within, pearson, r2, same_sign, spearman, wins
 from reward_model.regression.dataset import ScoreBatch, ScoreRow
 from reward_model.regression.losses import score_loss
 
-# Every metric this stage logs, with one line of definition; `monitor` may name any that starts with val/.
+# What this stage logs beside the figures of training itself, a line of definition each; `monitor` may name any of them.
 METRICS = {
-    "train/loss": "Mean loss per answer of the micro-batch, on the transformed scale.",
     "val/loss": "Mean loss per answer over the whole validation split, on the transformed scale.",
     "val/mse": "Mean squared error, in the data's score units.",
     "val/mae": "Mean absolute error, in the data's score units.",
@@ -30,6 +30,9 @@ METRICS = {
     "val/accuracy": "Sign accuracy: share of answers whose predicted and target score are both negative or both not.",
     "val/pair_accuracy": "Share of pairs of answers to one question, of different score, that are ordered rightly; ties count half.",
 }
+
+CHOICES = tuple(name for name in METRICS if name.startswith("val/"))
+"""What `monitor` may name."""
 
 
 class ScoreModule(pl.LightningModule):
@@ -60,28 +63,26 @@ class ScoreModule(pl.LightningModule):
         """Names that `monitor` may choose from."""
         groups = group_ids([row.question for row in self.validation_rows])
         has_pairs = len(pairs_within(groups, [row.score for row in self.validation_rows])[0]) > 0
-        return tuple(name for name in METRICS if name.startswith("val/") and (has_pairs or name != "val/pair_accuracy"))
+        return tuple(name for name in CHOICES if has_pairs or name != "val/pair_accuracy")
+
+    def describe_rows(self, batch: ScoreBatch) -> str:
+        """Where the rows of a batch stand in the data."""
+        return ", ".join(batch["where"])
 
     def forward(self, batch: ScoreBatch) -> Tensor:
         """Raw scores (B,), on the transformed scale."""
-        scores: Tensor = self.model(*batch.inputs)
+        scores: Tensor = self.model(*batch["inputs"])
         return scores
 
     def losses(self, batch: ScoreBatch, scores: Tensor) -> Tensor:
         """Loss of each row, (B,)."""
-        return score_loss(scores, batch.target, self.params.loss_name, self.params.huber_delta)
+        return score_loss(scores, batch["target"], self.params.loss_name, self.params.huber_delta)
 
     def training_step(self, batch: ScoreBatch, batch_idx: int) -> Tensor:
-        loss_sum = torch.sum(batch.weight * self.losses(batch, self(batch)))
-        self.log("train/loss", loss_sum.detach() / batch.weight.sum().clamp(min=1.0), prog_bar=True)
-        return loss_sum / batch.denominator
+        return torch.sum(batch["weight"] * self.losses(batch, self(batch))) / batch["denominator"]
 
-    def on_train_epoch_start(self) -> None:
-        eval_frozen(self.model)
-
-    def on_validation_model_train(self) -> None:
-        super().on_validation_model_train()
-        eval_frozen(self.model)
+    def on_fit_start(self) -> None:
+        freeze_eval(self.model)  # Lightning restores these modes after each validation
 
     def on_validation_epoch_start(self) -> None:
         self._validation = Gathered()
@@ -89,7 +90,7 @@ class ScoreModule(pl.LightningModule):
     def validation_step(self, batch: ScoreBatch, batch_idx: int) -> None:
         scores = self(batch)
         losses = self.losses(batch, scores)
-        for index, score, loss in zip(batch.index.tolist(), scores.tolist(), losses.tolist(), strict=True):
+        for index, score, loss in zip(batch["index"].tolist(), scores.tolist(), losses.tolist(), strict=True):
             self._validation.add(index, [score, loss])
 
     def on_validation_epoch_end(self) -> None:
@@ -97,14 +98,14 @@ class ScoreModule(pl.LightningModule):
         rows = [self.validation_rows[index] for index in gathered]
         raw, losses = zip(*gathered.values(), strict=True)
         metrics = score_metrics(self.transform.invert(raw), [row.score for row in rows], [row.question for row in rows], self.train_mean)
-        # A figure that does not exist yet (no variation in the predictions, say) is no point of a curve.
-        self.log_dict({"val/loss": mean(losses), **{name: value for name, value in metrics.items() if np.isfinite(value)}})
+        metrics["val/loss"] = mean(losses)
+        self.log_dict({name: metrics[name] for name in self.logged_metrics})
 
     def configure_optimizers(self) -> dict[str, Any]:
         return configure_optimizers(self.model, self.params, self.total_steps)
 
 
-def score_metrics(predicted: Sequence[float], target: Sequence[float], questions: Sequence[Hashable], train_mean: float) -> dict[str, float]:
+def score_metrics(predicted: Sequence[float], target: Sequence[float], questions: Sequence[str], train_mean: float) -> dict[str, float]:
     """Figures of predictions, in the data's score units. NaN where one cannot be computed."""
     p, y = np.asarray(predicted, dtype=np.float64), np.asarray(target, dtype=np.float64)
     better, worse = pairs_within(group_ids(questions), y)

@@ -20,9 +20,9 @@ if __name__ == "__main__":
 
 from common.config import parse_command_line
 from common.errors import run_main
-from common.records import ScoreRecord
+from common.records import ScoreRecord, question_key
 from reward_model.config import RewardTestConfig
-from reward_model.inputs import prompt_length, question_key, read_test_data, tested_model
+from reward_model.inputs import prompt_length, read_test_data, tested_model
 from reward_model.regression.report import ScoredAnswer, score_report
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(RewardTestConfig, STAGE_DIR, argv, description=__doc__ or "")
     config = invocation.config
     source, splits = read_test_data(config, "score")
-    records: list[ScoreRecord] = getattr(splits, config.data.split)
+    records: list[ScoreRecord] = splits.split(config.data.split)
     title = f"{tested_model(config)}: {len(records)} answers, {config.data.split} split of {config.data.data_dir}"
     print("\n".join([title, *splits.notes]))
     if not splits.train:

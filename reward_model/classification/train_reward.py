@@ -1,0 +1,53 @@
+"""Train a reward model on preferences: the chosen answer to a question should score higher than the rejected ones.
+
+Reads pairs, trains a transformer with a scalar head on -log sigmoid(chosen - rejected), keeps the checkpoint that validates best and
+publishes it as models/latest. It tests nothing: that is test_reward.py.
+
+    python train_reward.py --config_file configs/trainer_config.yaml [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+STAGE_DIR = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path[0] = str(STAGE_DIR.parents[1])
+
+from common.config import parse_command_line
+from common.errors import run_main
+from common.prompts import answer_text, render_prompt
+from reward_model.config import ClassificationConfig
+from reward_model.inputs import check_models, describe, read_training_data
+
+
+def main(argv: Sequence[str]) -> int:
+    invocation = parse_command_line(ClassificationConfig, STAGE_DIR, argv, description=__doc__ or "")
+    config = invocation.config
+    invocation.print_notes()
+    check_models(config)
+    splits = read_training_data(config, "pair")
+    if invocation.validate_only:
+        print(describe(config, splits))
+        return 0
+
+    from reward_model.classification.dataset import collate_pairs, encode_pairs
+    from reward_model.classification.module import CHOICES, PairModule
+    from reward_model.training import Objective, train
+
+    objective = Objective(
+        stage="reward_classification",
+        choices=CHOICES,
+        texts=lambda record: (render_prompt(record.prompt), *map(answer_text, (record.chosen, *record.rejected))),
+        encode=lambda records, encoder, model: encode_pairs(records, encoder, model, config.data.unusable_rows),
+        collate=collate_pairs,
+        module=lambda model, total_steps, _: PairModule(model, config.model_params, total_steps),
+    )
+    train(config, splits, objective)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

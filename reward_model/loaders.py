@@ -1,0 +1,78 @@
+"""Rows of ids -> loaders of batches: shuffled with the denominators of the loss for training, each row once for validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch.utils.data import DataLoader, Dataset
+
+from common.batching import Batch, BatchPlan, PlanSampler
+from common.models.backbone import RewardInput
+from reward_model.config import RewardData
+
+
+class Row(Protocol):
+    """A row of either kind."""
+
+    @property
+    def answers(self) -> tuple[RewardInput, ...]: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def weight(self) -> float: ...
+
+
+class RowDataset(Dataset[Mapping[str, Any]]):
+    """Rows of ids; asked for a planned batch, it collates exactly that batch."""
+
+    def __init__(self, rows: Sequence[Row], collate: Callable[..., Mapping[str, Any]], pad_id: int, pad_to: int | None) -> None:
+        self.rows = rows
+        self.collate = collate
+        self.pad_id = pad_id
+        self.pad_to = pad_to
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, batch: Batch) -> Mapping[str, Any]:
+        """The name under which a DataLoader asks for a whole batch."""
+        rows = [self.rows[index] for index in batch.indices]
+        return self.collate(rows, batch.indices, self.pad_id, batch.denominator, self.pad_to, not batch.filler)
+
+
+def training_loader(
+    rows: Sequence[Row], data: RewardData, pad_id: int, collate: Callable[..., Mapping[str, Any]], *, seed: int, accumulate: int
+) -> DataLoader[Any]:
+    """Batches whose order is a function of seed and epoch. `accumulate`: micro-batches per optimizer step."""
+    plan = BatchPlan(
+        [row.length for row in rows],
+        weights=[row.weight for row in rows],
+        batch_size=data.batch_size,
+        mode=data.batching,
+        accumulate=accumulate,
+        seed=seed,
+    )
+    return _loader(rows, plan, data, pad_id, collate)
+
+
+def validation_loader(rows: Sequence[Row], data: RewardData, pad_id: int, collate: Callable[..., Mapping[str, Any]]) -> DataLoader[Any]:
+    """Every row once, rows of like length together."""
+    plan = BatchPlan([row.length for row in rows], batch_size=data.val_batch_size or data.batch_size, mode="bucketed", seed=0)
+    return _loader(rows, plan, data, pad_id, collate)
+
+
+def _loader(
+    rows: Sequence[Row], plan: BatchPlan, data: RewardData, pad_id: int, collate: Callable[..., Mapping[str, Any]]
+) -> DataLoader[Any]:
+    return DataLoader(
+        RowDataset(rows, collate, pad_id, data.max_length if data.on_tpu else None),
+        batch_sampler=PlanSampler(plan),
+        collate_fn=_as_it_is,
+        num_workers=data.num_workers,
+        persistent_workers=data.num_workers > 0,
+    )
+
+
+def _as_it_is(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    return batch

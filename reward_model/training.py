@@ -1,0 +1,204 @@
+"""One training run of a reward model, top to bottom; what differs between pairs and scores is handed in as an `Objective`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import pytorch_lightning as pl
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from common.checkpoint import MANIFEST, Stage, new_manifest, read_manifest, save_model_directory
+from common.closing import finish_run, opening_lines
+from common.config import resolved_dict
+from common.errors import UserError
+from common.freezing import apply_freezing
+from common.launch.checkpointing import LAST
+from common.launch.lightning import build_trainer, check_trainer, fit, total_optimizer_steps, trainer_params
+from common.lora import add_lora
+from common.models.backbone import RewardInput
+from common.models.load import build_backbone, give_pad_token, load_backbone, load_tokenizer, set_dropout, train_tokenizer
+from common.models.modes import recompute_activations
+from common.models.reward import RewardModel, RewardScorer
+from common.records import PairRecord, ScoreRecord, Splits
+from common.runs import create_run_directory, run_log, stage_runs_root, write_config, write_text_atomically
+from common.score_transform import ScoreTransform
+from common.tokenization import Encoder
+from common.tracking import Tracker
+from reward_model.config import RewardConfig
+from reward_model.loaders import Row, training_loader, validation_loader
+
+# Rows of the training set on which the mean and scale of the scores are measured.
+SCORE_SAMPLE = 2000
+
+Record = TypeVar("Record", PairRecord, ScoreRecord)
+R = TypeVar("R", bound=Row)
+
+
+@dataclass(frozen=True)
+class Objective(Generic[Record, R]):
+    """What a kind of reward model learns from.
+
+    choices         names that `monitor` may have
+    texts           texts of a record, for a tokenizer trained on them
+    encode          records -> rows of ids; raises UserError with a line for each bad row
+    collate         rows, their places, padding id, denominator, pad_to, counted -> batch
+    module          model, optimizer steps, validation rows -> LightningModule
+    """
+
+    stage: Stage
+    choices: tuple[str, ...]
+    texts: Callable[[Record], Iterable[str]]
+    encode: Callable[[Sequence[Record], Encoder, Any], list[R]]
+    collate: Callable[..., Mapping[str, Any]]
+    module: Callable[[RewardModel, int, list[R]], pl.LightningModule]
+    transform: ScoreTransform = field(default_factory=ScoreTransform)
+
+
+def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Record, R]) -> Path:
+    """Train, keep the best checkpoint, publish it as `latest`; returns the run directory."""
+    check_trainer(config.trainer, objective.choices)
+
+    # 1. model and tokenizer
+    tokenizer, model = start_model(config, (text for record in splits.train for text in objective.texts(record)))
+    prepared = prepare_model(model, config)
+
+    # 2. rows -> ids -> loaders
+    data = config.data
+    encoder = Encoder(
+        tokenizer,
+        prompt_format=data.prompt_format,
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
+        truncate_prompt=data.truncate_prompt,
+        is_encoder_decoder=model.config.is_encoder_decoder,
+    )
+    train_rows = objective.encode(splits.train, encoder, model.config)
+    val_rows = objective.encode(splits.val, encoder, model.config)
+    cuts = [f"{what}: {count}" for what, count in sorted(encoder.counts.items()) if count]
+    if not train_rows or not val_rows:
+        raise UserError(f"{data.data_dir}: no usable row is left in {'val' if train_rows else 'train'}")
+    accumulate = trainer_params(config.trainer).get("accumulate_grad_batches", 1)
+    train_loader = training_loader(train_rows, data, tokenizer.pad_token_id, objective.collate, seed=config.seed, accumulate=accumulate)
+    val_loader = validation_loader(val_rows, data, tokenizer.pad_token_id, objective.collate)
+    total_steps = total_optimizer_steps(config.trainer, len(train_loader))
+    module = objective.module(model, total_steps, val_rows)
+
+    # 3. run directory, trainer
+    def save(directory: Path, metrics: dict[str, float], step: int) -> None:
+        manifest = new_manifest(
+            objective.stage,
+            tokenizer,
+            prompt_format=data.prompt_format,
+            max_length=data.max_length,
+            max_prompt_length=data.max_prompt_length,
+            is_encoder_decoder=model.config.is_encoder_decoder,
+            readout=config.model_params.readout.model_dump(),
+            score_transform=objective.transform,
+            metrics=metrics,
+            data_fingerprint=splits.fingerprint,
+            config=resolved_dict(config),
+            step=step,
+        )
+        save_model_directory(directory, model, tokenizer, manifest)
+
+    runs_root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, objective.stage)
+    run_dir = create_run_directory(runs_root, config.desc, config.index)
+    tracker = Tracker.start(
+        run_dir, stage=objective.stage, config=resolved_dict(config), wandb=config.wandb, tensorboard=config.tensorboard
+    )
+    with run_log(run_dir), tracker:
+        write_config(run_dir, resolved_dict(config))
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        opening = opening_lines(
+            run_dir,
+            trainable=trainable,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            rows={"train": len(train_rows), "val": len(val_rows)},
+            steps=total_steps,
+            batch=f"{data.batch_size} x {accumulate} rows",
+        )
+        print("\n".join([*splits.notes, *cuts, *prepared, *opening]))
+        trainer = build_trainer(
+            config.trainer,
+            run_dir=run_dir,
+            tracker=tracker,
+            seed=config.seed,
+            save=save,
+            choices=module.logged_metrics,
+            total_steps=total_steps,
+        )
+
+        # 4. train, then measure the scores of what was kept
+        result = fit(trainer, module, train_loader, val_loader)
+        answers = [answer for row in train_rows for answer in row.answers]
+        moments = {path: record_score_moments(path, answers, config) for path in {result.model, (run_dir / LAST).resolve()}}
+        mean, scale = moments[result.model]
+        print(f"scores on the training set: mean {mean:.4f}, standard deviation {scale:.4f} (of {min(len(answers), SCORE_SAMPLE)} answers)")
+        extra = {"score_mean": mean, "score_scale": scale}
+        finish_run(tracker, result, runs_root=runs_root, extra=extra, log_model=config.wandb.log_model)
+    return run_dir
+
+
+def start_model(config: RewardConfig, texts: Iterable[str]) -> tuple[PreTrainedTokenizerBase, RewardModel]:
+    """The model that training starts from, in training mode, and its tokenizer, whose padding is a token of its own.
+
+    ckpt_path: a whole reward model with its head. model_name: the transformer under any model, with a fresh head. model_init: a fresh
+    transformer and a tokenizer trained on `texts`.
+    """
+    params, trust = config.model_params, config.trust_remote_code
+    if config.trainer.ckpt_path is not None:
+        tokenizer = load_tokenizer(config.trainer.ckpt_path, trust_remote_code=trust)
+        model = RewardModel.load(
+            config.trainer.ckpt_path, dtype=params.model_dtype, trust_remote_code=trust, readout_settings=params.readout
+        )
+        give_pad_token(tokenizer, model.backbone)
+        return tokenizer, model.train()
+    if config.model_init is not None:
+        tokenizer = train_tokenizer(texts, config.model_init.vocab_size)
+        backbone = build_backbone(config.model_init, tokenizer, config.data.max_length, config.seed)
+        backbone.to(getattr(torch, params.model_dtype))
+    else:
+        assert config.model_name is not None, "the config has one of model_name and model_init"
+        tokenizer = load_tokenizer(config.model_name, trust_remote_code=trust)
+        backbone = load_backbone(config.model_name, dtype=params.model_dtype, trust_remote_code=trust)
+    give_pad_token(tokenizer, backbone)
+    return tokenizer, RewardModel.from_backbone(backbone, params.readout, seed=config.seed).train()
+
+
+def prepare_model(model: RewardModel, config: RewardConfig) -> list[str]:
+    """Dropout, recomputed activations, adapters or frozen parts as the config says; returns lines that tell what was done."""
+    params = config.model_params
+    if params.dropout is not None:
+        set_dropout(model.backbone, params.dropout)
+    if params.gradient_checkpointing:
+        recompute_activations(model.backbone)
+    if params.lora is not None:
+        model.backbone = add_lora(model.backbone, params.lora, seed=config.seed)
+        return [f"LoRA adapters of rank {params.lora.r} and the score head train, everything else is frozen"]
+    return [str(apply_freezing(model, params, always_train=model.HEAD_PREFIXES))]
+
+
+def record_score_moments(directory: Path, answers: Sequence[RewardInput], config: RewardConfig) -> tuple[float, float]:
+    """Mean and standard deviation of a checkpoint's output scores on training answers, also written into its manifest.
+
+    Above `SCORE_SAMPLE` answers they are measured on a seeded sample of that many. PPO normalises scores with them.
+    """
+    manifest = read_manifest(directory)
+    assert manifest is not None, "a checkpoint has a manifest"
+    sample = random.Random(config.seed).sample(list(answers), min(len(answers), SCORE_SAMPLE))
+    scorer = RewardScorer(
+        str(directory),
+        batch_size=config.data.val_batch_size or config.data.batch_size,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        trust_remote_code=config.trust_remote_code,
+    )
+    scores = torch.tensor(scorer.transform.invert(scorer.score_inputs(sample)), dtype=torch.float64)
+    mean, scale = float(scores.mean()), float(scores.std(correction=0))
+    complete = manifest.model_copy(update={"score_mean": mean, "score_scale": scale})
+    write_text_atomically(directory / MANIFEST, complete.model_dump_json(indent=2) + "\n")
+    return mean, scale
