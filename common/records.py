@@ -48,6 +48,7 @@ __all__ = [
     "question_key",
     "read_splits",
     "record_to_json",
+    "source_kind",
 ]
 
 MAX_PROBLEMS = 20
@@ -120,6 +121,17 @@ def read_splits(
     return Splits(rows["train"], rows["val"], rows["test"], _fingerprint(rows), tuple(reading.notes))
 
 
+def source_kind(path: str, columns: Mapping[str, str] | None = None) -> RecordKind:
+    """What the rows of a file (judged by the first one) hold at most. Raises UserError where they are in no known format."""
+    _check_columns(columns or {})
+    reading = _Reading("prompt", dict(columns or {}), drop=True)
+    reading.read_path(path)
+    reading.finish()
+    if reading.form is None:
+        raise UserError(f"{path}: got no rows, expected some")
+    return reading.form.kind
+
+
 # --- files -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +144,7 @@ class _Reading:
     drop: bool
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    form: RowFormat | None = None
 
     def read_path(self, path: str) -> tuple[dict[SplitName, list[Any]], bool]:
         """The records of a file, folder or hub data set by split, and whether the source names its splits."""
@@ -237,6 +250,8 @@ class _Reading:
         for problem, places in alike.items():
             more = f" (and {len(places) - 1} more alike)" if len(places) > 1 else ""
             self.problems.append(f"{places[0]}: {problem}{more}")
+        if first is not None and self.form is None:
+            self.form = first[0]
         if raw.rows:
             for ours in (CONTEXT, *MARGIN):
                 if ours in self.columns and self.columns[ours] not in seen_keys:

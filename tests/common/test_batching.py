@@ -1,0 +1,136 @@
+"""Batches are a pure function of (seed, epoch), use every row once, and their denominators add up to one mean over all ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.batching import Batch, BatchPlan, PlanSampler, batch_loader, pack
+
+MODES = ["random", "bucketed", "packed", "sequential"]
+LENGTHS = [int(n) for n in np.random.default_rng(0).integers(1, 30, size=103)]
+
+
+def plan(mode: Any = "random", **changes: Any) -> BatchPlan:
+    settings = {"batch_size": 4, "seed": 7, "mode": mode, "capacity": 40} | changes
+    return BatchPlan(LENGTHS, **settings)
+
+
+def used(batches: list[Batch]) -> list[int]:
+    return [row for batch in batches if not batch.filler for row in batch.indices]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_row_is_used_exactly_once_and_ranks_keep_step(mode: str, world_size: int) -> None:
+    for epoch in (0, 1):
+        ranks = [plan(mode, world_size=world_size, rank=rank).batches(epoch) for rank in range(world_size)]
+        assert sorted(row for batches in ranks for row in used(batches)) == list(range(len(LENGTHS)))
+        assert len({len(batches) for batches in ranks}) == 1
+        assert all(batch.indices for batches in ranks for batch in batches)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_order_depends_on_seed_and_epoch_alone(mode: str) -> None:
+    first = plan(mode)
+    again = [first.batches(epoch) for epoch in (3, 0, 3)]
+    assert again[0] == again[2] == plan(mode).batches(3)
+    moved = (again[0] != again[1], again[0] != plan(mode, seed=8).batches(3))
+    assert moved == ((False, False) if mode == "sequential" else (True, True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_rows_of_one_large_process(mode: str, world_size: int) -> None:
+    single = plan(mode, batch_size=4 * world_size).batches(5)
+    ranks = [plan(mode, world_size=world_size, rank=rank).batches(5) for rank in range(world_size)]
+    for number, batch in enumerate(single):
+        shared = [row for batches in ranks for row in used([batches[number]])]
+        assert Counter(shared) == Counter(batch.indices)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (1, 3), (2, 4), (3, 2)])
+def test_gradients_are_those_of_the_mean_over_the_whole_step(mode: str, world_size: int, accumulate: int) -> None:
+    """Lightning divides each loss by `accumulate`, DDP averages over ranks: what is left is sum of losses / sum of weights."""
+    weights = np.random.default_rng(1).integers(1, 9, size=len(LENGTHS)).astype(float)
+    loss_of = np.random.default_rng(2).normal(size=len(LENGTHS))
+    settings = {"weights": weights, "accumulate": accumulate, "world_size": world_size}
+    ranks = [plan(mode, rank=rank, **settings).batches(0) for rank in range(world_size)]
+    for start in range(0, len(ranks[0]), accumulate):
+        windows = [batches[start : start + accumulate] for batches in ranks]
+        seen = sum(
+            sum(loss_of[row] for row in batch.indices) * (not batch.filler) / batch.denominator / accumulate
+            for window in windows
+            for batch in window
+        )
+        rows = [row for window in windows for row in used(window)]
+        assert seen / world_size == pytest.approx(loss_of[rows].sum() / weights[rows].sum(), rel=1e-12)
+
+
+def test_denominator_by_hand() -> None:
+    """Three rows of 5, 1 and 4 answer tokens, two ranks of one row, two micro-batches a step: 10 / (2 * 2)."""
+    settings: dict[str, Any] = {"batch_size": 1, "seed": 0, "weights": [5, 1, 4], "mode": "sequential", "accumulate": 2, "world_size": 2}
+    assert BatchPlan([1, 1, 1], rank=0, **settings).batches(0) == [Batch([0], 2.5), Batch([2], 2.5)]
+    assert BatchPlan([1, 1, 1], rank=1, **settings).batches(0) == [Batch([1], 2.5), Batch([2], 2.5, filler=True)]
+
+
+def test_accumulation_takes_the_rows_of_one_large_batch() -> None:
+    large = plan(batch_size=12).batches(1)
+    small = plan(batch_size=4, accumulate=3)
+    assert [used(small.batches(1)[start : start + 3]) for start in range(0, 26, 3)] == [batch.indices for batch in large]
+    assert small.steps(1) == len(large) == 9
+
+
+def test_bucketed_batches_waste_less_padding() -> None:
+    def padding(mode: str) -> int:
+        lengths = [[LENGTHS[row] for row in batch.indices] for batch in plan(mode).batches(0)]
+        return sum(max(row) * len(row) - sum(row) for row in lengths)
+
+    assert padding("bucketed") < 0.15 * padding("random")
+
+
+def test_packed_lines_are_full_and_fit() -> None:
+    batches = plan("packed").batches(0)
+    for batch in batches:
+        lines, room = 0, 0
+        for row in batch.indices:  # as the collator fills them
+            if LENGTHS[row] > room:
+                lines, room = lines + 1, 40
+            room -= LENGTHS[row]
+        assert lines <= 4
+    assert sum(LENGTHS) / (40 * 4 * len(batches)) > 0.9
+
+
+def test_pack_by_hand() -> None:
+    assert pack([0, 1, 2, 3, 4], [6, 3, 5, 4, 2], capacity=10) == [[0, 3], [2, 1, 4]]
+
+
+def test_pack_refuses_a_row_that_fits_nowhere() -> None:
+    with pytest.raises(AssertionError, match="row 0 of 11 tokens"):
+        pack([0], [11], capacity=10)
+
+
+def test_no_rows_make_no_batches() -> None:
+    for mode in MODES:
+        assert BatchPlan([], batch_size=2, seed=0, mode=mode, capacity=8).batches(0) == []  # type: ignore[arg-type]
+
+
+def collate(batch: Batch) -> tuple[torch.Tensor, float]:
+    return torch.tensor(batch.indices), batch.denominator
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_loader_follows_the_plan_from_any_place(num_workers: int) -> None:
+    loader = batch_loader(plan(), collate, num_workers=num_workers)
+    assert isinstance(loader.sampler, PlanSampler)
+    for epoch, start in ((0, 0), (1, 0), (1, 20)):
+        loader.sampler.set_epoch(epoch, start)
+        expected = plan().batches(epoch)[start:]
+        got = list(loader)
+        assert len(loader) == len(expected) == len(got)
+        assert [(rows.tolist(), denominator) for rows, denominator in got] == [(batch.indices, batch.denominator) for batch in expected]
