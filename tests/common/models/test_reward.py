@@ -121,17 +121,24 @@ def test_kinds(tokenizer: Any) -> None:
 
 
 def test_inputs_of_causal_models_and_encoder_decoders(tokenizer: Any) -> None:
-    prompt_ids, answer_ids = tokenizer("Question: Who?\nAnswer:").input_ids, tokenizer(" Nobody.").input_ids
+    prompt_ids = tokenizer("Question: Who?\nAnswer:").input_ids
     for model_type in ("gpt2", "t5"):
         config = reward_model(model_type, tokenizer).config
         encoder = Encoder(tokenizer, prompt_format="qa", max_length=128, is_encoder_decoder=config.is_encoder_decoder)
         for ended, tail in ((True, [1]), (False, [])):
             row = reward_inputs(encoder, config, Prompt("Who?"), "Nobody.", ended=ended)
             if model_type == "gpt2":
-                assert row == RewardInput([*prompt_ids, *answer_ids, *tail])
-            else:
-                assert row.decoder_input_ids == [decoder_start(config), *answer_ids, *tail] and decoder_start(config) == 0
-                assert row.input_ids[: len(prompt_ids)] == prompt_ids
+                assert row == RewardInput([*prompt_ids, *tokenizer(" Nobody.").input_ids, *tail])
+            else:  # the answer begins a sequence of its own, so no space stands before it
+                assert row == RewardInput(prompt_ids, [decoder_start(config), *tokenizer("Nobody.").input_ids, *tail])
+                assert decoder_start(config) == 0
+
+
+def test_an_answer_that_was_cut_has_no_end_to_lose(tokenizer: Any) -> None:
+    config = reward_model("gpt2", tokenizer).config
+    encoder = Encoder(tokenizer, prompt_format="qa", max_length=24)
+    ended, cut = (reward_inputs(encoder, config, Prompt("Who?"), "Nobody. " * 20, ended=flag) for flag in (True, False))
+    assert ended == cut and ended.length == 24 and ended.input_ids[-1] != 1
 
 
 @pytest.mark.parametrize("model_type", SIZES)
