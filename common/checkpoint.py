@@ -63,6 +63,7 @@ class Manifest(BaseModel):
     format_version: int = Field(FORMAT_VERSION, description="Version of this file's layout.")
     prompt_format: Literal["qa", "chat"] = Field("qa", description="Prompt text the model was trained on.")
     tokenizer_fingerprint: str = Field(description="Fingerprint of the tokenizer's vocabulary and rules.")
+    vocabulary_fingerprint: str | None = Field(None, description="The same without added tokens: equal where ids mean the same text.")
     pad_token_id: int | None = Field(None, description="Padding id.")
     eos_token_id: int | None = Field(None, description="Id that ends an answer.")
     max_length: int | None = Field(None, description="Tokens of prompt + answer + EOS in training.")
@@ -93,6 +94,7 @@ def new_manifest(stage: Stage, tokenizer: PreTrainedTokenizerBase, **fields: Any
     return Manifest(
         stage=stage,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        vocabulary_fingerprint=vocabulary_fingerprint(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         git_commit=commit,
@@ -105,15 +107,26 @@ def new_manifest(stage: Stage, tokenizer: PreTrainedTokenizerBase, **fields: Any
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over everything that decides which ids a text gets: the rules and vocabulary, special tokens and chat template."""
+    special = _plain(tokenizer.special_tokens_map)
+    return _digest({"rules": _rules(tokenizer), "special": special, "chat_template": getattr(tokenizer, "chat_template", None)})
+
+
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """As `tokenizer_fingerprint`, of what splits plain text alone: a padding token added later does not change it."""
+    rules = _rules(tokenizer)
+    return _digest({part: rules.get(part) for part in ("normalizer", "pre_tokenizer", "model")})
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules = json.loads(backend.to_str())
-        # How the last call padded and cut is state of the object, not of the tokenizer.
-        rules.pop("padding", None)
-        rules.pop("truncation", None)
-    else:
-        rules = sorted(tokenizer.get_vocab().items())
-    facts = {"rules": rules, "special": _plain(tokenizer.special_tokens_map), "chat_template": getattr(tokenizer, "chat_template", None)}
+    if backend is None:
+        return {"model": sorted(tokenizer.get_vocab().items())}
+    rules: dict[str, Any] = json.loads(backend.to_str())
+    # How the last call padded and cut is state of the object, not of the tokenizer.
+    return {part: value for part, value in rules.items() if part not in {"padding", "truncation"}}
+
+
+def _digest(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 

@@ -226,3 +226,17 @@ def check_joinable(policy: ModelSource, judges: list[ModelSource], *, prompt_for
     if problems:
         raise UserError(*problems)
     return chosen
+
+
+def check_same_vocabulary(policy: ModelSource, critic: ModelSource) -> None:
+    """Refuse a critic that would read other text in the policy's ids: unlike a judge, it sees ids and not text."""
+    if policy.manifest is not None and critic.manifest is not None:
+        same = policy.manifest.vocabulary_fingerprint == critic.manifest.vocabulary_fingerprint
+    else:
+        sizes = [(source.config or {}).get("vocab_size") for source in (policy, critic)]
+        same = None in sizes or sizes[0] == sizes[1]
+    if not same:
+        raise UserError(
+            f"{critic.setting}: {critic.name} has another vocabulary than {policy.setting} {policy.name}, so it cannot be its critic; "
+            "use ppo_config.critic: head"
+        )

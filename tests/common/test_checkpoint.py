@@ -27,6 +27,7 @@ from common.checkpoint import (
     save_model_directory,
     tokenizer_fingerprint,
     verify_directory,
+    vocabulary_fingerprint,
 )
 from common.errors import UserError
 from common.models.load import build_generator, load_generator, load_tokenizer, train_tokenizer
@@ -162,6 +163,14 @@ def test_tokenizer_fingerprint_follows_the_rules_not_the_last_call(tmp_path: Pat
     assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(load_tokenizer(str(tmp_path))) == before
     assert tokenizer_fingerprint(train_tokenizer(TEXTS, 270)) == before
     assert tokenizer_fingerprint(train_tokenizer([*TEXTS, "aaa aaa aaa aaa"], 270)) != before
+
+
+def test_vocabulary_fingerprint_ignores_an_added_padding_token() -> None:
+    plain, padded = train_tokenizer(TEXTS, 270), train_tokenizer(TEXTS, 270)
+    padded.add_special_tokens({"pad_token": "<|pad|>"})
+    assert tokenizer_fingerprint(plain) != tokenizer_fingerprint(padded)
+    assert vocabulary_fingerprint(plain) == vocabulary_fingerprint(padded)
+    assert vocabulary_fingerprint(plain) != vocabulary_fingerprint(train_tokenizer([*TEXTS, "aaa aaa aaa aaa"], 270))
 
 
 # --- model directories

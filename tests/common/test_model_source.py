@@ -12,7 +12,7 @@ import pytest
 
 from common.checkpoint import MANIFEST, Manifest
 from common.errors import UserError
-from common.model_source import check_joinable, check_length, check_model_source, check_prompt_format
+from common.model_source import check_joinable, check_length, check_model_source, check_prompt_format, check_same_vocabulary
 
 
 def write_model(folder: Path, *, manifest: dict[str, Any] | None = None, **config: Any) -> Path:
@@ -160,6 +160,20 @@ def test_prompt_formats_must_agree(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.prompt_format chat does not fit model_name"):
         check_prompt_format(policy, "chat", "data.prompt_format")
     check_prompt_format(foreign, "chat", "data.prompt_format")
+
+
+def test_a_critic_shares_the_policy_s_vocabulary(tmp_path: Path) -> None:
+    policy = check_model_source(str(write_model(tmp_path / "policy", manifest={"vocabulary_fingerprint": "a"})), setting="policy")
+    same, other = (
+        check_model_source(str(write_reward_model(tmp_path / name, vocabulary_fingerprint=name)), setting="judge", role="reward")
+        for name in ("a", "b")
+    )
+    check_same_vocabulary(policy, same)
+    with pytest.raises(UserError, match=r"judge: .* has another vocabulary than policy .*; use ppo_config.critic: head"):
+        check_same_vocabulary(policy, other)
+    foreign = check_model_source(str(write_model(tmp_path / "foreign", vocab_size=9)))
+    with pytest.raises(UserError, match="has another vocabulary"):
+        check_same_vocabulary(foreign, policy)
 
 
 def test_checks_import_no_torch(root: Path) -> None:
