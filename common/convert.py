@@ -22,9 +22,16 @@ from typing import Any
 from common.errors import UserError, run_main
 from common.json_rows import SPLITS, SplitName
 from common.records import MAX_PROBLEMS, PairRecord, Prompt, PromptRecord, Record, ScoreRecord, SFTRecord, read_splits, source_kind
-from common.row_formats import CONTEXT, FORMATS, KNOWN_KEYS, RowFormat, read_row, render_transcript
+from common.row_formats import CONTEXT, FORMATS, KNOWN_KEYS, SUITS, RecordKind, RowFormat, read_row, render_transcript
 
 TARGETS: dict[str, RowFormat] = {form.name: form for form in FORMATS if not form.name.endswith("_only")}
+# What rows of a kind hold enough for; the better answer of a pair can be imitated.
+CAN_BECOME: dict[RecordKind, tuple[RecordKind, ...]] = {
+    "sft": ("sft", "prompt"),
+    "score": ("score", "sft", "prompt"),
+    "pair": ("pair", "sft", "prompt"),
+    "prompt": ("prompt",),
+}
 ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
@@ -36,6 +43,11 @@ def main(argv: Sequence[str]) -> int:
     form = TARGETS[options.to]
     columns = dict(_renaming(text) for text in options.columns)
     kind = source_kind(options.source, columns)
+    if form.kind not in CAN_BECOME[kind]:
+        fitting = ", ".join(name for name, target in TARGETS.items() if target.kind in CAN_BECOME[kind])
+        raise UserError(
+            f"{options.source}: got rows that suit {SUITS[kind]}, which hold too little for {form.name}; expected one of {fitting}"
+        )
     splits = read_splits(
         options.source,
         kind,
@@ -63,7 +75,8 @@ def convert(records: Sequence[Record], form: RowFormat, dropped: Counter[str]) -
 
     Raises UserError, a line per row, where a row lacks what the format needs or would not read back the same.
     """
-    rows, problems = [], []
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
     for record in records:
         try:
             for part in _fitting(record, form, dropped):
@@ -102,9 +115,7 @@ def _fitting(record: Record, form: RowFormat, dropped: Counter[str]) -> Iterator
         for rejected in groups:
             yield replace(record, prompt=prompt, columns=columns, rejected=rejected)
     else:
-        raise UserError(
-            f"{where}: got a {_named(record)}, which has no {' and '.join(_lacking(record, form))}, expected what {form.name} needs"
-        )
+        raise AssertionError(f"{type(record).__name__} cannot become {form.name}; main refuses it before")
 
 
 def _answer_parts(record: Record) -> list[str]:
@@ -113,17 +124,6 @@ def _answer_parts(record: Record) -> list[str]:
     if isinstance(record, ScoreRecord):
         return ["answer", "score"]
     return ["answer"] if isinstance(record, SFTRecord) else []
-
-
-def _named(record: Record) -> str:
-    names = {SFTRecord: "question with an answer", ScoreRecord: "scored answer", PairRecord: "pair", PromptRecord: "question alone"}
-    return names[type(record)]
-
-
-def _lacking(record: Record, form: RowFormat) -> list[str]:
-    has = {"answer"} if isinstance(record, SFTRecord | ScoreRecord) else set()
-    needs = {"sft": ["answer"], "score": ["answer", "score"], "pair": ["chosen answer", "rejected answer"], "prompt": []}[form.kind]
-    return [need for need in needs if need not in has]
 
 
 def _row(record: Record, form: RowFormat) -> dict[str, Any]:

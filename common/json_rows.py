@@ -146,11 +146,15 @@ class _Parser:
         return bisect_right(self.line_starts, position)
 
     def _broken(self, error: _BrokenJson, split: str, number: int) -> None:
-        where = f"{self.name}: {split} row {number}: line {self._line(error.position)}"
-        column = error.position - self.line_starts[self._line(error.position) - 1] + 1
+        message = error.message
         if error.position >= self.end:
-            error.message += "; the file ends inside this row (was it cut off?)"
-        self.out.problems.append(f"{where}, column {column}: broken JSON: {error.message}")
+            message += "; the file ends inside this row (was it cut off?)"
+        self.out.problems.append(f"{self.name}: {split} row {number}: {self._place(error.position)}: broken JSON: {message}")
+
+    def _place(self, position: int) -> str:
+        position = min(position, self.end)
+        line = self._line(position)
+        return f"line {line}, column {position - self.line_starts[line - 1] + 1}"
 
     # --- values ----------------------------------------------------------------------------------------------------------------
 
@@ -255,9 +259,7 @@ class _Parser:
                     raise _BrokenJson("expected ',' or '}' after a split", position)
                 position = self._skip(position + 1)
             except _BrokenJson as error:
-                line = self._line(error.position)
-                column = error.position - self.line_starts[line - 1] + 1
-                self.out.problems.append(f"{self.name}: line {line}, column {column}: broken JSON: {error.message}")
+                self.out.problems.append(f"{self.name}: {self._place(error.position)}: broken JSON: {error.message}")
                 return None
 
     def _objects(self, position: int) -> None:
