@@ -401,7 +401,7 @@ class _RowParser:
             "pair": self._pair,
             "prompt": self._prompt_only,
         }
-        used = {*self.form.required, *self.form.optional} if kind != "prompt" else {*_question_keys(self.form)}
+        used = _used_keys(self.form, kind)
         columns = {key: value for key, value in self.row.items() if key not in used}
         for key, value in columns.items():
             bad = _bad_characters(key) or _bad_column(value)
@@ -541,5 +541,15 @@ class _RowParser:
         return None if turns is None else PromptRecord(_prompt_of_turns(turns[:-1]), self.columns, self.where)
 
 
-def _question_keys(form: RowFormat) -> tuple[str, ...]:
-    return (form.question, CONTEXT) if form.question is not None else ()
+def _used_keys(form: RowFormat, kind: RecordKind) -> set[str | None]:
+    """The keys that a record of `kind` takes its parts from; all others are its columns."""
+    question = {form.question, CONTEXT} if form.question is not None else set[str | None]()
+    return (
+        question
+        | {
+            "sft": {form.answer},
+            "score": {form.answer, form.score},
+            "pair": {form.chosen, form.rejected, *MARGIN},
+            "prompt": set[str | None](),
+        }[kind]
+    )

@@ -107,7 +107,8 @@ PROBLEMS = {
     "digits without end": (
         '{"a": ' + "1" * 5000 + "}",
         [
-            "f: train row 1: line 1, column 1: broken JSON: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits"
+            "f: train row 1: line 1, column 1: broken JSON: "
+            "Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits"
         ],
     ),
 }
