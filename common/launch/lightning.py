@@ -45,11 +45,14 @@ FLOAT16 = frozenset({16, "16", "16-mixed", "16-true"})
 def trainer_params(settings: TrainerSettings) -> dict[str, Any]:
     """Arguments of `pl.Trainer` with this project's defaults: one epoch, one process, on a GPU where there is one.
 
-    `overfit_batches` becomes the two limits that it stands for: Lightning would put a sampler of its own in place of the batch plan.
+    `overfit_batches` becomes a limit of training batches (a number, not a share, limits validation too): Lightning would put a sampler of
+    its own in place of the batch plan.
     """
     params = {"accelerator": "auto", "devices": 1, "enable_model_summary": False, **settings.params}
     if overfit := params.pop("overfit_batches", 0):
-        params["limit_train_batches"] = params["limit_val_batches"] = overfit
+        params["limit_train_batches"] = overfit
+        if isinstance(overfit, int):
+            params["limit_val_batches"] = overfit
     if params.get("max_epochs") is None and params.get("max_steps") in (None, -1):
         params["max_epochs"] = 1
     return params

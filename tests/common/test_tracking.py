@@ -259,7 +259,8 @@ def test_wandb_that_cannot_be_reached_records_offline(
     modes: list[str] = []
 
     class Run:
-        summary: dict[str, Any] = {}
+        def __init__(self) -> None:
+            self.summary: dict[str, Any] = {}
 
         def finish(self, exit_code: int) -> None: ...
 
