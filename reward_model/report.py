@@ -98,6 +98,11 @@ def invariance_check(differences: dict[str, float]) -> Check:
     return Check(worst <= INVARIANCE_TOLERANCE, f"scores do not depend on padding or batch order (largest difference: {listed})")
 
 
+def edges(low: float, high: float) -> tuple[float, float]:
+    """The ends of a slice, as whole numbers where both are (lengths are)."""
+    return (int(low), int(high)) if low.is_integer() and high.is_integer() else (low, high)
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Columns as wide as their widest cell: the first and text to the left, numbers to the right."""
     cells = [[shown(value) for value in row] for row in rows]

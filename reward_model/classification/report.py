@@ -18,7 +18,7 @@ from reward_model.metrics import (
     spearman,
     wins,
 )
-from reward_model.report import Breakdown, Check, Figure, Report, calibration_breakdown, invariance_check, shown
+from reward_model.report import Breakdown, Check, Figure, Report, calibration_breakdown, edges, invariance_check, shown
 
 # An expected calibration error below this is called calibrated; score and length more alike than that, one is the other's proxy.
 CALIBRATED = 0.1
@@ -99,5 +99,7 @@ def column(pairs: Sequence[ScoredPair], name: str) -> Floats:
 
 def sliced(name: str, values: Floats, right: Floats, longer: Floats) -> Breakdown:
     """Accuracy of the model and of longer-wins in quartiles of `values`."""
-    rows = [(part.low, part.high, len(part.rows), mean(right[part.rows]), mean(longer[part.rows])) for part in quantile_slices(values)]
+    rows = [
+        (*edges(part.low, part.high), len(part.rows), mean(right[part.rows]), mean(longer[part.rows])) for part in quantile_slices(values)
+    ]
     return Breakdown(name, ("from", "to", "pairs", "accuracy", "longer wins"), rows)
