@@ -202,3 +202,16 @@ def test_a_wholly_frozen_backbone_gives_the_same_states_in_training() -> None:
     freeze_eval(model)
     first, second = (model.backbone(ids).logits for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_only_the_outermost_stack_makes_blocks() -> None:
+    class Attention(nn.Linear):
+        pass
+
+    def block() -> nn.Module:
+        return nn.ModuleDict({"layer": nn.ModuleList([Attention(2, 2), Attention(2, 2)]), "mixer": nn.Linear(2, 2)})
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block(), block()]), "adapters": nn.ModuleList([nn.Linear(2, 2)])})
+    assert [found.prefix for found in find_blocks(model)] == ["blocks.0.", "blocks.1."]
+    groups = parameter_groups(model)
+    assert groups["blocks.1.layer.0.weight"] == "attn" and groups["blocks.0.mixer.bias"] == "ff" and groups["adapters.0.bias"] == "other"
