@@ -1,0 +1,175 @@
+"""Converting keeps what the target can hold, says what it cannot, and never leaves half a file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common import convert
+from common.errors import UserError
+from common.records import read_splits
+from common.row_formats import FORMATS
+
+HISTORY = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant:"
+PAIRS = [
+    {"Question": "a?", "Accepted_Answer": "good", "Answer": ["bad", " worse\n"], "margin": 2.0, "id": 1},
+    {"Question": HISTORY, "Accepted_Answer": " So.", "Answer": "  No."},
+    {"Question": "b?", "context": "about b", "Accepted_Answer": "x", "Answer": "y"},
+]
+SCORES = [{"Question": "a?", "Answer": "b", "Score": 1.5, "tags": ["x", None]}, {"Question": HISTORY, "Answer": "c", "Score": -1}]
+
+
+def write(path: Path, rows: Any) -> str:
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return str(path)
+
+
+def run(*arguments: Any) -> None:
+    assert convert.main([str(argument) for argument in arguments]) == 0
+
+
+def content(path: Any, kind: Any) -> list[tuple[Any, ...]]:
+    """What the records of a file hold, without their place in it."""
+    splits = read_splits(str(path), kind, validation_split_percentage=0, require=())
+    records = [*splits.train, *splits.val, *splits.test]
+    return [tuple(value for name, value in vars(record).items() if name != "where") for record in records]
+
+
+@pytest.mark.parametrize("target", ["qa_pair", "instruction_pair", "prompt_pair"])
+def test_pairs_come_back_the_same_from_every_format_that_holds_them(tmp_path: Path, target: str) -> None:
+    source = write(tmp_path / "in.json", PAIRS)
+    run(source, tmp_path / "mid.jsonl", "--to", target)
+    run(tmp_path / "mid.jsonl", tmp_path / "back.json", "--to", "qa_pair")
+    assert content(tmp_path / "mid.jsonl", "pair") == content(source, "pair") == content(tmp_path / "back.json", "pair")
+
+
+def test_hh_holds_one_rejected_answer_a_row_and_no_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "in.json", PAIRS)
+    run(source, tmp_path / "out.jsonl", "--to", "hh")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert rows[0] == {"chosen": "\n\nHuman: a?\n\nAssistant: good", "rejected": "\n\nHuman: a?\n\nAssistant: bad", "margin": 2.0, "id": 1}
+    assert [row["rejected"].split("Assistant:")[-1] for row in rows] == [" bad", "  worse\n", "  No.", " y"]
+    assert "dropped, since hh cannot hold it: context (1 rows)" in capsys.readouterr().out
+
+
+def test_scores_become_answers_and_questions_with_a_word_about_what_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "in.json", {"train": SCORES, "test": [{**SCORES[0], "Question": "t?"}]})
+    run(source, tmp_path / "sft.json", "--to", "instruction")
+    assert json.loads((tmp_path / "sft.json").read_text())["test"] == [
+        {"instruction": "t?", "context": "", "response": "b", "tags": ["x", None]}
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        "dropped, since instruction cannot hold it: score (3 rows)",
+        f"{tmp_path}/sft.json: train 2, test 1 rows as instruction",
+    ]
+    run(source, tmp_path / "prompts.jsonl", "--to", "prompt", "--split", "train")
+    assert [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()] == [
+        {"prompt": "a?", "tags": ["x", None]},
+        {"prompt": HISTORY},
+    ]
+    assert "answer (2 rows)" in capsys.readouterr().out
+
+
+def test_the_better_answer_of_a_pair_can_be_imitated(tmp_path: Path) -> None:
+    run(write(tmp_path / "in.json", PAIRS[:1]), tmp_path / "out.jsonl", "--to", "qa")
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"Question": "a?", "Answer": "good", "id": 1}
+
+
+def test_columns_are_renamed_and_the_output_may_be_gzipped(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.json", [{"title": "a?", "votes": 3, "body": "b"}])
+    run(source, tmp_path / "out.jsonl.gz", "--to", "qa_score", "--columns", "Question=title", "Answer=body", "Score=votes")
+    assert json.loads(gzip.decompress((tmp_path / "out.jsonl.gz").read_bytes())) == {"Question": "a?", "Answer": "b", "Score": 3.0}
+
+
+REFUSED: dict[str, tuple[Any, str, list[str], str]] = {
+    "no scores there": (
+        [{"Question": "a", "Answer": "b"}],
+        "o.json",
+        ["--to", "qa_score"],
+        "hold too little for qa_score; expected one of qa, instruction",
+    ),
+    "prompts only": ([{"prompt": "a"}], "o.json", ["--to", "hh"], "hold too little for hh; expected one of prompt$"),
+    "bad rows": ([{"Question": "a", "Answer": ""}], "o.json", ["--to", "qa"], "train row 1 .*: Answer: got empty text"),
+    "several splits as lines": ({"train": SCORES, "val": SCORES}, "o.jsonl", ["--to", "qa"], "JSON Lines hold one split, got train, val"),
+    "another ending": (SCORES, "o.csv", ["--to", "qa"], "expected one that ends in .json"),
+    "no such folder": (SCORES, "x/o.json", ["--to", "qa"], "its folder does not exist"),
+    "the split is empty": (SCORES, "o.json", ["--to", "qa", "--split", "test"], "test: got no rows"),
+    "columns without =": (SCORES, "o.json", ["--to", "qa", "--columns", "Question"], "expected OURS=THEIRS"),
+    "no rows": ([], "o.json", ["--to", "qa"], "got no rows"),
+    "would read back otherwise": (
+        [{"Question": "a", "Accepted_Answer": "b\n\nHuman: c\n\nAssistant: d", "Answer": "e"}],
+        "o.json",
+        ["--to", "hh"],
+        "train row 1: cannot be written as hh so that it reads back the same",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rows", "name", "options", "expected"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_done_is_refused_and_nothing_is_written(
+    tmp_path: Path, rows: Any, name: str, options: list[str], expected: str
+) -> None:
+    source = write(tmp_path / "in.json", rows)
+    with pytest.raises(UserError, match=expected):
+        run(source, tmp_path / name, *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
+
+
+def test_an_existing_file_is_replaced_only_when_asked_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "in.json", SCORES)
+    out = tmp_path / "out.json"
+    out.write_text("mine")
+    with pytest.raises(UserError, match="is there already; --force replaces it"):
+        run(source, out, "--to", "qa")
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(UserError, match="cannot be written: No space left on device"):
+            run(source, out, "--to", "qa", "--force")
+    assert out.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.json", "out.json"]
+    run(source, out, "--to", "qa", "--force")
+    assert len(content(out, "sft")) == 2
+
+
+def test_unusable_rows_are_dropped_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "in.json", [*SCORES, {"Question": "q", "Answer": "", "Score": 1}])
+    run(source, tmp_path / "out.json", "--to", "qa", "--drop_unusable")
+    assert "1 of 3 rows dropped" in capsys.readouterr().out
+
+
+def test_help_lists_every_format_and_starts_without_torch(root: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "common.convert", "--help"], cwd=root, capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    for form in FORMATS:
+        if not form.name.endswith("_only"):
+            assert f"  {form.name} " in result.stdout
+    assert not {"torch", "transformers", "datasets"} & {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+
+
+def test_errors_are_lines_and_exit_code_2(tmp_path: Path, root: Path) -> None:
+    command = [sys.executable, "-m", "common.convert", str(tmp_path / "none.json"), str(tmp_path / "o.json"), "--to", "qa"]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: {tmp_path}/none.json: no such file\n"
+
+
+def test_real_dialogues_come_back_to_the_letter(shared: Path, tmp_path: Path) -> None:
+    source = shared / "data" / "hh_harmless_mild.jsonl.gz"
+    run(source, tmp_path / "a.jsonl", "--to", "prompt_pair", "--drop_unusable")
+    run(tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--to", "hh")
+    original = [json.loads(line) for line in gzip.decompress(source.read_bytes()).decode().splitlines()]
+    back = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
+    assert back == [row for number, row in enumerate(original, 1) if number not in (159, 346)]
