@@ -117,6 +117,7 @@ def test_padding_falls_back_to_eos_and_a_reward_model_can_get_its_own(tmp_path: 
         assert torch.equal(backbone(ids).last_hidden_state, before)
     assert (tokenizer.pad_token_id, backbone.config.pad_token_id, backbone.config.vocab_size) == (3, 3, 4)
     assert not pad_is_eos(tokenizer) and backbone.get_input_embeddings().num_embeddings == 4
+    assert backbone.get_input_embeddings().weight[3].tolist() == [0.0] * 16  # the same in every run
 
 
 def test_tokenizer_without_any_end_and_missing_tokenizer(tmp_path: Path) -> None:
