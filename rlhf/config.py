@@ -112,6 +112,18 @@ class PPOParams(Section):
         return self
 
 
+_PART_SETTINGS: dict[str, tuple[str, ...]] = {
+    "model": ("model_name", "batch_size", "normalise"),
+    "function": ("path", "timeout_s"),
+    "length": ("min_words", "max_words"),
+    "repetition": ("ngram",),
+    "regex": ("pattern",),
+    "must_end": ("endings",),
+    "sum": ("members",),
+    "ensemble": ("members", "combine", "std_coef"),
+}
+
+
 class RewardComponent(Section):
     """One part of the reward; a tree of these is what PPO maximises."""
 
@@ -146,6 +158,12 @@ class RewardComponent(Section):
             raise ValueError(f"a reward part of type {self.type} needs {needed}")
         if self.type == "length" and self.min_words is None and self.max_words is None:
             raise ValueError("a reward part of type length needs min_words or max_words")
+        idle = self.model_fields_set - {"type", "name", "weight", *_PART_SETTINGS[self.type]}
+        if idle:
+            raise ValueError(f"a reward part of type {self.type} does not read {', '.join(sorted(idle))}")
+        weighed = [member.name or member.type for member in self.members if "weight" in member.model_fields_set]
+        if self.type == "ensemble" and weighed:
+            raise ValueError(f"weight of {', '.join(weighed)} has no effect in an ensemble; members of a sum have weights")
         return self
 
 
@@ -158,6 +176,8 @@ class RewardSettings(Section):
     def _one_source(self) -> RewardSettings:
         if (self.reward_model_name is None) == (self.pipeline is None):
             raise ValueError("exactly one of reward_model_name and pipeline is needed")
+        if self.pipeline is not None and "weight" in self.pipeline.model_fields_set:
+            raise ValueError("weight has no effect on the whole pipeline; members of a sum have weights")
         return self
 
 

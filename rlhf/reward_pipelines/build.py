@@ -1,0 +1,225 @@
+"""From the settings to a pipeline that scores."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import UserError
+from common.model_source import ModelSource, check_model_source
+from common.records import Prompt
+from rlhf.config import RewardComponent, RewardSettings
+from rlhf.reward_pipelines.combine import Ensemble, WeightedSum
+from rlhf.reward_pipelines.function import PythonFunction, load_function
+from rlhf.reward_pipelines.model import TrainedRewardModel
+from rlhf.reward_pipelines.part import Answers, RewardPart, RewardResult
+from rlhf.reward_pipelines.rules import LengthRule, MustEndRule, RegexRule, RepetitionRule
+
+if TYPE_CHECKING:
+    import torch
+
+
+class RewardPipeline:
+    """Scores answers given as text. `pipeline(prompts, responses, **columns)` gives the scores alone, `score` the parts too."""
+
+    def __init__(self, root: RewardPart) -> None:
+        names = Counter(part.name for part in root.walk())
+        twice = [name for name, count in names.items() if count > 1]
+        assert not twice, f"parts of the same name {twice} would hide each other in the metrics"
+        self.root = root
+
+    def score(
+        self,
+        prompts: Sequence[Prompt | str],
+        responses: Sequence[str],
+        columns: Sequence[Mapping[str, Any]] | None = None,
+        ended: Sequence[bool] | None = None,
+    ) -> RewardResult:
+        """Scores of answers to prompts (a string is a question without context), in their order.
+
+        `columns`: every other column of each prompt's row. `ended`: False for answers cut off before EOS; default: all ended.
+        Raises UserError where a user's function fails.
+        """
+        components: dict[str, list[float]] = {}
+        answers = _answers(prompts, responses, columns, ended)
+        scores = self.root.score(answers, components) if answers.responses else []
+        return RewardResult(scores, components)
+
+    def __call__(self, prompts: Sequence[Prompt | str], responses: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+        """Scores alone; columns as lists with one value per answer."""
+        for name, values in columns.items():
+            if len(values) != len(responses):
+                raise ValueError(f"column {name} has {len(values)} values for {len(responses)} responses")
+        rows = [{name: values[row] for name, values in columns.items()} for row in range(len(responses))]
+        return self.score(prompts, responses, rows).scores
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a part is normalised by reference answers that it has not seen yet."""
+        return any(part.needs_calibration for part in self.root.walk())
+
+    def calibrate(
+        self,
+        prompts: Sequence[Prompt | str],
+        responses: Sequence[str],
+        columns: Sequence[Mapping[str, Any]] | None = None,
+        ended: Sequence[bool] | None = None,
+    ) -> None:
+        """Show the reference's answers, once at the start, to the parts with `normalise: reference`.
+
+        With several processes every one must see the same answers, or take the first one's `state_dict`.
+        """
+        answers = _answers(prompts, responses, columns, ended)
+        for part in self.root.walk():
+            part.calibrate(answers)
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """What `calibrate` learnt, by part; plain numbers."""
+        return {part.name: state for part in self.root.walk() if (state := part.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take back what `state_dict` gave; raises ValueError where it is of another pipeline."""
+        expected = {part.name for part in self.root.walk() if part.state_dict()}
+        if expected != state.keys():
+            raise ValueError(f"state of reward parts {sorted(state)}, this pipeline needs {sorted(expected)}")
+        for part in self.root.walk():
+            part.load_state_dict(state.get(part.name, {}))
+
+
+def check_pipeline(settings: RewardSettings, stage_dir: Path, *, trust_remote_code: bool = False) -> list[ModelSource]:
+    """Check everything that needs no torch: reward models exist, functions can be imported, patterns compile, names differ.
+
+    Returns what the reward models' files say about them. Raises UserError with all problems.
+    """
+    problems: list[str] = []
+    sources: list[ModelSource] = []
+    root = _component(settings)
+    names = _names(root)
+    for name, count in Counter(names.values()).items():
+        if count > 1:
+            problems.append(f"reward_config.pipeline: {count} parts are named {name}; give each its own name")
+    for setting, component in _walk(root, settings):
+        try:
+            if component.type == "model":
+                assert component.model_name is not None
+                sources.append(
+                    check_model_source(component.model_name, setting=setting, role="reward", trust_remote_code=trust_remote_code)
+                )
+            elif component.type == "function":
+                assert component.path is not None
+                load_function(component.path, stage_dir)
+            elif component.type == "regex":
+                _compiled(component)
+        except UserError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise UserError(*problems)
+    return sources
+
+
+def build_pipeline(
+    settings: RewardSettings, *, stage_dir: Path, device: torch.device | str = "cpu", trust_remote_code: bool = False
+) -> RewardPipeline:
+    """Load what the settings name. Call `check_pipeline` before, so that what can fail fails before models are loaded."""
+    root = _component(settings)
+    return RewardPipeline(_build(root, _names(root), settings, stage_dir, device, trust_remote_code))
+
+
+def _component(settings: RewardSettings) -> RewardComponent:
+    return settings.pipeline or RewardComponent(type="model", model_name=settings.reward_model_name)
+
+
+def _walk(root: RewardComponent, settings: RewardSettings) -> Iterator[tuple[str, RewardComponent]]:
+    """Every component with the setting that a message about it names."""
+    if settings.pipeline is None:
+        yield "reward_config.reward_model_name", root
+        return
+
+    def walk(component: RewardComponent, place: str) -> Iterator[tuple[str, RewardComponent]]:
+        yield f"{place}.model_name" if component.type == "model" else place, component
+        for number, member in enumerate(component.members):
+            yield from walk(member, f"{place}.members[{number}]")
+
+    yield from walk(root, "reward_config.pipeline")
+
+
+def _names(root: RewardComponent) -> dict[int, str]:
+    """The name of each component, by identity: its own, else its type, numbered from the second on."""
+    components: list[RewardComponent] = []
+
+    def collect(component: RewardComponent) -> None:
+        components.append(component)
+        for member in component.members:
+            collect(member)
+
+    collect(root)
+    taken = {component.name for component in components if component.name}
+    names: dict[int, str] = {}
+    for component in components:
+        name, number = component.name or component.type, 1
+        while not component.name and name in taken:
+            number += 1
+            name = f"{component.type}_{number}"
+        taken.add(name)
+        names[id(component)] = name
+    return names
+
+
+def _build(
+    component: RewardComponent,
+    names: Mapping[int, str],
+    settings: RewardSettings,
+    stage_dir: Path,
+    device: torch.device | str,
+    trust_remote_code: bool,
+) -> RewardPart:
+    name = names[id(component)]
+    members = [_build(member, names, settings, stage_dir, device, trust_remote_code) for member in component.members]
+    match component.type:
+        case "model":
+            from common.models.reward import RewardScorer
+
+            assert component.model_name is not None
+            batch_size = component.batch_size or settings.batch_size
+            scorer = RewardScorer(component.model_name, batch_size=batch_size, device=device, trust_remote_code=trust_remote_code)
+            return TrainedRewardModel(name, scorer, component.normalise)
+        case "function":
+            assert component.path is not None
+            return PythonFunction(name, component.path, load_function(component.path, stage_dir), component.timeout_s)
+        case "length":
+            return LengthRule(name, component.min_words, component.max_words)
+        case "repetition":
+            return RepetitionRule(name, component.ngram)
+        case "regex":
+            return RegexRule(name, _compiled(component))
+        case "must_end":
+            return MustEndRule(name, component.endings)
+        case "sum":
+            return WeightedSum(name, members, [member.weight for member in component.members])
+        case "ensemble":
+            return Ensemble(name, members, component.combine, component.std_coef)
+
+
+def _compiled(component: RewardComponent) -> re.Pattern[str]:
+    assert component.pattern is not None
+    try:
+        return re.compile(component.pattern)
+    except re.error as error:
+        raise UserError(f"reward_config.pipeline: pattern {component.pattern!r} is no regular expression: {error}") from None
+
+
+def _answers(
+    prompts: Sequence[Prompt | str],
+    responses: Sequence[str],
+    columns: Sequence[Mapping[str, Any]] | None,
+    ended: Sequence[bool] | None,
+) -> Answers:
+    return Answers(
+        prompts=[Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts],
+        responses=list(responses),
+        columns=[{} for _ in responses] if columns is None else list(columns),
+        ended=[True] * len(responses) if ended is None else list(ended),
+    )

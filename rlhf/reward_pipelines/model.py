@@ -1,0 +1,72 @@
+"""A trained reward model as part of a reward."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+from common.records import Prompt
+from rlhf.reward_pipelines.part import Answers, RewardPart
+
+_LEAST_SCALE = 1e-6
+"""Scores that differ less than this are taken as all alike, and not divided."""
+
+
+class Scorer(Protocol):
+    """What `common.models.reward.RewardScorer` offers: final scores of texts, with mean and scale on the training set."""
+
+    @property
+    def score_mean(self) -> float: ...
+    @property
+    def score_scale(self) -> float: ...
+    def score(self, prompts: Sequence[Prompt | str], responses: Sequence[str], ended: Sequence[bool] | None = None) -> list[float]: ...
+
+
+class TrainedRewardModel(RewardPart):
+    """(score - mean) / scale of a reward model, whatever its tokenizer; the score itself is logged as `NAME_raw`.
+
+    normalise: `manifest` takes mean and scale from the reward model's training set, `reference` from the answers that `calibrate`
+    sees, `none` takes 0 and 1.
+    """
+
+    def __init__(self, name: str, scorer: Scorer, normalise: Literal["manifest", "reference", "none"] = "manifest") -> None:
+        super().__init__(name)
+        self.scorer = scorer
+        self.normalise = normalise
+        self._mean: float | None = None
+        self._scale: float | None = None
+        if normalise == "manifest":
+            self._mean, self._scale = scorer.score_mean, scorer.score_scale
+        elif normalise == "none":
+            self._mean, self._scale = 0.0, 1.0
+
+    def values(self, answers: Answers, components: dict[str, list[float]]) -> list[float]:
+        if self._mean is None or self._scale is None:
+            raise ValueError(f"reward {self.name} is normalised by reference answers: calibrate the pipeline before it scores")
+        raw = self._raw(answers)
+        if self.normalise != "none":
+            components[f"{self.name}_raw"] = raw
+        return [(score - self._mean) / self._scale for score in raw]
+
+    def _raw(self, answers: Answers) -> list[float]:
+        return self.scorer.score(answers.prompts, answers.responses, answers.ended)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self._mean is None
+
+    def calibrate(self, answers: Answers) -> None:
+        if self.normalise != "reference":
+            return
+        raw = self._raw(answers)
+        self._mean = statistics.fmean(raw)
+        spread = statistics.pstdev(raw)
+        self._scale = spread if spread > _LEAST_SCALE else 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self._mean, "scale": self._scale} if self.normalise == "reference" else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.normalise == "reference":
+            self._mean, self._scale = state["mean"], state["scale"]
