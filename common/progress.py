@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ class Progress:
         self.label = label
         self._stream = stream or sys.stderr
         self._enabled = enabled and total > 0
-        self._terminal = self._enabled and self._stream.isatty()
+        self._terminal = self._enabled and _is_terminal(self._stream)
         self._every = max(1, -(-total // LOG_LINES))
         self._started, self._first, self._done = time.monotonic(), done, done
         self._drawn = -1.0
@@ -80,6 +81,14 @@ class Progress:
             self._bar.close()
             self._bar = None
         self._enabled = False
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    """Whether a bar can be drawn; some pseudo-terminals (of CI systems, say) have no size."""
+    try:
+        return stream.isatty() and min(os.get_terminal_size(stream.fileno())) > 0
+    except (OSError, ValueError):
+        return False
 
 
 def format_figure(value: float) -> str:

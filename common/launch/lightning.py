@@ -200,7 +200,7 @@ def fit(
         best_metrics=dict(keeper.best_metrics),
         steps=trainer.global_step,
         seconds=time.monotonic() - started,
-        peak_memory_gib=peak_memory_gib(module.device),
+        peak_memory_gib=peak_memory_gib(trainer.strategy.root_device),  # the module is back on the CPU by now
     )
 
 

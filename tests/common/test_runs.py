@@ -71,6 +71,13 @@ def test_runs_that_start_at_once_get_directories_of_their_own(tmp_path: Path) ->
     assert sorted(path.name for path in made) == sorted(f"desc-run,index-{number}" for number in range(16))
 
 
+def test_a_number_that_another_run_took_in_between_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_run_directory(tmp_path, "run")
+    seen = iter([0, 0, 1])  # what was free when we looked, twice too late
+    monkeypatch.setattr("common.runs.next_free_index", lambda root, desc: next(seen))
+    assert create_run_directory(tmp_path, "run").name == "desc-run,index-1"
+
+
 def test_latest_is_relative_follows_best_and_survives_moving_the_tree(tmp_path: Path) -> None:
     models = tmp_path / "models"
     run = create_run_directory(models, "run")

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common import closing
+from common.closing import RunResult, closing_lines, finish_run, opening_lines
+from common.runs import create_run_directory, replace_symlink
+from common.tracking import Tracker
+
+
+def finished(root: Path) -> tuple[Path, RunResult]:
+    run = create_run_directory(root, "run")
+    model = run / "checkpoints" / "step-000020"
+    model.mkdir(parents=True)
+    replace_symlink(run / "best", model)
+    return run, RunResult(model, "val/loss", 0.5, {"val/loss": 0.5, "val/bleu": 12.345}, steps=30, seconds=61.0, peak_memory_gib=1.5)
+
+
+def test_the_first_words() -> None:
+    lines = opening_lines(Path("/runs/a"), trainable=1000, parameters=139000, rows={"train": 1200, "val": 60}, steps=90, batch="8 x 2 rows")
+    assert lines == [
+        "model: 139,000 parameters, 1,000 of them train",
+        "data: 1,200 train, 60 val rows; 90 optimizer steps of 8 x 2 rows",
+        "output: /runs/a",
+    ]
+
+
+def test_the_end_publishes_summarises_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, result = finished(tmp_path)
+    with Tracker(run, stage="sft") as tracker:
+        for step, loss in [(10, 0.75), (20, 0.5), (30, 0.625)]:
+            tracker.log({"val/loss": loss, "train/loss": 0.0}, step)
+        finish_run(tracker, result, runs_root=tmp_path, extra={"score_mean": 0.25})
+    assert (tmp_path / "latest").resolve() == result.model
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["best_of_each"] == {"val/loss": {"value": 0.5, "step": 20}}
+    assert (summary["stage"], summary["steps"], summary["best_value"], summary["score_mean"]) == ("sft", 30, 0.5, 0.25)
+    assert (run / "curves.png").stat().st_size > 5000
+    assert capsys.readouterr().out.splitlines() == [
+        "done: 30 steps in 1 min 01 s, peak memory 1.50 GiB",
+        "best val/loss 0.5 (val/bleu 12.35), step-000020",
+        f"model:   {tmp_path / 'latest'} -> {result.model}",
+        f"metrics: {run / 'metrics.csv'}, summary.json",
+        f"curves:  {run / 'curves.png'}",
+    ]
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(run_dir: Path) -> Path:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(closing, "plot_curves", fail)
+    run, result = finished(tmp_path)
+    finish_run(Tracker(run), result, runs_root=None)
+    captured = capsys.readouterr()
+    assert captured.err == "warning: no curves were drawn: no fonts\n"
+    assert f"model:   {run / 'best'}" in captured.out.splitlines()
+    assert not (tmp_path / "latest").exists()
+
+
+def test_a_run_without_a_finite_figure_says_so(tmp_path: Path) -> None:
+    lines = closing_lines(tmp_path, RunResult(tmp_path / "step-1", "val/loss", None), latest=None, curves=None)
+    assert lines[1] == "val/loss was never a finite number; the last checkpoint stands in for the best, step-1"
