@@ -162,9 +162,7 @@ def _checked(path: str, result: Any, answers: Answers) -> list[float]:
         number = _number(value)
         if number is None:
             got, question = _shown(repr(value)), _shown(answers.prompts[row].question)
-            raise UserError(
-                f"reward function {path} returned {_shown(repr(value))}, expected a finite number, for answer {row} (to {question!r})"
-            )
+            raise UserError(f"reward function {path} returned {got}, expected a finite number, for answer {row} (to {question!r})")
         values.append(number)
     return values
 
