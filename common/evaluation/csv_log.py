@@ -45,13 +45,10 @@ class CsvLog:
         """Append rows (keys exactly the columns) and flush them to disk; floats are written so that they read back equal."""
         if not rows:
             return
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         for row in rows:
             assert set(row) == set(self.columns), f"row has {sorted(row)}, expected {sorted(self.columns)}"
         plain = [{column: _plain(row[column]) for column in self.columns} for row in rows]
-        writer.writerows(plain)
-        self._write(text.getvalue(), "ab")
+        self._write("".join(_line(list(row.values())) for row in plain), "ab")
         self.rows.extend(plain)
         self._save_state()
 
@@ -77,9 +74,7 @@ class CsvLog:
     def _begin(self) -> None:
         # Without the state of an older file first: a kill between the two writes must not leave it beside a new file.
         self._state_path.unlink(missing_ok=True)
-        header = io.StringIO(newline="")
-        csv.writer(header, lineterminator="\n").writerow(self.columns)
-        self._write(header.getvalue(), "wb")
+        self._write(_line(self.columns), "wb")
         self._save_state()
 
     def _write(self, text: str, mode: str) -> None:
@@ -100,6 +95,13 @@ class CsvLog:
         except (OSError, ValueError):
             return None
         return state if isinstance(state, dict) and {"identity", "rows", "bytes"} <= state.keys() else None
+
+
+def _line(values: Sequence[str]) -> str:
+    """One CSV line. The writer quotes what its line ending is made of: with \\r\\n a lone \\r in an answer is quoted, too."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\r\n").writerow(values)
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _plain(value: Any) -> str:

@@ -54,6 +54,13 @@ def test_what_a_killed_process_left_half_written_is_cut_off(tmp_path: Path, junk
     assert path.read_bytes() == whole
 
 
+def test_any_character_that_a_model_may_write_reads_back(tmp_path: Path) -> None:
+    texts = ["a\rb", "\r", "\r\n", "\x00 \x1c \x85 \u2028", " lead ", '"', ",", "'", "=1+1", "\ufeff"]
+    log = CsvLog(tmp_path / "out.csv", COLUMNS, {})
+    log.append([{"question": text, "answer": text, "score": 0.5} for text in texts])
+    assert [row["answer"] for row in CsvLog(tmp_path / "out.csv", COLUMNS, {}).rows] == texts
+
+
 @pytest.mark.parametrize("change", ["identity", "columns", "state lost"])
 def test_rows_of_another_evaluation_are_put_aside(tmp_path: Path, change: str) -> None:
     path = tmp_path / "out.csv"
