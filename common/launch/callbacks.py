@@ -159,7 +159,8 @@ class TrainingMetrics(pl.Callback):
         # Lightning has divided each by the number of micro-batches, so the sum is the loss of the step.
         self._step_loss = torch.stack(self._losses).sum()
         self._losses = []
-        if self._step % self.log_every_n_steps == 0 or self._step == self.total_steps:
+        on_schedule = self.log_every_n_steps > 0 and self._step % self.log_every_n_steps == 0
+        if on_schedule or self._step == self.total_steps:
             self._log(trainer, pl_module, batch_idx)
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:

@@ -49,6 +49,8 @@ def trainer_params(settings: TrainerSettings) -> dict[str, Any]:
     its own in place of the batch plan.
     """
     params = {"accelerator": "auto", "devices": 1, "enable_model_summary": False, **settings.params}
+    if params.get("log_every_n_steps") is None:
+        params["log_every_n_steps"] = 50
     if overfit := params.pop("overfit_batches", 0):
         params["limit_train_batches"] = overfit
         if isinstance(overfit, int):
@@ -158,7 +160,7 @@ def build_trainer(
     params = trainer_params(settings)
     shows_progress = params.pop("enable_progress_bar", True)
     logger = TrackerLogger(tracker)
-    metrics = TrainingMetrics(tracker, total_steps, params.get("log_every_n_steps") or 50)
+    metrics = TrainingMetrics(tracker, total_steps, params["log_every_n_steps"])
     report = ProgressReport(metrics, total_steps, shows_progress)
     keeper = CheckpointKeeper.from_settings(run_dir, save, settings.checkpoint, choices)
     checkpoints = Checkpoints(keeper, settings.checkpoint.every_n_train_steps, total_steps, StopSignals(), report)

@@ -21,7 +21,7 @@ from common.batching import Batch, BatchPlan, batch_loader
 from common.checkpoint import atomic_directory
 from common.closing import RunResult, finish_run
 from common.errors import UserError
-from common.launch.callbacks import count_tokens, mixed_seed
+from common.launch.callbacks import TRAINING_METRICS, count_tokens, mixed_seed
 from common.launch.lightning import build_trainer, check_trainer, fit, total_optimizer_steps, trainer_params
 from common.schema import CheckpointSettings, TrainerSettings
 from common.tracking import Tracker, read_metrics
@@ -139,6 +139,13 @@ def test_loss_gradient_and_steps_by_hand(tmp_path: Path) -> None:
     assert column(tmp_path, "val/loss") == [(2, pytest.approx(sum((2.625 - x) ** 2 for x in VALUES) / 5, rel=1e-6))]
     assert result.steps == 2 and result.model == tmp_path / "checkpoints" / "step-000002"
     assert state(tmp_path / "best") == {"w": 2.625, "step": 2, "metrics": {"val/loss": pytest.approx(2.390625), "val/weight": 2.625}}
+
+
+@pytest.mark.parametrize(("every", "expected"), [(3, [3, 6, 7]), (0, [7])])
+def test_metrics_come_on_schedule_and_at_the_end(tmp_path: Path, every: int, expected: list[int]) -> None:
+    train(tmp_path, Toy(), settings(log_every_n_steps=every, max_steps=7), loader([1.0] * 40), loader(VALUES))
+    assert [step for step, _ in column(tmp_path, "train/loss")] == expected
+    assert all(name in read_metrics(tmp_path)[0] for name in TRAINING_METRICS)
 
 
 def test_the_gradient_norm_is_that_before_clipping(tmp_path: Path) -> None:
@@ -331,8 +338,8 @@ def test_lengths_that_do_not_fit_the_data_are_refused(params: dict[str, Any], me
 
 def test_what_lightning_refuses_is_a_user_error(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path)
-    config = settings(precision="7")
-    with pytest.raises(UserError, match=r"trainer\.params: .*7"):
+    config = settings(strategy="no_such_strategy")
+    with pytest.raises(UserError, match=r"trainer\.params: .*no_such_strategy"):
         build_trainer(config, run_dir=tmp_path, tracker=tracker, seed=0, save=saver(Toy()), choices=("val/loss",), total_steps=1)
 
 
