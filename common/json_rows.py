@@ -59,13 +59,19 @@ class RawRows:
     named_splits: bool = False
 
 
+def readable(text: str) -> str:
+    """A text with line breaks, control characters and half surrogates written as escapes; letters of any script stay."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
 def shown(value: Any) -> str:
     """A value as an error message shows it: JSON, cut to a readable length."""
     try:
-        text = json.dumps(value, ensure_ascii=True)
+        text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
-        text = ascii(value)
-    return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+        text = repr(value)
+    text = text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
+    return readable(text)
 
 
 def decode_file(data: bytes, name: str) -> tuple[str, str | None]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from common.errors import UserError
-from common.json_rows import SPLIT_ALIASES, SPLITS, RawRow, RawRows, SplitName, parse_file, shown
+from common.json_rows import SPLIT_ALIASES, SPLITS, RawRow, RawRows, SplitName, parse_file, readable, shown
 from common.row_formats import (
     CONTEXT,
     KNOWN_KEYS,
@@ -222,7 +222,7 @@ class _Reading:
                 self.problems.append(f"{at}: got {shown(row.value)}, expected an object with keys")
                 continue
             if row.duplicates:
-                self.problems.extend(f"{at}: {ascii(key)[1:-1]}: got this key twice, expected it once" for key in row.duplicates)
+                self.problems.extend(f"{at}: {readable(key)}: got this key twice, expected it once" for key in row.duplicates)
                 continue
             seen_keys.update(row.value)
             value = reader.renamed(row.value)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from common.json_rows import shown
+from common.json_rows import readable, shown
 
 RecordKind = Literal["sft", "score", "pair", "prompt"]
 
@@ -313,7 +313,7 @@ def explain_keys(keys: Sequence[str], kind: RecordKind) -> list[str]:
     for key in missing[best.name]:
         found = slips[best.name][key]
         if found:
-            lines.append(f"{found}: got an unknown key, expected {key} (did you mean {key}?)")
+            lines.append(f"{readable(found)}: got an unknown key, expected {key} (did you mean {key}?)")
         else:
             lines.append(f"{key}: missing, expected it beside {_beside(best, key)}{suits}")
     return lines
@@ -361,7 +361,7 @@ class RowReader:
         """The format of a row (`value` under the file's names, `row` under ours), and what is wrong with its keys."""
         may_lack = (CONTEXT, *MARGIN)
         lacking = [
-            f"{theirs}: missing, expected as columns.{ours} says"
+            f"{readable(theirs)}: missing, expected as columns.{ours} says"
             for ours, theirs in self.columns.items()
             if theirs not in value and ours not in may_lack
         ]
@@ -378,7 +378,7 @@ class RowReader:
                 continue
             slip = next((name for name in watched if _fold(name) == _fold(key) and name not in keys), None)
             if slip:
-                problems.append(f"{key}: unknown key, expected {slip}; keys are read to the letter (did you mean {slip}?)")
+                problems.append(f"{readable(key)}: unknown key, expected {slip}; keys are read to the letter (did you mean {slip}?)")
         if all(key in row for key in MARGIN) and form.kind == "pair":
             problems.append("Margin: got margin beside it, expected one of the two")
         return form, problems
@@ -406,7 +406,7 @@ class _RowParser:
         for key, value in columns.items():
             bad = _bad_characters(key) or _bad_column(value)
             if bad:
-                self.problems.errors.append(f"{ascii(key)[1:-1]}: got {bad}, expected plain text")
+                self.problems.errors.append(f"{readable(key)}: got {bad}, expected plain text")
         self.columns = columns
         made = make[kind]()
         return (None if self.problems else made), self.problems

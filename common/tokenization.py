@@ -257,7 +257,7 @@ class Encoder:
             raise UserError(_at(where, f"got {got}, expected at most max_length {self.max_length} (truncate_prompt is false)"))
         beside_frame = self.max_length - self._frame
         fitting = [length for length in answer_lengths if length <= beside_frame]
-        room = self.max_length - max(fitting, default=1)
+        room = self.max_length - max(fitting, default=0)
         return room if longest <= beside_frame else min(room, max(self._frame, self.max_length // 2))
 
     def _fit_prompt(self, prompt: Prompt, ids: list[int], limit: int, where: str) -> tuple[list[int], int]:

@@ -209,6 +209,11 @@ BAD_ROWS: dict[str, tuple[str, Any, list[str]]] = {
         {"prompt": "q", "chosen": "a"},
         ["rejected: missing, expected it beside prompt, chosen (the row suits PPO (rlhf/))"],
     ),
+    "columns of another script, and unprintable ones": (
+        "sft",
+        {"问题": 1, "a\n\x07": 2},
+        ['keys: got "问题", "a\\n\\u0007", expected Question/Answer or instruction/response (data.columns renames)'],
+    ),
     "nothing known": (
         "sft",
         {"a": 1, "b": 2},
@@ -504,7 +509,7 @@ def test_the_same_question_in_another_dialogue_is_another_question() -> None:
 
 
 def test_fingerprint_follows_content_and_not_form(tmp_path: Path) -> None:
-    rows = [{"Question": f"q{number}", "Answer": "a", "Score": number} for number in range(4)]
+    rows = [{"Question": f"q{number}", "Answer": "a", "Score": number, "site": "x", "author": "y"} for number in range(4)]
     as_array = read_splits(write(tmp_path / "a.json", rows), "score")
     as_lines = read_splits(write(tmp_path / "b.jsonl", "\n".join(json.dumps(dict(reversed(row.items()))) for row in rows)), "score")
     assert as_array.fingerprint == as_lines.fingerprint and len(as_array.fingerprint) == 64
