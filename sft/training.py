@@ -21,6 +21,7 @@ from common.freezing import apply_freezing
 from common.launch.lightning import build_trainer, check_trainer, fit, total_optimizer_steps, trainer_params
 from common.lora import add_lora
 from common.models.load import build_generator, load_generator, load_tokenizer, set_dropout, train_tokenizer
+from common.models.modes import recompute_activations
 from common.prompts import answer_text, render_prompt
 from common.records import SFTRecord, Splits
 from common.runs import create_run_directory, run_log, stage_runs_root, write_config
@@ -45,8 +46,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
     if config.model_params.lora is not None:
         model = add_lora(model, config.model_params.lora)
     if config.model_params.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        recompute_activations(model)
 
     # 2. rows -> ids -> batches
     encoder = Encoder(
