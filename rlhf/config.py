@@ -37,6 +37,9 @@ class PPOData(Section):
     validation_split_percentage: Annotated[float, Field(ge=0, lt=100)] = Field(
         5.0, description="Per cent of train questions held out when the data has no `val` split."
     )
+    unusable_rows: Literal["error", "drop"] = Field(
+        "error", description="A row whose question is empty or whose dialogue does not fit: refuse it, or drop and count it."
+    )
     unique_prompts: bool = Field(True, description="Use a question once per pass, however many rows hold it.")
 
 
