@@ -43,10 +43,10 @@ def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
     if is_encoder_decoder and config.data.batching == "packed":
         raise UserError("data.batching packed does not fit an encoder-decoder model; use bucketed")
     freezing = apply_freezing(model, config.model_params)
-    if config.model_params.lora is not None:
-        model = add_lora(model, config.model_params.lora)
     if config.model_params.gradient_checkpointing:
         recompute_activations(model)
+    if config.model_params.lora is not None:
+        model = add_lora(model, config.model_params.lora, seed=config.seed)
 
     # 2. rows -> ids -> batches
     encoder = Encoder(
