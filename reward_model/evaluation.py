@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import MANIFEST
+from common.config import resolved_dict
 from common.errors import UserError
 from common.evaluation.csv_log import CsvLog
 from common.model_source import ModelSource
@@ -18,6 +19,7 @@ from common.models.backbone import RewardInput, collate_rewards, reward_inputs
 from common.models.reward import RewardScorer
 from common.records import Prompt
 from common.runs import write_text_atomically
+from common.tracking import Tracker, wandb_mode
 from reward_model.config import RewardTestConfig
 from reward_model.inputs import tested_model
 from reward_model.report import Report
@@ -109,8 +111,15 @@ def _batch_scores(scorer: RewardScorer, inputs: Sequence[RewardInput], pad_to: i
 
 
 def publish(report: Report, log: CsvLog, config: RewardTestConfig, stage: str) -> Path:
-    """Print the report, write it as JSON beside the CSV and send both to the tracker where one is asked for."""
+    """Print the report, write it as JSON beside the CSV, and hand figures and scores to wandb where it is asked for."""
     summary = log.path.with_suffix(".summary.json")
     write_text_atomically(summary, json.dumps(report.json(), indent=2, ensure_ascii=False) + "\n")
     print(f"\n{report}\n\nscores: {log.path}\nsummary: {summary}")
+    if wandb_mode(config.wandb) != "disabled":
+        folder = log.path.with_suffix(".tracking")
+        folder.mkdir(exist_ok=True)
+        with Tracker.start(folder, stage=f"{stage}_test", config=resolved_dict(config), wandb=config.wandb) as tracker:
+            tracker.log({f"test/{figure.name}": figure.value for figure in report.figures}, step=0)
+            rows = [[row[column] for column in log.columns] for row in log.rows]
+            tracker.table(config.test_params.table_name, log.columns, rows, step=0)
     return summary
