@@ -14,6 +14,7 @@ from common.runs import SUMMARY_FILE, publish_latest
 from common.tracking import METRICS_CSV, Tracker, best_values, read_metrics
 
 BEST = "best"
+SHOWN_BESIDE = 3  # figures beside the best one; summary.json has all
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def closing_lines(run_dir: Path, result: RunResult, *, latest: Path | None, curv
     if result.best_value is None:
         best = f"{result.monitor} was never a finite number; the last checkpoint stands in for the best"
     else:
-        others = ", ".join(f"{name} {format_figure(value)}" for name, value in result.best_metrics.items() if name != result.monitor)
+        beside = [f"{name} {format_figure(value)}" for name, value in result.best_metrics.items() if name != result.monitor]
+        others = ", ".join(beside[:SHOWN_BESIDE])
         best = f"best {result.monitor} {format_figure(result.best_value)}{f' ({others})' if others else ''}"
     lines = [
         f"done: {result.steps:,} steps in {duration(result.seconds)}, peak memory {result.peak_memory_gib:.2f} GiB",
