@@ -21,8 +21,21 @@ from typing import Any
 
 from common.errors import UserError, run_main
 from common.json_rows import SPLITS, SplitName
-from common.records import MAX_PROBLEMS, PairRecord, Prompt, PromptRecord, Record, ScoreRecord, SFTRecord, read_splits, source_kind
-from common.row_formats import CONTEXT, FORMATS, KNOWN_KEYS, SUITS, RecordKind, RowFormat, read_row, render_transcript
+from common.records import (
+    MAX_PROBLEMS,
+    PairRecord,
+    Prompt,
+    PromptRecord,
+    Record,
+    RecordKind,
+    ScoreRecord,
+    SFTRecord,
+    read_splits,
+    source_kind,
+)
+from common.row_formats import CONTEXT, FORMATS, KNOWN_KEYS, SUITS, RowFormat
+from common.row_parser import read_row
+from common.transcripts import render_transcript
 
 TARGETS: dict[str, RowFormat] = {form.name: form for form in FORMATS if not form.name.endswith("_only")}
 # What rows of a kind hold enough for; the better answer of a pair can be imitated.

@@ -48,14 +48,14 @@ class RawRow:
 
 @dataclass
 class RawRows:
-    """Every row of a file in order, beside one line for each place that could not be read.
+    """Every row of a file in order, one line for each place that could not be read, and what else a user should know.
 
     `named_splits` is true when the file names its splits itself; otherwise all rows are `train`.
     """
 
     rows: list[RawRow] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    splits: tuple[SplitName, ...] = ("train",)
+    notes: list[str] = field(default_factory=list)
     named_splits: bool = False
 
 
@@ -259,7 +259,6 @@ class _Parser:
                 position = self._skip(position)
                 following = self.text[position : position + 1]
                 if following == "}":
-                    self.out.splits = tuple(name for name in SPLITS if name in seen)
                     return position + 1
                 if following != ",":
                     raise _BrokenJson("expected ',' or '}' after a split", position)

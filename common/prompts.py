@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from common.errors import UserError
-from common.row_formats import Prompt
+from common.record_types import Prompt
 
 PromptFormat = Literal["qa", "chat"]
 

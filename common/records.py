@@ -7,33 +7,27 @@ as `FILE: train row 3 (line 12): key: got, expected`. The formats are listed in 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 from common.errors import UserError
 from common.json_rows import SPLIT_ALIASES, SPLITS, RawRow, RawRows, SplitName, parse_file, readable, shown
-from common.row_formats import (
-    CONTEXT,
-    KNOWN_KEYS,
-    MARGIN,
-    SUITS,
+from common.record_types import (
     PairRecord,
     Prompt,
     PromptRecord,
     Record,
     RecordKind,
-    RowFormat,
-    RowReader,
     ScoreRecord,
     SFTRecord,
     normalise_question,
     question_key,
-    read_row,
 )
+from common.row_formats import CONTEXT, KNOWN_KEYS, MARGIN, SUITS, RowFormat, RowReader
+from common.row_parser import read_row
+from common.splits import Splits, fingerprint, hold_out, overlap_notes
 
 __all__ = [
     "PairRecord",
@@ -47,30 +41,11 @@ __all__ = [
     "normalise_question",
     "question_key",
     "read_splits",
-    "record_to_json",
     "source_kind",
 ]
 
 MAX_PROBLEMS = 20
 DATA_SUFFIXES = (".json", ".jsonl", ".gz", ".ndjson")
-
-R = TypeVar("R", SFTRecord, ScoreRecord, PairRecord, PromptRecord)
-
-
-@dataclass(frozen=True)
-class Splits(Generic[R]):
-    """Validated rows by split. `fingerprint` is a SHA-256 over all of them; `notes` are lines a user should see."""
-
-    train: list[R]
-    val: list[R]
-    test: list[R]
-    fingerprint: str
-    notes: tuple[str, ...] = ()
-
-    def split(self, name: SplitName) -> list[R]:
-        """The rows of a split by its name."""
-        rows: dict[str, list[R]] = {"train": self.train, "val": self.val, "test": self.test}
-        return rows[name]
 
 
 def read_splits(
@@ -114,11 +89,22 @@ def read_splits(
         rows["val"] = chosen
     reading.finish()
     if not rows["val"] and validation_file is None and (validation_split_percentage > 0):
-        rows["train"], rows["val"], note = _hold_out(rows["train"], validation_split_percentage, seed, path)
+        rows["train"], rows["val"], note = hold_out(rows["train"], validation_split_percentage, seed, path)
         reading.notes.extend(note)
     _check_required(path, rows, named, require)
-    reading.notes.extend(_overlap_notes(path, rows))
-    return Splits(rows["train"], rows["val"], rows["test"], _fingerprint(rows), tuple(reading.notes))
+    reading.notes.extend(overlap_notes(path, rows))
+    return Splits(rows["train"], rows["val"], rows["test"], fingerprint(rows), tuple(reading.notes))
+
+
+def _check_required(path: str, rows: Mapping[SplitName, list[Any]], named: bool, require: Sequence[SplitName]) -> None:
+    problems = []
+    for split in require:
+        if not rows[split]:
+            there = ", ".join(f"{name} {len(rows[name])}" for name in SPLITS if rows[name]) or "none at all"
+            hint = "" if named or split == "train" else " (a file without named splits is all train)"
+            problems.append(f"{path}: {split}: got no rows, expected some; rows there are: {there}{hint}")
+    if problems:
+        raise UserError(*problems)
 
 
 def source_kind(path: str, columns: Mapping[str, str] | None = None) -> RecordKind:
@@ -173,7 +159,7 @@ class _Reading:
                 continue
             else:
                 raw.rows = [RawRow(split, row.number, row.line, row.value, row.duplicates) for row in raw.rows]
-                raw.splits, named = (split,), True
+                named = True
             self._collect(raw, str(part), rows)
         return rows, named
 
@@ -210,11 +196,12 @@ class _Reading:
     def _collect(self, raw: RawRows, name: str, rows: dict[SplitName, list[Any]]) -> None:
         """Check the raw rows of one source and append their records to `rows`."""
         self.problems.extend(raw.problems)
+        self.notes.extend(raw.notes)
         reader = RowReader(self.kind, self.columns)
         first: tuple[RowFormat, str] | None = None
         alike: dict[str, list[str]] = {}
         dropped: list[str] = []
-        seen_keys: set[str] = set()
+        checked: dict[tuple[str, ...], tuple[RowFormat | None, list[str]]] = {}
         for row in raw.rows:
             where = f"{name}: {row.split} row {row.number}"
             at = where if row.line is None else f"{where} (line {row.line})"
@@ -224,9 +211,11 @@ class _Reading:
             if row.duplicates:
                 self.problems.extend(f"{at}: {readable(key)}: got this key twice, expected it once" for key in row.duplicates)
                 continue
-            seen_keys.update(row.value)
             value = reader.renamed(row.value)
-            form, key_problems = reader.check_keys(row.value, value)
+            keys = tuple(row.value)
+            if keys not in checked:  # rows mostly have the same keys
+                checked[keys] = reader.check_keys(row.value, value)
+            form, key_problems = checked[keys]
             if key_problems:
                 for problem in key_problems:
                     alike.setdefault(problem, []).append(at)
@@ -253,6 +242,7 @@ class _Reading:
         if first is not None and self.form is None:
             self.form = first[0]
         if raw.rows:
+            seen_keys = {key for keys in checked for key in keys}
             for ours in (CONTEXT, *MARGIN):
                 if ours in self.columns and self.columns[ours] not in seen_keys:
                     self.problems.append(f"{name}: {self.columns[ours]}: in no row, expected as columns.{ours} says")
@@ -292,14 +282,15 @@ def _load_hub(path: str) -> RawRows:
         where = "without network only local folders and what lies in HF_HOME's cache can be loaded"
         raise UserError(f"{path}: cannot be loaded: {reason} ({where})") from None
     out = RawRows(named_splits=True)
-    unknown = []
+    others = []
     for split_name, rows in loaded.items():
         split = SPLIT_ALIASES.get(str(split_name).lower())
         if split is None:
-            unknown.append(str(split_name))
+            others.append(str(split_name))
             continue
         out.rows.extend(RawRow(split, number, None, {k: v for k, v in row.items() if v is not None}) for number, row in enumerate(rows, 1))
-    out.splits = tuple(dict.fromkeys(row.split for row in out.rows))
+    if others:
+        out.notes.append(f"{path}: not read, since not named train, val or test: {', '.join(others)}")
     if not out.rows:
         listed = ", ".join(map(str, loaded)) or "none"
         raise UserError(f"{path}: got splits {listed}, expected train, val (or validation) and test with rows")
@@ -310,71 +301,3 @@ def _datasets_loader() -> Callable[[str, str | None], Mapping[str, Any]]:
     from datasets import load_dataset
 
     return cast("Callable[[str, str | None], Mapping[str, Any]]", load_dataset)
-
-
-# --- splits ------------------------------------------------------------------------------------------------------------------------
-
-
-def _hold_out(rows: list[Any], percentage: float, seed: int, path: str) -> tuple[list[Any], list[Any], list[str]]:
-    """Move a share of the questions from train to val; which ones depends on the seed and on the questions, not on their order."""
-
-    def rank(key: str) -> str:
-        return hashlib.sha256(f"{seed}\x1f{key}".encode()).hexdigest()
-
-    keys = [question_key(row.prompt) for row in rows]
-    questions = sorted(set(keys), key=rank)
-    if len(questions) < 2:
-        return rows, [], [f"{path}: too few questions ({len(questions)}) to hold any out for validation"] if rows else []
-    count = min(max(1, round(len(questions) * percentage / 100)), len(questions) - 1)
-    held = set(questions[:count])
-    train = [row for row, key in zip(rows, keys, strict=True) if key not in held]
-    val = [row for row, key in zip(rows, keys, strict=True) if key in held]
-    note = f"{path}: no val split: {count} of {len(questions)} train questions ({len(val)} of {len(rows)} rows) held out for validation"
-    return train, val, [note]
-
-
-def _check_required(path: str, rows: Mapping[SplitName, list[Any]], named: bool, require: Sequence[SplitName]) -> None:
-    problems = []
-    for split in require:
-        if not rows[split]:
-            there = ", ".join(f"{name} {len(rows[name])}" for name in SPLITS if rows[name]) or "none at all"
-            hint = "" if named or split == "train" else " (a file without named splits is all train)"
-            problems.append(f"{path}: {split}: got no rows, expected some; rows there are: {there}{hint}")
-    if problems:
-        raise UserError(*problems)
-
-
-def _overlap_notes(path: str, rows: Mapping[SplitName, list[Any]]) -> Iterator[str]:
-    train = {question_key(row.prompt) for row in rows["train"]}
-    for split in SPLITS[1:]:
-        questions = {question_key(row.prompt) for row in rows[split]}
-        shared = len(questions & train)
-        if shared:
-            yield f"{path}: {shared} of {len(questions)} {split} questions occur in train too: figures on them flatter the model"
-
-
-def record_to_json(record: Record) -> dict[str, Any]:
-    """A record's content as plain JSON values, without its place in a file."""
-    prompt = {
-        "question": record.prompt.question,
-        "context": record.prompt.context,
-        "history": [list(turn) for turn in record.prompt.history],
-    }
-    parts: dict[str, Any] = {"prompt": prompt, "columns": record.columns}
-    if isinstance(record, SFTRecord | ScoreRecord):
-        parts["answer"] = record.answer
-    if isinstance(record, ScoreRecord):
-        parts["score"] = record.score
-    if isinstance(record, PairRecord):
-        parts |= {"chosen": record.chosen, "rejected": list(record.rejected), "margin": record.margin}
-    return parts
-
-
-def _fingerprint(rows: Mapping[SplitName, list[Any]]) -> str:
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        digest.update(f"{split} {len(rows[split])}\n".encode())
-        for record in rows[split]:
-            # columns of a hub data set may hold values that are no JSON (dates, images): their text stands for them
-            digest.update(json.dumps(record_to_json(record), sort_keys=True, default=str).encode())
-    return digest.hexdigest()

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from common.errors import UserError
 from common.prompts import PromptFormat, answer_text, render_prompt
-from common.row_formats import PairRecord, Prompt, ScoreRecord, SFTRecord
+from common.record_types import PairRecord, Prompt, ScoreRecord, SFTRecord
 
 # Threads of the tokenizer and forked data workers do not go together; batches are fast without them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

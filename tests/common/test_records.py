@@ -425,10 +425,17 @@ def test_a_hub_data_set_goes_through_datasets(tmp_path: Path, monkeypatch: pytes
     rows = [{"Question": "a?", "context": None, "Answer": "x"}, {"Question": "b?", "context": "c", "Answer": "y"}]
     write(folder / "train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write(folder / "validation.jsonl", json.dumps({**rows[1], "Question": "v?"}) + "\n")
+    from datasets import Dataset, DatasetDict
+
     splits = read_splits(f"hf:{folder}", "sft")
     assert [record.prompt for record in splits.train] == [Prompt("a?"), Prompt("b?", "c")]
     assert [record.prompt.question for record in splits.val] == ["v?"]
     assert splits.train[1].where == f"hf:{folder}: train row 2"
+    loaded = DatasetDict({"train": Dataset.from_list(rows), "train_sft": Dataset.from_list(rows)})
+    monkeypatch.setattr("common.records._datasets_loader", lambda: lambda name, config: loaded)
+    assert read_splits("hf:a:b", "sft", validation_split_percentage=0).notes == (
+        "hf:a:b: not read, since not named train, val or test: train_sft",
+    )
 
 
 def test_a_hub_data_set_without_network_is_one_clear_line() -> None:
