@@ -41,7 +41,7 @@ format: venv
 
 # make docs         regenerate the tables of settings and metrics in the documents
 docs: venv
-	$(BIN)/python -m common.schema_docs
+	$(BIN)/python docs/tables.py
 
 # make data         regenerate the sample data
 data: venv

@@ -18,7 +18,6 @@ from common.schema import ModelParams
 
 # Every metric this stage logs, with one line of definition; `monitor` may name any that starts with val/.
 METRICS = {
-    "train/loss": "Cross-entropy per answer token (EOS included) of the micro-batch, in nats.",
     "val/loss": "The same over the whole validation split, each token weighing alike.",
     "val/perplexity": "exp(val/loss).",
     "val/token_accuracy": "Share of answer tokens that are the model's likeliest token, given the true ones before.",
@@ -56,9 +55,9 @@ class SFTModule(pl.LightningModule):
         model: torch.nn.Module,
         params: ModelParams,
         total_steps: int,
-        generate: Callable[[], dict[str, float]] | None = None,
+        generate: Callable[[int], dict[str, float]] | None = None,
     ) -> None:
-        """`generate` answers the fixed validation questions and returns their metrics; None leaves that out."""
+        """`generate(step)` answers the fixed validation questions and returns their metrics; None leaves that out."""
         super().__init__()
         self.model = model
         self.params = params
@@ -101,7 +100,7 @@ class SFTModule(pl.LightningModule):
         self.log("val/perplexity", math.exp(min(loss, 700.0)))
         self.log("val/token_accuracy", correct / max(tokens, 1))
         if self.generate is not None:
-            self.log_dict(self.generate())
+            self.log_dict(self.generate(self.trainer.global_step))
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_adamw(self.model, self.params)

@@ -59,6 +59,8 @@ def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
     train_rows, _ = encode(encoder, splits.train, config, "train")
     val_rows, val_records = encode(encoder, splits.val, config, "val")
     train_loader, val_loader = loaders(config, train_rows, val_rows, tokenizer.pad_token_id, is_encoder_decoder)
+    answered = val_records[: config.evaluation.num_generated] if config.model_params.do_compute_metrics else []
+    prompts = answer_prompts(config, model, tokenizer, answered)
     total_steps = total_optimizer_steps(config.trainer, len(train_loader))
 
     # 3. a run directory, from here on things are written
@@ -81,9 +83,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
 
         # 4. train
         with Tracker.start(run_dir, stage="sft", config=resolved, wandb=config.wandb, tensorboard=config.tensorboard) as tracker:
-            answer = None
-            if config.model_params.do_compute_metrics:
-                answer = answering(config, model, tokenizer, encoder, val_records[: config.evaluation.num_generated], tracker)
+            answer = answering(config, model, tokenizer, answered, prompts, tracker) if answered else None
             module = SFTModule(model, config.model_params, total_steps, answer)
 
             def save(directory: Path, figures: dict[str, float], step: int) -> None:
@@ -174,21 +174,34 @@ def loaders(
     )
 
 
+def answer_prompts(
+    config: SFTConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[SFTRecord]
+) -> list[list[int]]:
+    """Ids of the validation questions that are answered, cut to leave `max_new_tokens` of the model's positions to the answer."""
+    limit = config.data.max_length
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and not model.config.is_encoder_decoder:
+        new = config.evaluation.generate_params.max_new_tokens
+        if new >= positions:
+            raise UserError(f"evaluation.generate_params.max_new_tokens: got {new}, but the model has {positions} positions in all")
+        limit = min(limit, positions - new)
+    encoder = Encoder(
+        tokenizer, prompt_format=config.data.prompt_format, max_length=limit, is_encoder_decoder=bool(model.config.is_encoder_decoder)
+    )
+    return encoder.prompts([record.prompt for record in records])
+
+
 def answering(
     config: SFTConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    encoder: Encoder,
     records: Sequence[SFTRecord],
+    prompts: Sequence[Sequence[int]],
     tracker: Tracker,
-) -> Callable[[], dict[str, float]]:
-    """A function that answers fixed validation questions with the model as it is, logs them as a table and returns their figures."""
-    prompts = encoder.prompts([record.prompt for record in records])
-    calls = 0
+) -> Callable[[int], dict[str, float]]:
+    """A function of the step that answers fixed validation questions with the model as it is, logs them as a table, returns figures."""
 
-    def answer() -> dict[str, float]:
-        nonlocal calls
-        calls += 1
+    def answer(step: int) -> dict[str, float]:
         answers = generate_answers(
             model,
             tokenizer,
@@ -199,7 +212,7 @@ def answering(
             use_cache=config.model_params.use_cache,
         )
         rows = [(record.prompt.question, record.answer, given.text) for record, given in zip(records, answers, strict=True)]
-        tracker.table("val/answers", ("question", "original_answer", "generated_answer"), rows, calls)
+        tracker.table("val/answers", ("question", "original_answer", "generated_answer"), rows, step)
         figures = corpus_metrics([given.text for given in answers], [record.answer for record in records])
         return {
             **{f"val/{name}": value for name, value in figures.items()},

@@ -80,3 +80,8 @@ def test_make_targets_named_in_the_readme_exist() -> None:
 def test_ci_runs_the_readmes_test_command() -> None:
     assert "make test" in README
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith("make test")
+
+
+def test_generated_tables_are_current() -> None:
+    result = subprocess.run([sys.executable, "docs/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, f"{result.stdout}{result.stderr} (make docs regenerates them)"

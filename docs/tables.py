@@ -1,0 +1,139 @@
+"""Regenerates the tables of settings and metrics in the documents from the code.
+
+    python docs/tables.py [--check]
+
+A table stands between `<!-- settings:NAME -->` (or `<!-- metrics:NAME -->`) and `<!-- /settings -->` (`<!-- /metrics -->`).
+`--check` changes nothing and exits with 1 where a document is not current.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from common.evaluation.config import GenerationTestConfig
+from reward_model.config import ClassificationConfig, RegressionConfig, RewardTestConfig
+from rlhf.config import PPORunConfig
+from sft.config import SFTConfig
+
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "sft": SFTConfig,
+    "classification": ClassificationConfig,
+    "regression": RegressionConfig,
+    "ppo": PPORunConfig,
+    "generation_test": GenerationTestConfig,
+    "reward_test": RewardTestConfig,
+}
+DOCUMENTS = ("README.md", "sft/README.md", "reward_model/classification/README.md", "reward_model/regression/README.md", "rlhf/README.md")
+
+
+def metrics(name: str) -> dict[str, str]:
+    """Metric -> definition, of one stage (its modules import torch, so they are imported only here)."""
+    if name == "sft":
+        from common.launch.callbacks import TRAINING_METRICS
+        from sft.module import GENERATION_METRICS, METRICS
+
+        return {**TRAINING_METRICS, **METRICS, **GENERATION_METRICS}
+    if name == "classification":
+        from reward_model.classification.module import METRICS as CLASSIFICATION
+
+        return dict(CLASSIFICATION)
+    if name == "regression":
+        from reward_model.regression.module import METRICS as REGRESSION
+
+        return dict(REGRESSION)
+    assert name == "ppo", name
+    from rlhf.ppo.metrics import METRICS as PPO
+
+    return dict(PPO)
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation holds (`Section`, `Section | None`), if it does."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next((found for argument in typing.get_args(annotation) if (found := section_of(argument))), None)
+    return None
+
+
+def settings_rows(schema: type[BaseModel], prefix: str = "", parents: tuple[type[BaseModel], ...] = ()) -> Iterator[tuple[str, str, str]]:
+    """(key, default, description) of every setting; a section's own line comes before what is in it."""
+    for name, info in schema.model_fields.items():
+        key = f"{prefix}{name}"
+        inner = section_of(info.annotation)
+        text = " ".join((info.description or "").split()).replace("|", "\\|")
+        if inner is not None and inner not in parents:
+            optional = "null" if info.default is None else ""
+            yield f"**{key}**", optional, text
+            yield from settings_rows(inner, f"{key}.", (*parents, inner))
+        else:
+            yield f"`{key}`", default_text(info), text
+
+
+def default_text(info: Any) -> str:
+    """A default as it is written in YAML; `required` where there is none."""
+    if info.default is PydanticUndefined:
+        if info.default_factory is None:
+            return "required"
+        value = info.default_factory()
+    else:
+        value = info.default
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(str(item) for item in value) + "]"
+    return f"`{value}`" if isinstance(value, str) else str(value)
+
+
+def settings_table(name: str) -> str:
+    rows = "".join(f"| {key} | {default} | {text} |\n" for key, default, text in settings_rows(SCHEMAS[name]))
+    return f"\n| key | default | meaning |\n|---|---|---|\n{rows}\n"
+
+
+def metrics_table(name: str) -> str:
+    rows = "".join(f"| `{metric}` | {text} |\n" for metric, text in metrics(name).items())
+    return f"\n| metric | definition |\n|---|---|\n{rows}\n"
+
+
+def regenerate(text: str) -> str:
+    """A document with every table made anew."""
+    makers: dict[str, Callable[[str], str]] = {"settings": settings_table, "metrics": metrics_table}
+
+    def replace(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]}:{match[2]} -->\n{makers[match[1]](match[2])}<!-- /{match[1]} -->"
+
+    return re.sub(r"<!-- (settings|metrics):(\w+) -->.*?<!-- /\1 -->", replace, text, flags=re.DOTALL)
+
+
+def main(argv: Sequence[str]) -> int:
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        current = regenerate(text)
+        if current != text:
+            stale.append(name)
+            if "--check" not in argv:
+                path.write_text(current, encoding="utf-8")
+    if stale:
+        print(f"{'not current' if '--check' in argv else 'regenerated'}: {', '.join(stale)}")
+    return 1 if stale and "--check" in argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
