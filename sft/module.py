@@ -16,9 +16,9 @@ from common.freezing import freeze_eval
 from common.optim import build_adamw, lr_lambda, warmup_steps
 from common.schema import ModelParams
 
-# Every metric this stage logs, with one line of definition; `monitor` may name any that starts with val/.
+# What this stage logs beside the figures of training itself, a line of definition each; `monitor` may name any of them.
 METRICS = {
-    "val/loss": "The same over the whole validation split, each token weighing alike.",
+    "val/loss": "Cross-entropy per answer token (EOS included) over the whole validation split, in nats; each token weighs alike.",
     "val/perplexity": "exp(val/loss).",
     "val/token_accuracy": "Share of answer tokens that are the model's likeliest token, given the true ones before.",
 }
