@@ -1,0 +1,79 @@
+"""Settings of `PPOTrainer` under their classic names, with the classic defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from rlhf.ppo.kl import KLPenalty
+
+if TYPE_CHECKING:
+    from rlhf.config import PPOParams
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """What the trainer itself needs; `rlhf.config.PPOParams`, the section of a config file, maps into it."""
+
+    learning_rate: float = 1.41e-5
+    """Of the Adam that the trainer makes where none is passed."""
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    batch_size: int = 128
+    """Answers per step and process."""
+    mini_batch_size: int = 128
+    """Answers per forward in the update."""
+    gradient_accumulation_steps: int = 1
+    """Minibatches per optimizer step."""
+    ppo_epochs: int = 4
+    """Passes over a batch."""
+    max_grad_norm: float | None = None
+    init_kl_coef: float = 0.2
+    adap_kl_ctrl: bool = True
+    target: float = 6.0
+    """KL per answer (nats) that the adaptive controller aims at."""
+    horizon: float = 10000.0
+    """Answers over which it adapts."""
+    kl_penalty: KLPenalty = "kl"
+    gamma: float = 1.0
+    lam: float = 0.95
+    cliprange: float = 0.2
+    cliprange_value: float = 0.2
+    vf_coef: float = 0.1
+    entropy_coef: float = 0.0
+    dual_clip: float | None = None
+    whiten_rewards: bool = False
+    classic_quirks: bool = True
+    """Two faults of trl 0.11.4, kept so that its numbers come out: `whiten_rewards` lets padding leak into shorter answers, and
+    `max_grad_norm` clips the trainer's first optimizer step only. False: padding is masked, every step is clipped."""
+    use_score_scaling: bool = False
+    use_score_norm: bool = False
+    score_clip: float | None = None
+    ratio_threshold: float = 10.0
+    early_stopping: bool = False
+    target_kl: float = 1.0
+    critic_warmup_steps: int = 0
+    """First steps that train the value alone."""
+    seed: int = 0
+    """Of the order of minibatches and of sampling."""
+
+    def __post_init__(self) -> None:
+        backward = self.mini_batch_size * self.gradient_accumulation_steps
+        if self.batch_size % backward:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by mini_batch_size {self.mini_batch_size} "
+                f"x gradient_accumulation_steps {self.gradient_accumulation_steps} = {backward}"
+            )
+        if self.kl_penalty not in ("kl", "abs", "mse", "k3", "full"):
+            raise ValueError(f"kl_penalty: got {self.kl_penalty}, expected kl, abs, mse, k3 or full")
+
+    @property
+    def backward_batch_size(self) -> int:
+        """Answers per optimizer step and process."""
+        return self.mini_batch_size * self.gradient_accumulation_steps
+
+    @classmethod
+    def from_params(cls, params: PPOParams, seed: int) -> PPOConfig:
+        """The settings of a config file; there, the classic trainer's faults are mended."""
+        shared = {field.name: getattr(params, field.name) for field in fields(cls) if field.name in type(params).model_fields}
+        return cls(**{**shared, "mini_batch_size": params.minibatch, "seed": seed, "classic_quirks": False})

@@ -1,0 +1,159 @@
+"""Policies with a value head on their trunk, and a critic of its own. Under them lie plain transformers models.
+
+`save_pretrained` writes a plain Hugging Face directory with `value_head.safetensors` beside the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from common.lora import is_lora, merged_copy
+from common.models.load import Dtype, load_generator
+from common.models.readouts import LastToken
+from common.models.reward import RewardModel, hidden_size
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+class ValueHead(nn.Module):
+    """Hidden states (..., D) -> values (...), float32: one linear layer that starts at zero."""
+
+    def __init__(self, width: int, summary_dropout_prob: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(summary_dropout_prob)
+        self.summary = nn.Linear(width, 1)
+        nn.init.zeros_(self.summary.weight)
+        nn.init.zeros_(self.summary.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        values: Tensor = self.summary(self.dropout(states.to(self.summary.weight.dtype)))
+        return values.squeeze(-1)
+
+    def save(self, folder: Path | str) -> None:
+        """Write `value_head.safetensors` into an existing folder."""
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}, Path(folder) / VALUE_HEAD_FILE)
+
+
+class ModelWithValueHead(nn.Module):
+    """A text generator (`pretrained_model`, perhaps with LoRA adapters) and `v_head` on its last hidden states."""
+
+    encoder_decoder: ClassVar[bool]
+
+    def __init__(self, pretrained_model: PreTrainedModel | Any, summary_dropout_prob: float = 0.0) -> None:
+        super().__init__()
+        if bool(pretrained_model.config.is_encoder_decoder) is not self.encoder_decoder:
+            kinds = ("a causal model", "an encoder-decoder")
+            raise ValueError(
+                f"{type(self).__name__} needs {kinds[self.encoder_decoder]}, got {type(pretrained_model).__name__}; "
+                f"{kinds[not self.encoder_decoder]} goes into the other class"
+            )
+        self.pretrained_model = pretrained_model
+        self.v_head = ValueHead(hidden_size(pretrained_model.config), summary_dropout_prob)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_model: PreTrainedModel | Path | str | Any,
+        *,
+        dtype: Dtype = "float32",
+        trust_remote_code: bool = False,
+        summary_dropout_prob: float = 0.0,
+    ) -> Self:
+        """Around a model in memory, or one loaded from a directory or hub name; a directory's saved value head is loaded too."""
+        if isinstance(name_or_model, str | Path):
+            pretrained: Any = load_generator(str(name_or_model), dtype=dtype, trust_remote_code=trust_remote_code)
+            model = cls(pretrained, summary_dropout_prob)
+            saved = Path(name_or_model) / VALUE_HEAD_FILE
+            if saved.is_file():
+                model.v_head.load_state_dict(load_file(saved))
+            return model
+        return cls(name_or_model, summary_dropout_prob)
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the model underneath."""
+        return self.pretrained_model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.v_head.summary.weight.device
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Logits (B, S, V) in float32, the loss where `labels` are given, and values (B, S), as in the classic class."""
+        output = self.pretrained_model(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, return_dict=True, **inputs
+        )
+        states = output.decoder_hidden_states if self.encoder_decoder else output.hidden_states
+        return output.logits.float(), output.loss, self.v_head(states[-1])
+
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        """transformers' own `generate`; `PPOTrainer.generate` is the faster one."""
+        return self.pretrained_model.generate(*arguments, **options)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the model (adapters merged) and its value head; a plain transformers model loads from the folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        plain = merged_copy(self.pretrained_model) if is_lora(self.pretrained_model) else self.pretrained_model
+        plain.save_pretrained(str(folder))
+        self.v_head.save(folder)
+
+
+class AutoModelForCausalLMWithValueHead(ModelWithValueHead):
+    """A causal policy with its value head."""
+
+    encoder_decoder = False
+
+
+class AutoModelForSeq2SeqLMWithValueHead(ModelWithValueHead):
+    """An encoder-decoder policy; the value head reads the decoder."""
+
+    encoder_decoder = True
+
+
+def with_value_head(model: PreTrainedModel | Any) -> ModelWithValueHead:
+    """The class that fits the model."""
+    kind = AutoModelForSeq2SeqLMWithValueHead if model.config.is_encoder_decoder else AutoModelForCausalLMWithValueHead
+    return kind(model)
+
+
+class Critic(nn.Module):
+    """A value model of its own: a transformer without output layer, and a value head.
+
+    Started from a reward model it takes its backbone and, where that model reads the last token, its head too, so that the first
+    value of an answer's last token is the reward model's score, on the scale (`mean`, `scale`) that PPO sees.
+    """
+
+    def __init__(self, trunk: PreTrainedModel) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.v_head = ValueHead(hidden_size(trunk.config))
+
+    @classmethod
+    def from_reward_model(cls, reward: RewardModel, *, mean: float = 0.0, scale: float = 1.0) -> Critic:
+        """Copy a reward model; `reward` itself stays as it is."""
+        critic = cls(copy.deepcopy(reward.backbone))
+        if isinstance(reward.readout, LastToken):
+            with torch.no_grad():
+                critic.v_head.summary.weight.copy_(reward.readout.score.weight / scale)
+                critic.v_head.summary.bias.fill_(-mean / scale)
+        return critic
+
+    @property
+    def config(self) -> Any:
+        return self.trunk.config
+
+
+def reference_copy(model: Any) -> Any:
+    """A frozen copy of the starting policy, adapters and all; parameters that do not train are shared, not copied."""
+    shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    reference = copy.deepcopy(model, memo=dict(shared))
+    for parameter in reference.parameters():
+        parameter.requires_grad_(False)
+    return reference.eval()

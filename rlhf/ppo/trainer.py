@@ -1,0 +1,493 @@
+"""The classic PPO step, `PPOTrainer.step(queries, responses, scores)`, on plain tensors.
+
+One step: log-probabilities and values of the answers, the reference's log-probabilities, KL-shaped rewards, advantages, then some
+epochs of clipped updates. Dropout is off throughout. It leaves out sampling in the loop, rewards and evaluation: `rlhf/training.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.freezing import find_blocks
+from common.launch.runtime import Runtime
+from common.optim import adamw
+from common.sampling import stream_keys
+from common.schema import GenerateParams
+from rlhf.ppo.advantages import classic_whitened_rewards, gae
+from rlhf.ppo.answers import Answers, Forward, critic_states, gather_answers
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.generation import check_generation
+from rlhf.ppo.kl import adapted_kl_coef, full_kl, kl_per_token
+from rlhf.ppo.losses import policy_loss, token_stats, value_loss
+from rlhf.ppo.masked import masked_mean, masked_moments, masked_rescale, masked_sum, masked_whiten
+from rlhf.ppo.models import Critic, ModelWithValueHead, reference_copy
+from rlhf.ppo.record import StepRecord
+from rlhf.ppo.rewards import RunningMoments, kl_shaped_rewards, transform_scores
+from rlhf.ppo.rollout import Rollout, collect_rollout
+
+Ids = Sequence[int] | Tensor
+Stats = dict[str, Any]
+
+CHUNK_TOKENS = 8192
+"""Padded tokens of one forward at most (at least one row): bounds memory, and lets rows of like length share a forward."""
+
+
+class NonFiniteError(UserError):
+    """A score, log-probability, loss or gradient that is no finite number; raised before the optimizer touches a parameter."""
+
+
+class PPOTrainer:
+    """Trains a policy with a value head (`model`) against its reference.
+
+    The arguments have the classic order. `ref_model`: None for a frozen copy of `model` as it is now (LoRA: adapters included).
+    `optimizer`: None for Adam (AdamW with `config.weight_decay`). `dataset`, `data_collator` make `dataloader`. `num_shared_layers`:
+    embeddings and this many layers from below are frozen and shared with the reference. `lr_scheduler` steps once per PPO step.
+    `critic`: a value model of its own instead of the value head. `runtime`: this process among others.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig | None = None,
+        model: ModelWithValueHead | None = None,
+        ref_model: ModelWithValueHead | nn.Module | None = None,
+        tokenizer: Any = None,
+        dataset: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        num_shared_layers: int | None = None,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        *,
+        critic: Critic | None = None,
+        runtime: Runtime | None = None,
+    ) -> None:
+        if model is None or tokenizer is None:
+            raise ValueError("PPOTrainer needs a model with a value head and its tokenizer")
+        self.config = config or PPOConfig()
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.critic = critic.eval() if critic is not None else None
+        self.runtime = runtime or Runtime.local(model.device)
+        if num_shared_layers is not None:
+            _freeze_below(model.pretrained_model, num_shared_layers)
+        if critic is not None:
+            model.v_head.requires_grad_(False)  # the critic's head takes its place
+        reference = ref_model if ref_model is not None else reference_copy(model)
+        self.ref_model = reference.eval().requires_grad_(False) if ref_model is not None else reference
+        plain = self.ref_model.pretrained_model if isinstance(self.ref_model, ModelWithValueHead) else self.ref_model
+        self.policy = Forward(model.pretrained_model)
+        self.reference = Forward(plain)
+        trained = nn.ModuleList([model] if critic is None else [model, critic])
+        self.parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+        self.optimizer = optimizer or adamw(
+            trained, learning_rate=self.config.learning_rate, eps=self.config.adam_eps, weight_decay=self.config.weight_decay
+        )
+        self.lr_scheduler = lr_scheduler
+        self.dataloader = self._dataloader(dataset, data_collator) if dataset is not None else None
+        self.kl_coef = self.config.init_kl_coef
+        self.moments = RunningMoments()
+        self.steps_done = 0
+        self.optimizer_steps = 0
+        self.sampled_rows = 0
+        self.record: StepRecord | None = None
+        """Tensors of the last step."""
+
+    # --- sampling ------------------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        query_tensor: Tensor | Sequence[Tensor],
+        length_sampler: Callable[[], int] | None = None,
+        batch_size: int = 4,
+        return_prompt: bool = True,
+        generate_ref_response: bool = False,
+        **generation_kwargs: Any,
+    ) -> Any:
+        """Answers to one prompt (ids (S,) -> (1, S + T)) or a list of prompts (-> list of ids), as tensors without padding.
+
+        `length_sampler` draws `max_new_tokens`. With `generate_ref_response` also the reference's answers, as a second result.
+        `generation_kwargs` are those of a config's `generation_config`. An encoder-decoder's answers never contain the prompt.
+        """
+        single = isinstance(query_tensor, Tensor)
+        queries = [_ids(query) for query in ([query_tensor] if single else query_tensor)]
+        if length_sampler is not None:
+            generation_kwargs["max_new_tokens"] = int(length_sampler())
+        generation_kwargs.pop("pad_token_id", None)  # padding is told by position here
+        params = GenerateParams.model_validate(generation_kwargs)
+        check_generation(params, setting="generate")
+        rows = range(self.sampled_rows, self.sampled_rows + len(queries))
+        self.sampled_rows += len(queries)
+        results = []
+        for model in [self.model, self.ref_model][: 2 if generate_ref_response else 1]:
+            rollout = collect_rollout(
+                model, self.tokenizer, queries, params, seed=self.config.seed, step=self.steps_done, rows=rows, batch_size=batch_size
+            )
+            with_prompt = return_prompt and not self.policy.encoder_decoder
+            answers = [
+                torch.tensor([*query, *response] if with_prompt else response, device=self.model.device)
+                for query, response in zip(queries, rollout.responses, strict=True)
+            ]
+            results.append(answers[0][None] if single else answers)
+        return tuple(results) if generate_ref_response else results[0]
+
+    # --- the step ------------------------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        queries: Sequence[Ids],
+        responses: Sequence[Ids],
+        scores: Sequence[float] | Sequence[Tensor] | Tensor,
+        response_masks: Sequence[Ids] | None = None,
+        *,
+        temperature: float = 1.0,
+        sampled: Rollout | None = None,
+    ) -> Stats:
+        """One PPO step on `config.batch_size` answers; returns statistics under their classic names.
+
+        `queries`, `responses`: token ids, responses with their EOS. `scores`: one number per answer. `response_masks`: 1 on response
+        tokens that count. `temperature`: what the responses were sampled at. `sampled`: the rollout they come from, whose
+        log-probabilities and values then need no forward (float32 models).
+
+        Raises ValueError for lists that do not fit together, NonFiniteError before anything non-finite reaches a parameter.
+        """
+        started = time.perf_counter()
+        queries, responses = [_ids(query) for query in queries], [_ids(response) for response in responses]
+        if self.policy.encoder_decoder:
+            responses = [self._without_start(response) for response in responses]
+        masks = None if response_masks is None else [_ids(mask) for mask in response_masks]
+        raw_scores = torch.tensor([float(score) for score in scores], dtype=torch.float32)
+        self._check_batch(queries, responses, raw_scores, masks)
+        answers = gather_answers(queries, responses, self.policy.model.config, response_masks=masks, device=self.model.device)
+        self.record = record = self._prepare(answers, raw_scores.to(self.model.device), temperature, sampled)
+        prepared = time.perf_counter()
+        updates = self._update(record, temperature)
+        stats = self._statistics(record, updates)
+        if self.config.adap_kl_ctrl:
+            answered = int(self.runtime.sum(torch.tensor(float(len(answers)))))
+            self.kl_coef = adapted_kl_coef(self.kl_coef, stats["objective/kl"], self.config.target, answered, self.config.horizon)
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self.steps_done += 1
+        stats["time/ppo/prepare"] = prepared - started
+        stats["time/ppo/optimize"] = time.perf_counter() - prepared
+        return stats
+
+    def _check_batch(self, queries: list[list[int]], responses: list[list[int]], scores: Tensor, masks: list[list[int]] | None) -> None:
+        counts = {"queries": len(queries), "responses": len(responses), "scores": len(scores)}
+        if masks is not None:
+            counts["response_masks"] = len(masks)
+        for name, count in counts.items():
+            if count != self.config.batch_size:
+                raise ValueError(f"{name}: got {count}, expected batch_size {self.config.batch_size} of them")
+        self._refuse_rows("scores", ~torch.isfinite(scores))
+
+    def _without_start(self, response: list[int]) -> list[int]:
+        """transformers' `generate` puts the decoder's start token before an encoder-decoder's answer; it was not sampled."""
+        return response[1:] if response and response[0] == self.policy.model.config.decoder_start_token_id else response
+
+    def _refuse_rows(self, what: str, bad: Tensor, rows: Tensor | None = None) -> None:
+        """Raise where a row of `bad` (B,) or (B, T) is True; `rows` are the batch's numbers of these rows."""
+        wrong = bad.reshape(len(bad), -1).any(1) if len(bad) else bad
+        if bool(wrong.any()):
+            numbers = wrong.nonzero().squeeze(1) if rows is None else rows[wrong]
+            shown = ", ".join(map(str, sorted(numbers.tolist())))
+            raise NonFiniteError(f"PPO step {self.steps_done}: {what} of rows {shown} are not finite; nothing was updated with them")
+
+    # --- before the update -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _prepare(self, answers: Answers, scores: Tensor, temperature: float, sampled: Rollout | None) -> StepRecord:
+        config, reduce, mask = self.config, self.runtime.sum, answers.mask
+        scores = transform_scores(
+            scores, self.moments, scale=config.use_score_scaling, centre=config.use_score_norm, clip=config.score_clip, reduce=reduce
+        )
+        logprobs, ref_logprobs, values, kl = self._forward_passes(answers, temperature, sampled)
+        for name, tensor in (("log-probabilities", logprobs), ("the reference's log-probabilities", ref_logprobs), ("values", values)):
+            self._refuse_rows(name, ~torch.isfinite(tensor))
+        rewards, non_score = kl_shaped_rewards(scores, kl, mask, self.kl_coef)
+        shaped = rewards
+        if config.whiten_rewards and config.classic_quirks:
+            shaped = classic_whitened_rewards(rewards, mask, answers.lengths.max() - answers.lengths, reduce)
+        elif config.whiten_rewards:
+            shaped = masked_rescale(rewards, mask, reduce)
+        extra = shaped.shape[1] - mask.shape[1]
+        advantages, returns = gae(
+            shaped, nn.functional.pad(values, (0, extra)), nn.functional.pad(mask, (0, extra)), config.gamma, config.lam
+        )
+        width = mask.shape[1]
+        return StepRecord(
+            answers=answers,
+            scores=scores,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            values=torch.where(mask, values, 0.0),
+            kl=kl,
+            rewards=rewards,
+            non_score_rewards=non_score,
+            advantages=masked_whiten(advantages[:, :width], mask, reduce),
+            returns=returns[:, :width],
+        )
+
+    def _forward_passes(self, answers: Answers, temperature: float, sampled: Rollout | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-probabilities of policy and reference, values and KL, each (B, T)."""
+        full = self.config.kl_penalty == "full"
+        keeps = sampled is not None and next(self.policy.model.parameters()).dtype == torch.float32
+        logprobs, ref_logprobs, values, kl = (torch.zeros(answers.mask.shape, device=answers.ids.device) for _ in range(4))
+        if keeps:
+            assert sampled is not None
+            width = answers.mask.shape[1]
+            logprobs.copy_(sampled.logprobs[:, :width])
+            if sampled.values is not None:
+                values.copy_(sampled.values[:, :width])
+        needs_values = not keeps or self.critic is not None
+        for rows in _chunks(torch.arange(len(answers), device=answers.ids.device), answers.lengths):
+            part = answers.select(rows)
+            places, targets = part.places(), part.targets[part.present]
+            ref_logits = self.reference(places, **part.inputs()).logits
+            _scatter(ref_logprobs, rows, part.present, token_stats(ref_logits, targets, temperature).logprobs)
+            if not keeps or full:
+                output = self.policy(places, **part.inputs())
+                if not keeps:
+                    _scatter(logprobs, rows, part.present, token_stats(output.logits, targets, temperature).logprobs)
+                if full:
+                    both = [(logits.float() / temperature).log_softmax(-1) for logits in (output.logits, ref_logits)]
+                    _scatter(kl, rows, part.present, full_kl(*both))
+                if needs_values and self.critic is None:
+                    _scatter(values, rows, part.present, self.model.v_head(output.states))
+            if self.critic is not None:
+                _scatter(values, rows, part.present, self.critic.v_head(critic_states(self.critic.trunk, part)))
+        if not full:
+            kl = kl_per_token(logprobs, ref_logprobs, self.config.kl_penalty)
+        return logprobs, ref_logprobs, values, kl
+
+    # --- the update ----------------------------------------------------------------------------------------------------------------
+
+    def _update(self, record: StepRecord, temperature: float) -> list[dict[str, float]]:
+        """All epochs; returns one dict of figures per optimizer step."""
+        config = self.config
+        warming = self.steps_done < config.critic_warmup_steps
+        updates: list[dict[str, float]] = []
+        for epoch in range(config.ppo_epochs):
+            for rows in self._permutation(epoch, len(record.answers)).to(self.model.device).split(config.backward_batch_size):
+                updates.append(self._optimizer_step(record, rows, temperature, warming))
+            if config.early_stopping and updates[-1]["policy/policykl"] > 1.5 * config.target_kl:
+                updates[-1]["early_stopped"] = 1.0
+                break
+        return updates
+
+    def _permutation(self, epoch: int, count: int) -> Tensor:
+        """An order of the batch's rows that is a function of (seed, step, epoch)."""
+        key = stream_keys(self.config.seed, self.steps_done, torch.tensor([self.runtime.rank]), epoch)
+        return torch.randperm(count, generator=torch.Generator().manual_seed(int(key)))
+
+    def _optimizer_step(self, record: StepRecord, rows: Tensor, temperature: float, warming: bool) -> dict[str, float]:
+        """Gradient of the loss over `rows`, in forwards of `mini_batch_size` rows at most, and one step of the optimizer."""
+        config = self.config
+        count = self.runtime.sum(record.mask[rows].sum().float())
+        if float(count) == 0:
+            raise ValueError("no token of these answers counts: every response is empty or masked")
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for minibatch in rows.split(config.mini_batch_size):
+            for chunk in _chunks(minibatch, record.answers.lengths):
+                for name, value in self._backward(record, chunk, temperature, count, warming).items():
+                    sums[name] = sums[name] + value if name in sums else value
+        names = list(sums)
+        figures = dict(zip(names, self.runtime.sum(torch.stack([sums[name] for name in names])).tolist(), strict=True))
+        for name, tensor in (("returns", record.returns), ("val", record.values)):
+            mean, var = masked_moments(tensor[rows], record.mask[rows], self.runtime.sum)
+            figures |= {f"{name}/mean": float(mean), f"{name}/var": float(var)}
+        figures |= {"skipped": 0.0, "early_stopped": 0.0, "gradient_norm": 0.0}
+        if figures["policy/ratio"] > config.ratio_threshold:
+            self.optimizer.zero_grad(set_to_none=True)
+            return {**figures, "skipped": 1.0, "loss/policy": 0.0, "loss/value": 0.0, "loss/total": 0.0}
+        figures["gradient_norm"] = self._apply_gradients(rows)
+        return figures
+
+    def _backward(self, record: StepRecord, rows: Tensor, temperature: float, count: Tensor, warming: bool) -> dict[str, Tensor]:
+        """Add the gradient of some rows; returns their part of each figure (a sum over tokens divided by `count`)."""
+        config, answers = self.config, record.answers.select(rows)
+        width = answers.mask.shape[1]
+        old_logprobs, old_values, advantages, returns = (
+            tensor[rows, :width][answers.present] for tensor in (record.logprobs, record.values, record.advantages, record.returns)
+        )
+        mask, targets, places = answers.mask[answers.present], answers.targets[answers.present], answers.places()
+        with torch.set_grad_enabled(not warming):
+            output = self.policy(places, **answers.inputs())
+            logprobs, entropy = token_stats(output.logits, targets, temperature, entropy=config.entropy_coef > 0)
+        states = output.states if self.critic is None else critic_states(self.critic.trunk, answers)
+        values = (self.model if self.critic is None else self.critic).v_head(states)
+        loss_v, clipped_v = value_loss(values, old_values, returns, mask, config.cliprange_value, count=count)
+        loss_p, clipped_p = policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange, dual_clip=config.dual_clip, count=count)
+        loss = config.vf_coef * loss_v
+        if not warming:
+            loss = loss + loss_p
+            if entropy is not None:
+                loss = loss - config.entropy_coef * masked_sum(entropy, mask) / count
+        if not bool(torch.isfinite(loss)):
+            per_row = torch.zeros_like(answers.mask).masked_scatter_(answers.present, ~torch.isfinite(logprobs + values))
+            self._refuse_rows("losses", per_row if bool(per_row.any()) else answers.present, rows)
+        if loss.requires_grad:
+            loss.backward()
+        with torch.no_grad():
+            if entropy is None:
+                entropy = token_stats(output.logits, targets, temperature, entropy=True).entropy
+                assert entropy is not None
+            moved = logprobs - old_logprobs
+            means = {
+                "policy/entropy": entropy,
+                "policy/approxkl": 0.5 * moved.square(),
+                "policy/policykl": -moved,
+                "policy/ratio": moved.exp(),
+                "policy/advantages_mean": advantages,
+                "val/vpred": values,
+                "val/error": (values - returns).square(),
+            }
+            figures = {name: masked_sum(tensor, mask) / count for name, tensor in means.items()}
+            figures |= {"policy/clipfrac": clipped_p, "val/clipfrac": clipped_v}
+            figures |= {"loss/policy": loss_p.detach(), "loss/value": loss_v.detach(), "loss/total": loss.detach()}
+        return figures
+
+    def _apply_gradients(self, rows: Tensor) -> float:
+        """Sum gradients over processes, refuse non-finite ones, clip, and step; returns the norm before clipping."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if self.runtime.world_size > 1:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad = self.runtime.sum(parameter.grad)
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not bool(torch.isfinite(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            self._refuse_rows("gradients", torch.ones(len(rows), dtype=torch.bool), rows)
+        clips = not (self.config.classic_quirks and self.optimizer_steps)
+        self.optimizer_steps += 1
+        if self.config.max_grad_norm is not None and clips:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
+        self.optimizer.step()
+        return float(norm)
+
+    # --- statistics ----------------------------------------------------------------------------------------------------------------
+
+    def _statistics(self, record: StepRecord, updates: list[dict[str, float]]) -> Stats:
+        mask, reduce = record.mask, self.runtime.sum
+        answers = float(reduce(torch.tensor(float(len(mask)))))
+        kl_per_answer = torch.where(mask, record.kl, 0.0).sum(1)
+        surprise = -masked_sum(record.logprobs, mask)
+        score_mean, score_var = masked_moments(record.scores, torch.ones_like(record.scores), reduce)
+        query_lengths = record.answers.lengths - record.answers.present.sum(1)
+        if record.answers.encoder_mask is not None:
+            query_lengths = record.answers.encoder_mask.sum(1)
+        totals = reduce(torch.stack([kl_per_answer.sum(), surprise, query_lengths.sum().float(), record.answers.present.sum().float()]))
+        kl, surprise, query_length, answer_length = (totals / answers).tolist()
+        stats: Stats = {
+            "objective/kl": kl,
+            "objective/kl_dist": kl_per_answer,
+            "objective/logprobs": record.logprobs,
+            "objective/ref_logprobs": record.ref_logprobs,
+            "objective/kl_coef": self.kl_coef,
+            "objective/entropy": surprise,
+            "ppo/mean_non_score_reward": float(masked_mean(record.non_score_rewards, mask, reduce)),
+            "ppo/mean_scores": float(score_mean),
+            "ppo/std_scores": float(score_var.sqrt()),
+            "tokens/queries_len_mean": query_length,
+            "tokens/responses_len_mean": answer_length,
+            "ppo/policy/advantages": record.advantages[mask],
+        }
+        counted = {"skipped": "ppo/skipped_minibatches", "early_stopped": "ppo/early_stopped"}
+        for name in updates[0]:
+            values = [update[name] for update in updates]
+            if name in counted:
+                stats[counted[name]] = sum(values)
+            else:
+                stats[f"ppo/{name}"] = sum(values) / len(values)
+        stats["ppo/updates"] = float(len(updates))
+        explained = 1.0 - stats["ppo/val/error"] / stats["ppo/returns/var"] if stats["ppo/returns/var"] > 0 else 0.0
+        stats["ppo/val/explained_variance"] = stats["ppo/val/var_explained"] = explained
+        stats["ppo/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        return stats
+
+    # --- state -----------------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything beside the model's own weights that the next step depends on."""
+        return {
+            "v_head": self.model.v_head.state_dict(),
+            "critic": None if self.critic is None else self.critic.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+            "kl_coef": self.kl_coef,
+            "moments": vars(self.moments).copy(),
+            "steps_done": self.steps_done,
+            "optimizer_steps": self.optimizer_steps,
+            "sampled_rows": self.sampled_rows,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; the model's own weights are the caller's to load."""
+        self.model.v_head.load_state_dict(state["v_head"])
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.kl_coef = state["kl_coef"]
+        self.moments = RunningMoments(**state["moments"])
+        self.steps_done, self.optimizer_steps, self.sampled_rows = (
+            state[name] for name in ("steps_done", "optimizer_steps", "sampled_rows")
+        )
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write the policy as a plain Hugging Face directory with its tokenizer and `value_head.safetensors`."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _dataloader(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None) -> torch.utils.data.DataLoader[Any]:
+        generator = torch.Generator().manual_seed(self.config.seed)
+        return torch.utils.data.DataLoader(
+            dataset, batch_size=self.config.batch_size, collate_fn=data_collator, shuffle=True, drop_last=True, generator=generator
+        )
+
+
+def _ids(tokens: Ids) -> list[int]:
+    if isinstance(tokens, Tensor):
+        return [int(token) for token in tokens.reshape(-1).tolist()]
+    return [int(token) for token in tokens]
+
+
+def _chunks(rows: Tensor, lengths: Tensor) -> Iterator[Tensor]:
+    """The rows in forwards of `CHUNK_TOKENS` padded tokens at most; where it takes several, rows of like length go together."""
+    if len(rows) * int(lengths[rows].max()) <= CHUNK_TOKENS:
+        yield rows
+        return
+    ordered = rows[lengths[rows].argsort(stable=True)]
+    begin = 0
+    sizes = lengths[ordered].tolist()
+    for end in range(1, len(sizes) + 1):
+        if end == len(sizes) or (end + 1 - begin) * sizes[end] > CHUNK_TOKENS:
+            yield ordered[begin:end]
+            begin = end
+
+
+def _scatter(buffer: Tensor, rows: Tensor, present: Tensor, flat: Tensor) -> None:
+    """Write per-token numbers (N,) of some rows into their places of `buffer` (B, T)."""
+    padded = torch.zeros(present.shape, device=buffer.device).masked_scatter_(present, flat.to(buffer.dtype))
+    buffer[rows, : present.shape[1]] = padded
+
+
+def _freeze_below(model: nn.Module, layers: int) -> None:
+    """Freeze the embeddings and the first `layers` blocks."""
+    blocks = find_blocks(model)
+    count = len(blocks)
+    if not 0 < layers <= count:
+        raise ValueError(f"num_shared_layers {layers} is not between 1 and the model's {count} layers")
+    below = tuple(block.prefix for block in blocks if block.index < layers)
+    embeddings = {id(parameter) for module in model.modules() if isinstance(module, nn.Embedding) for parameter in module.parameters()}
+    for name, parameter in model.named_parameters():
+        if name.startswith(below) or id(parameter) in embeddings:
+            parameter.requires_grad_(False)
