@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.batching import BatchPlan, batch_loader
 from common.checkpoint import new_manifest, save_model_directory
 from common.closing import finish_run, opening_lines
+from common.collate import supports_packing
 from common.config import resolved_dict
 from common.errors import UserError
 from common.evaluation.generate import generate_answers
@@ -40,8 +41,8 @@ def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
     # 1. model and tokenizer
     model, tokenizer = load_model(config, splits.train)
     is_encoder_decoder = bool(model.config.is_encoder_decoder)
-    if is_encoder_decoder and config.data.batching == "packed":
-        raise UserError("data.batching packed does not fit an encoder-decoder model; use bucketed")
+    if config.data.batching == "packed" and (is_encoder_decoder or not supports_packing(model)):
+        raise UserError(f"data.batching: packed rows of {type(model).__name__} would see each other; use bucketed")
     freezing = apply_freezing(model, config.model_params)
     if config.model_params.gradient_checkpointing:
         recompute_activations(model)

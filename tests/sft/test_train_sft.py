@@ -129,3 +129,16 @@ def test_validate_reads_everything_and_makes_nothing(tmp_path: Path, capsys: pyt
     assert main(["--config_file", str(config(tmp_path)), "--validate"]) == 0
     assert "20 train, 3 val, 2 test" in capsys.readouterr().out
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("model_type", ["opt", "t5"])
+def test_packing_is_refused_where_rows_would_see_each_other(tmp_path: Path, model_type: str) -> None:
+    small = {"opt": {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "word_embed_proj_dim": 16}}
+    init = {
+        "model_type": model_type,
+        "vocab_size": 280,
+        "config": small.get(model_type, {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2}),
+    }
+    with pytest.raises(UserError, match=r"data\.batching: packed rows"):
+        main(["--config_file", str(config(tmp_path, model_init=init)), "data.batching=packed"])
+    assert not (tmp_path / "models").exists()
