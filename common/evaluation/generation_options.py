@@ -26,9 +26,11 @@ _SAMPLING_OPTIONS = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_
 
 def generation_options(params: GenerateParams) -> dict[str, Any]:
     """The options beyond those that `GenerateParams` names; UserError for those that are unknown, not to be set or of a wrong value."""
+    options = dict(params.model_extra or {})
+    if not options:
+        return {}
     from transformers import GenerationConfig
 
-    options = dict(params.model_extra or {})
     known = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
     choices = sorted((known - _OWNED.keys()) | set(GenerateParams.model_fields))
     problems: list[str] = []

@@ -1,0 +1,92 @@
+"""The rows that an evaluation answers: questions, with the answers that the data gives to them where it gives any."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import UserError
+from common.evaluation.config import EvaluationData
+from common.records import PairRecord, Prompt, PromptRecord, RecordKind, SFTRecord, Splits, read_splits
+
+# Columns that hold an answer, left over where rows are read as prompts.
+_ANSWER_COLUMNS = frozenset({"Answer", "response"})
+_PAIR_COLUMNS = frozenset({"Accepted_Answer", "chosen"})
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """A question and the data's answer to it, "" where there is none; `where` names the row in messages."""
+
+    prompt: Prompt
+    answer: str
+    where: str
+
+
+@dataclass(frozen=True)
+class EvaluationRows:
+    """The rows of a split in file order, and what reading them had to say."""
+
+    rows: list[EvaluationRow]
+    notes: tuple[str, ...]
+
+    @property
+    def has_answers(self) -> bool:
+        return any(row.answer for row in self.rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of questions and answers."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(json.dumps([row.prompt.question, row.prompt.context, row.prompt.history, row.answer]).encode())
+        return digest.hexdigest()
+
+
+def read_rows(data: EvaluationData, seed: int) -> EvaluationRows:
+    """The split that `data` names, from files of answers, of pairs (the preferred answer counts) or of questions alone.
+
+    Raises UserError with the problems of the data.
+    """
+    try:
+        splits = _read(data, "sft", seed)
+    except UserError as error:
+        splits = _read_otherwise(data, seed, error)
+    rows = [EvaluationRow(record.prompt, _answer(record), record.where) for record in splits.split(data.split)]
+    if data.max_rows is not None:
+        rows = rows[: data.max_rows]
+    return EvaluationRows(rows, splits.notes)
+
+
+def _read_otherwise(data: EvaluationData, seed: int, error: UserError) -> Splits[Any]:
+    """Rows that are no question with one answer: as pairs or as questions alone, whichever they are by their columns."""
+    try:
+        splits = _read(data, "prompt", seed)
+    except UserError:
+        raise error from None
+    columns = {name for record in splits.split(data.split) for name in record.columns}
+    if columns & _PAIR_COLUMNS:
+        return _read(data, "pair", seed)
+    if columns & _ANSWER_COLUMNS:
+        raise error
+    return splits
+
+
+def _read(data: EvaluationData, kind: RecordKind, seed: int) -> Splits[Any]:
+    return read_splits(
+        data.data_dir,
+        kind,
+        columns=data.columns,
+        validation_file=data.validation_file,
+        validation_split_percentage=data.validation_split_percentage,
+        seed=seed,
+        require=(data.split,),
+    )
+
+
+def _answer(record: SFTRecord | PairRecord | PromptRecord) -> str:
+    if isinstance(record, SFTRecord):
+        return record.answer
+    return record.chosen if isinstance(record, PairRecord) else ""
