@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
@@ -89,7 +88,7 @@ class RewardPipeline:
             part.load_state_dict(state.get(part.name, {}))
 
 
-def check_pipeline(settings: RewardSettings, stage_dir: Path, *, trust_remote_code: bool = False) -> list[ModelSource]:
+def check_pipeline(settings: RewardSettings, *, trust_remote_code: bool = False) -> list[ModelSource]:
     """Check everything that needs no torch: reward models exist, functions can be imported, patterns compile, names differ.
 
     Returns what the reward models' files say about them. Raises UserError with all problems.
@@ -110,7 +109,7 @@ def check_pipeline(settings: RewardSettings, stage_dir: Path, *, trust_remote_co
                 )
             elif component.type == "function":
                 assert component.path is not None
-                load_function(component.path, stage_dir)
+                load_function(component.path)
             elif component.type == "regex":
                 _compiled(component)
         except UserError as error:
@@ -120,12 +119,10 @@ def check_pipeline(settings: RewardSettings, stage_dir: Path, *, trust_remote_co
     return sources
 
 
-def build_pipeline(
-    settings: RewardSettings, *, stage_dir: Path, device: torch.device | str = "cpu", trust_remote_code: bool = False
-) -> RewardPipeline:
+def build_pipeline(settings: RewardSettings, *, device: torch.device | str = "cpu", trust_remote_code: bool = False) -> RewardPipeline:
     """Load what the settings name. Call `check_pipeline` before, so that what can fail fails before models are loaded."""
     root = _component(settings)
-    return RewardPipeline(_build(root, _names(root), settings, stage_dir, device, trust_remote_code))
+    return RewardPipeline(_build(root, _names(root), settings, device, trust_remote_code))
 
 
 def _component(settings: RewardSettings) -> RewardComponent:
@@ -172,12 +169,11 @@ def _build(
     component: RewardComponent,
     names: Mapping[int, str],
     settings: RewardSettings,
-    stage_dir: Path,
     device: torch.device | str,
     trust_remote_code: bool,
 ) -> RewardPart:
     name = names[id(component)]
-    members = [_build(member, names, settings, stage_dir, device, trust_remote_code) for member in component.members]
+    members = [_build(member, names, settings, device, trust_remote_code) for member in component.members]
     match component.type:
         case "model":
             from common.models.reward import RewardScorer
@@ -188,7 +184,7 @@ def _build(
             return TrainedRewardModel(name, scorer, component.normalise)
         case "function":
             assert component.path is not None
-            return PythonFunction(name, component.path, load_function(component.path, stage_dir), component.timeout_s)
+            return PythonFunction(name, component.path, load_function(component.path), component.timeout_s)
         case "length":
             return LengthRule(name, component.min_words, component.max_words)
         case "repetition":

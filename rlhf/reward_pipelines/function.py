@@ -66,33 +66,27 @@ class PythonFunction(RewardPart):
         return outcome[0]
 
 
-def load_function(path: str, stage_dir: Path) -> Callable[..., Any]:
-    """The function that `module:function` or `file.py:function` names; a relative file is looked for in `stage_dir`, then here.
+def load_function(path: str) -> Callable[..., Any]:
+    """The function that `module:function` or `file.py:function` names. Raises UserError where there is none, or no import succeeds.
 
-    Raises UserError where there is none, or its module cannot be imported.
+    Configs hold files as absolute paths: relative ones count from the stage folder, on the command line from the working directory.
     """
     place, separator, name = path.rpartition(":")
     if not separator or not place or not name.isidentifier():
         raise UserError(f"reward function {path}: expected module:function or file.py:function")
-    module = _load_file(path, _find_file(path, place, stage_dir)) if place.endswith(".py") else _load_module(path, place, stage_dir)
+    module = _load_file(path, Path(place).expanduser()) if place.endswith(".py") else _load_module(path, place)
     function = getattr(module, name, None)
     if not callable(function):
         there = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__]
-        raise UserError(f"reward function {path}: {place} has no function {name}" + (f", it has {', '.join(there)}" if there else ""))
+        raise UserError(f"reward function {path}: no function {name}" + (f", there is {', '.join(there)}" if there else ""))
     if inspect.iscoroutinefunction(function):
         raise UserError(f"reward function {path}: is async, expected a plain function")
     return function
 
 
-def _find_file(path: str, place: str, stage_dir: Path) -> Path:
-    candidates = [base / Path(place).expanduser() for base in (stage_dir, Path.cwd())]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate.resolve()
-    raise UserError(f"reward function {path}: no file {' or '.join(dict.fromkeys(str(c) for c in candidates))}")
-
-
 def _load_file(path: str, file: Path) -> ModuleType:
+    if not file.is_file():
+        raise UserError(f"reward function {path}: no such file")
     content = file.read_bytes()
     # the same content is imported once; a changed file is another module
     name = f"reward_function_{file.stem}_{hashlib.sha256(str(file).encode() + content).hexdigest()[:12]}"
@@ -106,21 +100,19 @@ def _load_file(path: str, file: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise UserError(f"reward function {path}: {file} cannot be imported: {_described(error)}") from error
+        raise UserError(f"reward function {path}: cannot be imported: {_described(error)}") from error
     return module
 
 
-def _load_module(path: str, place: str, stage_dir: Path) -> ModuleType:
+def _load_module(path: str, place: str) -> ModuleType:
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not (place == error.name or place.startswith(f"{error.name}.")):
-            raise UserError(f"reward function {path}: {place} cannot be imported: {_described(error)}") from error
-        file = Path(*place.split(".")).with_suffix(".py")
-        hint = f"; write {file}:{path.rpartition(':')[2]} for the file" if (stage_dir / file).is_file() or file.is_file() else ""
-        raise UserError(f"reward function {path}: no module {place}{hint}") from None
+            raise UserError(f"reward function {path}: cannot be imported: {_described(error)}") from error
+        raise UserError(f"reward function {path}: no module {place} (for a file write its path: {place.split('.')[-1]}.py:…)") from None
     except Exception as error:
-        raise UserError(f"reward function {path}: {place} cannot be imported: {_described(error)}") from error
+        raise UserError(f"reward function {path}: cannot be imported: {_described(error)}") from error
 
 
 def _arguments(path: str, function: Callable[..., Any], answers: Answers) -> dict[str, Any]:
