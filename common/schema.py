@@ -1,35 +1,22 @@
 """The config sections that stages share: frozen, typed, each field with its unit and meaning.
 
 Nothing here imports torch: a config is read, checked and refused in well under a second.
-The tables of settings in the README are generated from these descriptions (`python -m common.schema_docs`).
+The tables of settings in the README are generated from these descriptions (`python docs/tables.py`).
 """
 
 from __future__ import annotations
 
-import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-# What a `wandb.api` of the shipped examples holds; never a key.
-API_PLACEHOLDERS = frozenset({"", "text", "your_api_key", "YOUR_API_KEY"})
+from common.lightning_arguments import lightning_argument_problems
+from common.schema_types import Words
 
-# Keyword arguments of `pl.Trainer` (a test compares this with its signature), minus those that a stage sets itself.
-LIGHTNING_TRAINER_ARGUMENTS = frozenset(
-    {
-        "accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "callbacks", "fast_dev_run", "max_epochs",
-        "min_epochs", "max_steps", "min_steps", "max_time", "limit_train_batches", "limit_val_batches", "limit_test_batches",
-        "limit_predict_batches", "overfit_batches", "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps",
-        "log_every_n_steps", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "accumulate_grad_batches",
-        "gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark", "inference_mode", "use_distributed_sampler",
-        "profiler", "detect_anomaly", "barebones", "plugins", "sync_batchnorm", "reload_dataloaders_every_n_epochs",
-        "default_root_dir", "enable_autolog_hparams", "model_registry",
-    }
-)  # fmt: skip
-STAGE_OWNED_TRAINER_ARGUMENTS = frozenset(
-    {"logger", "callbacks", "enable_checkpointing", "default_root_dir", "use_distributed_sampler", "plugins", "model_registry"}
-)
+# What a `wandb.api` of the shipped examples holds; never a key.
+API_PLACEHOLDERS = frozenset({"", "text", "null", "none", "your_api_key", "your-api-key", "YOUR_API_KEY"})
 
 
 class KeyedProblems(ValueError):
@@ -40,57 +27,72 @@ class KeyedProblems(ValueError):
         super().__init__("; ".join(f"{key}: {problem}" for key, problem in keyed.items()))
 
 
-def lightning_argument_problems(params: dict[str, Any]) -> dict[str, str]:
-    """What is wrong with `trainer.params`: argument -> problem. Needs no torch."""
-    problems: dict[str, str] = {}
-    for name in params:
-        if name in STAGE_OWNED_TRAINER_ARGUMENTS:
-            problems[name] = "is set by the stage itself; remove it"
-        elif name not in LIGHTNING_TRAINER_ARGUMENTS:
-            close = difflib.get_close_matches(name, sorted(LIGHTNING_TRAINER_ARGUMENTS - STAGE_OWNED_TRAINER_ARGUMENTS), n=1)
-            problems[name] = "is no argument of pl.Trainer" + (f"; did you mean {close[0]}?" if close else "")
-    if str(params.get("precision")) in {"16", "16-mixed", "16-true"} and params.get("accelerator") == "cpu":
-        problems["precision"] = f"got {params['precision']!r}, which a CPU cannot do; expected 'bf16-mixed' or '32'"
-    return problems
-
-
 class CommandLineValue(str):
     """A string given on the command line: relative paths in it count from the working directory, not the stage folder."""
 
 
-def _base_dir(value: str, info: ValidationInfo) -> Path:
-    if isinstance(value, CommandLineValue):
-        return Path.cwd()
-    return Path((info.context or {}).get("base_dir", Path.cwd()))
+def _absolute(value: str, info: ValidationInfo, name: str | None = None) -> Path:
+    """`name` (default: the value itself) as a path: from the working directory on the command line, else from the stage folder."""
+    base = Path.cwd() if isinstance(value, CommandLineValue) else Path((info.context or {}).get("base_dir", Path.cwd()))
+    try:
+        path = base / Path(value if name is None else name).expanduser()
+    except RuntimeError:
+        raise ValueError(f"got {str(value)!r}, which names the home folder of an unknown user") from None
+    return Path(os.path.normpath(path.absolute()))
 
 
 def _resolve_path(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, str) or value.startswith("hf:"):
         return value
-    return str((_base_dir(value, info) / Path(value).expanduser()).absolute()) if value else value
+    if not value.strip():
+        raise ValueError("got an empty text, expected a path")
+    return str(_absolute(value, info))
 
 
 def _resolve_model(value: Any, info: ValidationInfo) -> Any:
-    """A directory (made absolute) when it exists or is written like a path, else a hub name, kept as it is."""
+    """A directory (made absolute) when it or its parent folder exists or it is written like a path, else a hub name, kept as it is."""
     if not isinstance(value, str):
         return value
-    path = _base_dir(value, info) / Path(value).expanduser()
-    if value.startswith(("./", "../", "/", "~")) or value in {".", ".."} or path.exists():
-        return str(path.absolute())
-    return str(value)
+    if not value.strip():
+        raise ValueError("got an empty text, expected a model directory or a hub name")
+    path = _absolute(value, info)
+    try:
+        is_path = value.startswith(("./", "../", "/", "~")) or value in {".", ".."} or path.exists()
+        # `models/latest` before the first run is a path whose end is missing, no name on the hub
+        is_path = is_path or path.is_symlink() or ("/" in value and path.parent.is_dir())
+    except OSError:  # too long a name, say: no path
+        is_path = False
+    return str(path) if is_path else str(value)
 
 
-StagePath = Annotated[str, BeforeValidator(_resolve_path)]
+def _resolve_function(value: Any, info: ValidationInfo) -> Any:
+    """`file.py:function` with the file made absolute; `module:function` as it is."""
+    if not isinstance(value, str) or (info.context is None and not isinstance(value, CommandLineValue)):
+        return value
+    place, _, function = value.rpartition(":")
+    return f"{_absolute(value, info, place)}:{function}" if place.endswith(".py") else str(value)
+
+
+def _whole_number(value: Any) -> Any:
+    """2.0 is the whole number 2 (the classic examples write `top_k: 0.0`)."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+StagePath = Annotated[str, BeforeValidator(_resolve_path), Words("a path")]
 """A file or folder; relative ones count from the stage folder (in a config) or the working directory (command line)."""
-ModelName = Annotated[str, BeforeValidator(_resolve_model)]
+ModelName = Annotated[str, BeforeValidator(_resolve_model), Words("a model directory or hub name")]
 """A model directory (relative like `StagePath`) or a hub name."""
+FunctionName = Annotated[str, BeforeValidator(_resolve_function), Words("module:function or file.py:function")]
+"""A Python function; a relative file counts like `StagePath`."""
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
+PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_whole_number)]
+NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_whole_number)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"), Words("letters, digits, dashes, underscores and inner dots")]
 
 
 class Section(BaseModel):
@@ -135,7 +137,7 @@ class FreezeSettings(Section):
     freeze_attn: bool = Field(False, description="Freeze attention.")
     freeze_ff: bool = Field(False, description="Freeze feed-forward blocks.")
     freeze_other: bool = Field(False, description="Freeze everything that belongs to no other group.")
-    layers_not_to_freeze: list[int] = Field(
+    layers_not_to_freeze: list[WholeNumber] = Field(
         default_factory=list, description="Layers that train whatever the flags say; negative counts from the end."
     )
 
@@ -237,7 +239,7 @@ class RunSettings(Section):
     """What names a run and makes it repeatable; every stage's config starts with these keys."""
 
     seed: NonNegativeInt = Field(42, description="Seed of sample order, dropout, sampling and fresh weights.")
-    desc: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = Field("run", description="Short name of the run, part of its directory.")
+    desc: RunName = Field("run", description="Short name of the run, part of its directory.")
     index: NonNegativeInt | Literal["auto"] = Field("auto", description="Number of the run; `auto` takes the next free one.")
     results_root: StagePath | None = Field(
         None, description="Root for runs (`ROOT/STAGE/desc-…`) instead of the checkpoint folder; also RESULTS_ROOT_DIR."
@@ -253,7 +255,9 @@ class GenerateParams(Section):
 
     do_sample: bool = Field(False, description="Sample instead of taking the likeliest token.")
     max_new_tokens: PositiveInt = Field(64, description="Answer tokens at most, EOS included.")
-    min_length: int = Field(0, description="Answer tokens before EOS at least; -1 and 0 mean none.", ge=-1)
+    min_length: Annotated[int, Field(ge=-1), BeforeValidator(_whole_number)] = Field(
+        0, description="Answer tokens before EOS at least; -1 and 0 mean none."
+    )
     temperature: PositiveFloat = Field(1.0, description="Divides the logits.")
     top_k: NonNegativeInt = Field(0, description="Sample among the k likeliest tokens; 0: all.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Sample among the likeliest tokens of this total probability.")

@@ -10,6 +10,7 @@ from common.schema import (
     FiniteFloat,
     Fraction,
     FreezeSettings,
+    FunctionName,
     GenerateParams,
     LoraSettings,
     ModelName,
@@ -141,7 +142,7 @@ class RewardComponent(Section):
         "manifest",
         description="model: subtract mean and divide by scale of the training set, of the reference's first answers, or neither.",
     )
-    path: str | None = Field(None, description="function: `module:function` or `file.py:function`.")
+    path: FunctionName | None = Field(None, description="function: `module:function` or `file.py:function`.")
     timeout_s: PositiveFloat | None = Field(None, description="function: seconds a call may take.")
     min_words: NonNegativeInt | None = Field(None, description="length: fewer words cost 1 each.")
     max_words: PositiveInt | None = Field(None, description="length: more words cost 1 each.")

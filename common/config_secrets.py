@@ -1,0 +1,60 @@
+"""Keys of services belong into the environment. One found in a config is taken out of it before anything can log or save it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from common.schema import API_PLACEHOLDERS
+from common.schema_types import KeyPath
+
+KEY_VARIABLE = "WANDB_API_KEY"
+
+_SECRET_NAME = re.compile(r"(?:^|[_-])(?:api[_-]?key|secret|password|(?:auth|access|hf)[_-]?token)$", re.IGNORECASE)
+_FREE_SECRET_NAME = re.compile(r"^(?:wandb[_-])?api[_-]?key$", re.IGNORECASE)
+
+
+def is_secret(path: KeyPath) -> bool:
+    """Whether what stands at this path may be a key, whatever it looks like."""
+    return bool(path) and (path[-2:] == ("wandb", "api") or bool(_SECRET_NAME.search(str(path[-1]))))
+
+
+def take_key_out(data: dict[str, Any]) -> tuple[str | None, KeyPath]:
+    """Remove wandb's key from `wandb.api` and `ppo_config.tracker_kwargs`; returns it (None: only placeholders) and where it stood."""
+    key: str | None = None
+    where: KeyPath = ()
+    wandb = data.get("wandb")
+    if isinstance(wandb, dict) and isinstance(wandb.get("api"), str):
+        text = wandb["api"].strip()
+        if text.lower() not in API_PLACEHOLDERS:
+            key, where = text, ("wandb", "api")
+        wandb["api"] = None
+    section = data.get("ppo_config")
+    kwargs = section.get("tracker_kwargs") if isinstance(section, dict) else None
+    for path, place in (((), kwargs), (("wandb",), kwargs.get("wandb") if isinstance(kwargs, dict) else None)):
+        if not isinstance(place, dict):
+            continue
+        for name in [name for name in place if _FREE_SECRET_NAME.search(name)]:
+            text = str(place.pop(name) or "").strip()
+            if text.lower() not in API_PLACEHOLDERS:
+                key, where = text, ("ppo_config", "tracker_kwargs", *path, name)
+    return key, where
+
+
+def move_to_environment(key: str) -> bool:
+    """Set WANDB_API_KEY unless one is there already, which then stays; returns whether it was set."""
+    if os.environ.get(KEY_VARIABLE):
+        return False
+    os.environ[KEY_VARIABLE] = key
+    return True
+
+
+def without_secrets(value: Any, path: KeyPath = ()) -> Any:
+    """A copy of plain data without any key that may hold a secret."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets(item, (*path, key)) for key, item in value.items() if not is_secret((*path, key))}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(item, path) for item in value]
+    return value
