@@ -179,6 +179,8 @@ def answer_prompts(
     config: SFTConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[SFTRecord]
 ) -> list[list[int]]:
     """Ids of the validation questions that are answered, cut to leave `max_new_tokens` of the model's positions to the answer."""
+    if not records:
+        return []
     limit = config.data.max_length
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and not model.config.is_encoder_decoder:
