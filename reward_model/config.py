@@ -23,7 +23,7 @@ from common.schema import (
 
 class RewardData(DataSettings):
     batching: Literal["random", "bucketed"] = Field(
-        "random", description="`random`; `bucketed`: rows of like length together, which pads less and gives the same gradient for a row."
+        "bucketed", description="`random`; `bucketed`: rows of like length together, which pads less and gives the same gradient for a row."
     )
     max_prompt_length: PositiveInt | None = Field(None, description="Prompt tokens at most; null: only `max_length` limits it.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -10,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import MANIFEST
 from common.config import resolved_dict
 from common.errors import UserError
 from common.evaluation.csv_log import CsvLog
+from common.evaluation.identity import model_identity
 from common.model_source import ModelSource
 from common.models.backbone import RewardInput, collate_rewards, reward_inputs
 from common.models.reward import RewardScorer
@@ -51,17 +50,6 @@ def open_log(config: RewardTestConfig, source: ModelSource, data_fingerprint: st
     if log.note:
         print(log.note)
     return log
-
-
-def model_identity(source: ModelSource) -> str:
-    """What tells two models apart: the content of the manifest (it holds the weights' checksums), else of the weights' file facts."""
-    if source.directory is None:
-        return source.name
-    manifest = source.directory / MANIFEST
-    if manifest.is_file():
-        return hashlib.sha256(manifest.read_bytes()).hexdigest()
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(source.directory.iterdir()) if path.is_file()]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def score_unique(scorer: RewardScorer, rows: Sequence[tuple[Prompt, str]]) -> list[float]:
