@@ -93,7 +93,7 @@ def parse_command_line(
 def _config_file(names: Sequence[str]) -> Path:
     if not names:
         raise UserError("command line: --config FILE is missing, for example --config configs/trainer_config.yaml")
-    different = list({Path(name).absolute(): name for name in names}.values())
+    different = list({Path(name).resolve(): name for name in names}.values())
     if len(different) > 1:
         raise UserError(f"command line: --config, --config_file and --config_path are one option, got {' and '.join(different)}")
     return Path(different[0])

@@ -44,11 +44,13 @@ def problem_lines(error: ValidationError, marked: MarkedData, schema: type[BaseM
     report = _Report()
     _report_fields(error, marked, schema, report)
     _report_relations(error, marked, schema, report)
-    rest = _without(marked.data, schema, report)
-    try:
-        schema.model_validate(rest, context=dict(context))
-    except ValidationError as again:
-        _report_relations(again, marked, schema, report)
+    wrong_before: set[KeyPath] = set()
+    while report.wrong != wrong_before:
+        wrong_before = set(report.wrong)
+        try:
+            schema.model_validate(_without(marked.data, schema, report), context=dict(context))
+        except ValidationError as again:
+            _report_relations(again, marked, schema, report)
     return list(dict.fromkeys(report.lines))
 
 
@@ -57,7 +59,7 @@ def _report_fields(error: ValidationError, marked: MarkedData, schema: type[Base
     missing: list[KeyPath] = []
     for problem in error.errors(include_url=False):
         path, value = _real_path(problem["loc"], marked.data)
-        if problem["type"] == "missing":
+        if problem["type"] == "missing" and path == problem["loc"]:
             missing.append(path)
         elif problem["type"] == "extra_forbidden":
             text, meant = _unknown(path, schema)

@@ -19,7 +19,7 @@ from common.schema_types import KeyPath, dotted
 
 _TAG = "tag:yaml.org,2002:"
 # Aliases can make a small file stand for an endless one.
-_MAX_VALUES = 100_000
+_MAX_VALUES = 10_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -114,8 +114,10 @@ def _compose(text: str, shown: str, first_line: int | None) -> yaml.Node | None:
     try:
         return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        problem = f"broken YAML: {' '.join((error.problem or error.context or '').split())}"
+        unclosed = "<stream end>" in (error.problem or "")  # then the place to mend is where it was opened
+        mark = (error.context_mark if unclosed else None) or error.problem_mark or error.context_mark
+        words = [error.context or ""] if (error.problem or "but").startswith("but") else []
+        problem = " ".join(" ".join(["broken YAML:", *words, error.problem or ""]).split())
         if "'\\t'" in problem:
             problem = "a tab where spaces are expected; YAML indents with spaces"
         elif "mapping values are not allowed" in problem:
@@ -123,7 +125,7 @@ def _compose(text: str, shown: str, first_line: int | None) -> yaml.Node | None:
         raise UserError(f"{place(mark.line if mark else 0)}: {problem}") from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n")
-        raise UserError(f"{place(line)}: broken YAML: character {error.character!r} is not allowed") from None
+        raise UserError(f"{place(line)}: broken YAML: character {chr(error.character)!r} is not allowed") from None
     except (RecursionError, ValueError) as error:
         problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise UserError(f"{place(0)}: broken YAML: {problem}") from None

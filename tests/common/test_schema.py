@@ -1,0 +1,211 @@
+"""The schema's words, and the tables of settings that are made of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import BaseModel, Field, ValidationError
+
+from common.errors import UserError
+from common.schema import (
+    CommandLineValue,
+    FiniteFloat,
+    Fraction,
+    FreezeSettings,
+    ModelName,
+    ModelParams,
+    PositiveInt,
+    Section,
+    StagePath,
+    WandbSettings,
+)
+from common.schema_docs import SCHEMAS, documents, load_schema, settings_table, with_tables
+from common.schema_types import choices_of, section_of, type_at, type_words, walk_fields
+from sft.config import SFTConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Inner(Section):
+    size: PositiveInt = Field(3, description="A size.")
+    names: list[str] = Field(default_factory=list, description="Names, a | b.")
+
+
+class Outer(Section):
+    inner: Inner = Field(default_factory=lambda: Inner(size=5), description="Inside.")
+    perhaps: Inner | None = Field(None, description="Perhaps.")
+    parts: list[Inner] = Field(default_factory=list, description="Parts.")
+    rate: Fraction = Field(description="A rate.")
+    free: dict[str, Any] = Field(default_factory=dict, description="Anything.")
+
+
+@pytest.mark.parametrize(
+    ("annotation", "words"),
+    [
+        (int, "a whole number"),
+        (PositiveInt, "a whole number >= 1"),
+        (PositiveInt | None, "a whole number >= 1 or null"),
+        (PositiveInt | Literal["auto"], "a whole number >= 1 or auto"),
+        (Fraction, "a number >= 0 and <= 1"),
+        (Annotated[float, Field(gt=0, lt=0.5)], "a number > 0 and < 0.5"),
+        (FiniteFloat, "a number"),
+        (bool, "true or false"),
+        (bool | Literal["longest", "max_length"], "true, false, longest or max_length"),
+        (Literal["qa", "chat"] | None, "qa, chat or null"),
+        (Literal["left"], "left"),
+        (str, "text"),
+        (StagePath | None, "a path or null"),
+        (ModelName, "a model directory or hub name"),
+        (list[str] | Literal["all-linear"], "a list of texts or all-linear"),
+        (list[PositiveInt], "a list of whole numbers >= 1"),
+        (tuple[Fraction, Fraction], "a list of 2 numbers >= 0 and <= 1"),
+        (list[Inner], "a list of sections"),
+        (dict[str, Any], "a mapping"),
+        (Inner, "a section"),
+        (Inner | None, "a section or null"),
+        (Any, "any value"),
+    ],
+)
+def test_type_words(annotation: Any, words: str) -> None:
+    assert type_words(annotation) == words
+
+
+def test_type_at_walks_sections_lists_mappings_and_unions() -> None:
+    assert type_words(type_at(Outer, ("inner", "size"))) == "a whole number >= 1"
+    assert type_words(type_at(Outer, ("perhaps", "names", 4))) == "text"
+    assert type_words(type_at(Outer, ("parts", 0, "size"))) == "a whole number >= 1"
+    assert type_at(Outer, ("free", "any", "thing")) is Any
+    assert type_at(Outer, ("rate", "x")) is None
+    assert type_at(Outer, ("parts", "x")) is None
+    assert type_at(SFTConfig, ("evaluation", "generate_params", "num_beams")) is Any  # an open section
+    assert type_at(SFTConfig, ("model_params", "adam_betas", 2)) is None
+    assert section_of(type_at(Outer, ("perhaps",))) is Inner
+    assert choices_of(Literal["a", "b"] | None) == ["a", "b"]
+
+
+def test_walk_fields_goes_section_by_section() -> None:
+    assert [".".join(path) for path, _ in walk_fields(Outer)] == [
+        "inner", "inner.size", "inner.names", "perhaps", "perhaps.size", "perhaps.names", "parts", "rate", "free",
+    ]  # fmt: skip
+
+
+def test_a_table_has_a_row_for_every_key() -> None:
+    assert settings_table(Outer) == (
+        "| key | type | default | meaning |\n"
+        "|---|---|---|---|\n"
+        "| **`inner`** | section | `size: 5` | Inside. |\n"
+        "| `inner.size` | whole number >= 1 | `3` | A size. |\n"
+        "| `inner.names` | list of texts | `[]` | Names, a \\| b. |\n"
+        "| **`perhaps`** | section | `null` | Perhaps. |\n"
+        "| `perhaps.size` | whole number >= 1 | `3` | A size. |\n"
+        "| `perhaps.names` | list of texts | `[]` | Names, a \\| b. |\n"
+        "| `parts` | list of sections | `[]` | Parts. |\n"
+        "| `rate` | number >= 0 and <= 1 | required | A rate. |\n"
+        "| `free` | mapping | `{}` | Anything. |\n"
+    )
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_setting_of_every_stage_is_described(name: str) -> None:
+    schema = load_schema(name)
+    fields = list(walk_fields(schema))
+    assert len(fields) > 15
+    for path, field in fields:
+        assert field.description and field.description.endswith("."), path
+        assert type_words(field.annotation)
+    assert settings_table(schema).count("\n") == len(fields) + 2
+
+
+def test_tables_are_put_between_markers_and_stay_when_current() -> None:
+    text = "before\n<!-- settings:sft -->\nSTALE\n<!-- /settings -->\nafter\n<!-- settings:reward_model/regression -->\n<!-- /settings -->\n"
+    new = with_tables(text)
+    assert "STALE" not in new and "`model_params.mae_loss`" in new
+    assert new.startswith("before\n<!-- settings:sft -->\n\n| key |") and "\n\n<!-- /settings -->\nafter\n" in new
+    assert with_tables(new) == new
+    with pytest.raises(UserError, match=r"^settings:sftt: unknown table, expected one of sft, "):
+        with_tables("<!-- settings:sftt -->\n<!-- /settings -->")
+
+
+def test_the_documents_are_current() -> None:
+    result = subprocess.run([sys.executable, "-m", "common.schema_docs", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    names = {str(path.relative_to(ROOT)) for path in documents()}
+    assert {"README.md", "sft/README.md", "reward_model/regression/README.md"} <= names
+
+
+def test_a_stale_document_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import common.schema_docs as docs
+
+    (tmp_path / "sft/models/run").mkdir(parents=True)
+    for place in ("README.md", "sft/models/run/README.md"):
+        (tmp_path / place).write_text("<!-- settings:ppo -->\n<!-- /settings -->\n")
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    monkeypatch.setattr(docs, "documents", lambda: documents(tmp_path))
+    assert docs.main(["--check"]) == 1
+    assert capsys.readouterr().out == "README.md: stale; run python -m common.schema_docs\n"
+    assert docs.main([]) == 0
+    assert docs.main(["--check"]) == 0
+    assert "`ppo_config.cliprange`" in (tmp_path / "README.md").read_text()
+    assert "cliprange" not in (tmp_path / "sft/models/run/README.md").read_text()  # a model card
+
+
+# --- sections ----------------------------------------------------------------------------------------------------------------------
+
+
+def all_sections(schema: type[BaseModel]) -> set[type[BaseModel]]:
+    return {schema} | {inner for _, field in walk_fields(schema) if (inner := section_of(field.annotation))}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_sections_are_frozen_and_strict(name: str) -> None:
+    for section in all_sections(load_schema(name)):
+        assert section.model_config["frozen"] and section.model_config["strict"], section
+        assert section.model_config["extra"] == ("allow" if section.__name__ in {"GenerateParams", "PPOGeneration"} else "forbid"), section
+
+
+@pytest.mark.parametrize(
+    ("flags", "active"),
+    [({}, False), ({"freeze_ln": True}, True), ({"freeze_ln": True, "do_freeze": False}, False), ({"do_freeze": True}, True)],
+)
+def test_a_missing_do_freeze_means_true_when_anything_is_frozen(flags: dict[str, bool], active: bool) -> None:
+    assert FreezeSettings(**flags).active is active
+
+
+@pytest.mark.parametrize("value", ["yes", 1, "true"])
+def test_no_text_or_number_is_a_boolean(value: Any) -> None:
+    with pytest.raises(ValidationError):
+        FreezeSettings.model_validate({"freeze_ln": value})
+
+
+def test_whole_floats_are_whole_numbers() -> None:
+    assert FreezeSettings.model_validate({"layers_not_to_freeze": [0.0, -1.0]}).layers_not_to_freeze == [0, -1]
+    with pytest.raises(ValidationError):
+        FreezeSettings.model_validate({"layers_not_to_freeze": [0.5]})
+
+
+def test_two_betas_are_taken_as_a_list_but_not_as_text() -> None:
+    assert ModelParams.model_validate({"adam_betas": [0, 0.5]}).adam_betas == (0.0, 0.5)
+    for wrong in ([0.9], [0.9, 0.95, 0.99], ["0.9", 0.95], "99"):
+        with pytest.raises(ValidationError):
+            ModelParams.model_validate({"adam_betas": wrong})
+
+
+def test_a_wandb_project_is_found_in_both_places() -> None:
+    assert WandbSettings().project == "rlhf-qa"
+    assert WandbSettings.model_validate({"args": {"project_name": "a"}}).project == "a"
+    assert WandbSettings.model_validate({"args": {"project_name": "a"}, "project_name": "b"}).project == "b"
+
+
+def test_paths_keep_no_dots_and_command_line_values_become_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Paths(Section):
+        path: StagePath
+        text: str
+
+    monkeypatch.chdir(tmp_path)
+    read = Paths.model_validate({"path": "../a", "text": CommandLineValue("x")}, context={"base_dir": Path("/stage/configs")})
+    assert (read.path, type(read.text)) == ("/stage/a", str)
+    assert Paths.model_validate({"path": CommandLineValue("b"), "text": ""}, context={"base_dir": Path("/s")}).path == str(tmp_path / "b")
