@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -18,6 +16,7 @@ from torch.optim import Optimizer
 
 from common.errors import UserError
 from common.launch.checkpointing import CheckpointKeeper
+from common.launch.runtime import peak_memory_gib
 from common.launch.signals import StopSignals
 from common.progress import Progress, duration, format_figure
 from common.tracking import Tracker
@@ -195,14 +194,6 @@ def count_tokens(batch: Any) -> Tensor | int:
             mask = batch.get(name.removesuffix("input_ids") + "attention_mask")
             total = total + (mask.sum() if isinstance(mask, Tensor) and mask.shape == value.shape else value.numel())
     return total
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory in use so far: allocated on a GPU, resident in the process without one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _rescales_loss(trainer: pl.Trainer) -> bool:

@@ -31,10 +31,10 @@ from common.launch.callbacks import (
     StatelessDropout,
     TrackerLogger,
     TrainingMetrics,
-    peak_memory_gib,
     set_epoch,
 )
 from common.launch.checkpointing import CheckpointKeeper, SaveFn, resolve_monitor
+from common.launch.runtime import peak_memory_gib
 from common.launch.signals import StopSignals
 from common.schema import TrainerSettings
 from common.tracking import Tracker

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -65,3 +67,11 @@ class Runtime:
         """Wait until every process is here."""
         if self.world_size > 1:
             torch.distributed.barrier()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory in use so far: allocated on a GPU, resident in the process without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -86,23 +86,32 @@ def gather_answers(
     if empty:
         raise ValueError(f"queries {empty} are empty; the first answer token needs a token before it")
     targets, present = right_pad(responses, PADDING_ID, max(1, max(map(len, responses))))
-    present = present.bool()
     mask = present
     if response_masks is not None:
         wrong = [row for row, (response, flags) in enumerate(zip(responses, response_masks, strict=True)) if len(response) != len(flags)]
         if wrong:
             raise ValueError(f"response_masks of rows {wrong} differ in length from their responses")
         mask = present & right_pad(response_masks, 0, targets.shape[1])[0].bool()
+    encoder_ids: Tensor | None = None
+    encoder_mask: Tensor | None = None
     if config.is_encoder_decoder:
         start = decoder_start(config)
         ids, real = right_pad([[start, *response] for response in responses], PADDING_ID)
-        encoder_ids, encoder_mask = right_pad(queries, PADDING_ID)
-        batch = (targets, present, mask, torch.zeros(len(ids), dtype=torch.long), ids, real.sum(1), encoder_ids, encoder_mask.bool())
+        encoder_ids, encoder_mask = (part.to(device) for part in right_pad(queries, PADDING_ID))
+        starts = torch.zeros(len(ids), dtype=torch.long)
     else:
         ids, real = right_pad([[*query, *response] for query, response in zip(queries, responses, strict=True)], PADDING_ID)
         starts = torch.tensor([len(query) - 1 for query in queries])
-        batch = (targets, present, mask, starts, ids, real.sum(1), None, None)
-    return Answers(*(None if part is None else part.to(device) for part in batch))  # type: ignore[arg-type]
+    return Answers(
+        targets=targets.to(device),
+        present=present.to(device),
+        mask=mask.to(device),
+        starts=starts.to(device),
+        ids=ids.to(device),
+        lengths=real.sum(1).to(device),
+        encoder_ids=encoder_ids,
+        encoder_mask=encoder_mask,
+    )
 
 
 class Output(NamedTuple):

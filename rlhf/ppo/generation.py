@@ -19,38 +19,16 @@ from transformers import (
 from common.errors import UserError
 from common.sampling import apply_repetition_penalty, filter_logits, gumbel_noise
 from common.schema import GenerateParams
+from rlhf.sampling_options import WARPERS
 
-# Options beyond those that `GenerateParams` names. Warpers act on logits after temperature, top_k and top_p.
-WARPERS: dict[str, Callable[[Any], LogitsProcessor]] = {
+# They act on logits after temperature, top_k and top_p.
+_WARPERS: dict[str, Callable[[Any], LogitsProcessor]] = {
     "min_p": MinPLogitsWarper,
     "typical_p": TypicalLogitsWarper,
     "epsilon_cutoff": EpsilonLogitsWarper,
     "eta_cutoff": EtaLogitsWarper,
 }
-OTHER_OPTIONS = ("eos_token_id",)
-
-
-def check_generation(params: GenerateParams, *, setting: str = "generation_config") -> None:
-    """Refuse options that sampling would ignore: UserError with a line for each, naming what there is."""
-    extra = dict(params.model_extra or {})
-    supported = sorted({*GenerateParams.model_fields, *WARPERS, *OTHER_OPTIONS})
-    problems = [
-        f"{setting}.{name}: got {value!r}, which PPO's sampling does not know; it has {', '.join(supported)}"
-        for name, value in extra.items()
-        if name not in supported
-    ]
-    for name, make in WARPERS.items():
-        if extra.get(name) is not None:
-            try:
-                make(extra[name])
-            except (ValueError, TypeError) as error:
-                problems.append(f"{setting}.{name}: {error}")
-            if not params.do_sample:
-                problems.append(f"{setting}.{name} shapes sampling, but do_sample is false")
-    if params.min_length > params.max_new_tokens:
-        problems.append(f"{setting}: min_length {params.min_length} is more than max_new_tokens {params.max_new_tokens}")
-    if problems:
-        raise UserError(*problems)
+assert tuple(_WARPERS) == WARPERS
 
 
 def eos_ids(params: GenerateParams, tokenizer: Any, model: Any) -> list[int]:
@@ -82,7 +60,7 @@ class TokenChooser:
         self.end_ids = list(end_ids)
         self.seed, self.step = seed, step
         extra = params.model_extra or {}
-        self.warpers = [make(extra[name]) for name, make in WARPERS.items() if extra.get(name) is not None]
+        self.warpers = [make(extra[name]) for name, make in _WARPERS.items() if extra.get(name)]
 
     @property
     def reads_text(self) -> bool:

@@ -55,7 +55,7 @@ class ModelWithValueHead(nn.Module):
                 f"{kinds[not self.encoder_decoder]} goes into the other class"
             )
         self.pretrained_model = pretrained_model
-        self.v_head = ValueHead(hidden_size(pretrained_model.config), summary_dropout_prob)
+        self.v_head: ValueHead = ValueHead(hidden_size(pretrained_model.config), summary_dropout_prob)
 
     @classmethod
     def from_pretrained(

@@ -70,29 +70,29 @@ def collect_rollout(
     """
     policy = model.pretrained_model if isinstance(model, ModelWithValueHead) else model
     head = model.v_head if isinstance(model, ModelWithValueHead) else None
-    queries = [list(query) for query in queries]
-    numbers = torch.tensor(list(range(len(queries))) if rows is None else list(rows), dtype=torch.long)
+    prompts = [list(query) for query in queries]
+    numbers = torch.tensor(list(range(len(prompts))) if rows is None else list(rows), dtype=torch.long)
     end_ids = eos_ids(params, tokenizer, policy)
     decoder = _Decoder(
         forward or Forward(policy), head, tokenizer, TokenChooser(params, end_ids, seed=seed, step=step), params, end_ids, use_cache
     )
-    tokens = torch.full((len(queries), params.max_new_tokens), PADDING_ID, dtype=torch.long)
+    tokens = torch.full((len(prompts), params.max_new_tokens), PADDING_ID, dtype=torch.long)
     logprobs, values = torch.zeros(tokens.shape), torch.zeros(tokens.shape)
-    lengths = torch.zeros(len(queries), dtype=torch.long)
-    ended = torch.zeros(len(queries), dtype=torch.bool)
-    order = list(range(len(queries)))
-    if batch_size is not None and batch_size < len(queries):
-        order.sort(key=lambda row: len(queries[row]))  # prompts of like length together: less padding
+    lengths = torch.zeros(len(prompts), dtype=torch.long)
+    ended = torch.zeros(len(prompts), dtype=torch.bool)
+    order = list(range(len(prompts)))
+    if batch_size is not None and batch_size < len(prompts):
+        order.sort(key=lambda row: len(prompts[row]))  # prompts of like length together: less padding
     with evaluating(model), torch.no_grad():
         for begin in range(0, len(order), batch_size or max(1, len(order))):
             part = torch.tensor(order[begin : begin + (batch_size or len(order))])
-            written = decoder.run([queries[row] for row in part.tolist()], numbers[part], pad_to)
+            written = decoder.run([prompts[row] for row in part.tolist()], numbers[part], pad_to)
             for whole, of_part in zip((tokens, logprobs, values, lengths, ended), written, strict=True):
                 whole[part] = of_part.cpu()
     width = max(1, int(lengths.max()))
     responses = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
     return Rollout(
-        queries=queries,
+        queries=prompts,
         responses=responses,
         texts=answer_texts(tokenizer, responses, params.stop_strings),
         ended=ended.tolist(),

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.freezing import find_blocks
 from common.launch.runtime import Runtime
+from common.models.load import set_dropout
 from common.optim import adamw
 from common.sampling import stream_keys
 from common.schema import GenerateParams
 from rlhf.ppo.advantages import classic_whitened_rewards, gae
 from rlhf.ppo.answers import Answers, Forward, critic_states, gather_answers
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.generation import check_generation
 from rlhf.ppo.kl import adapted_kl_coef, full_kl, kl_per_token
 from rlhf.ppo.losses import policy_loss, token_stats, value_loss
 from rlhf.ppo.masked import masked_mean, masked_moments, masked_rescale, masked_sum, masked_whiten
@@ -30,6 +30,7 @@ from rlhf.ppo.models import Critic, ModelWithValueHead, reference_copy
 from rlhf.ppo.record import StepRecord
 from rlhf.ppo.rewards import RunningMoments, kl_shaped_rewards, transform_scores
 from rlhf.ppo.rollout import Rollout, collect_rollout
+from rlhf.sampling_options import check_sampling_options
 
 Ids = Sequence[int] | Tensor
 Stats = dict[str, Any]
@@ -87,6 +88,10 @@ class PPOTrainer:
         self.optimizer = optimizer or adamw(
             trained, learning_rate=self.config.learning_rate, eps=self.config.adam_eps, weight_decay=self.config.weight_decay
         )
+        # transformers recompute activations in training mode only; with every dropout at 0 the modes do not differ.
+        self.recomputes = _recomputes(self.policy.model)
+        if self.recomputes:
+            set_dropout(self.policy.model, 0.0)
         self.lr_scheduler = lr_scheduler
         self.dataloader = self._dataloader(dataset, data_collator) if dataset is not None else None
         self.kl_coef = self.config.init_kl_coef
@@ -114,12 +119,12 @@ class PPOTrainer:
         `generation_kwargs` are those of a config's `generation_config`. An encoder-decoder's answers never contain the prompt.
         """
         single = isinstance(query_tensor, Tensor)
-        queries = [_ids(query) for query in ([query_tensor] if single else query_tensor)]
+        queries = [_ids(query_tensor)] if isinstance(query_tensor, Tensor) else [_ids(query) for query in query_tensor]
         if length_sampler is not None:
             generation_kwargs["max_new_tokens"] = int(length_sampler())
         generation_kwargs.pop("pad_token_id", None)  # padding is told by position here
         params = GenerateParams.model_validate(generation_kwargs)
-        check_generation(params, setting="generate")
+        check_sampling_options(params, setting="generate")
         rows = range(self.sampled_rows, self.sampled_rows + len(queries))
         self.sampled_rows += len(queries)
         results = []
@@ -134,6 +139,17 @@ class PPOTrainer:
             ]
             results.append(answers[0][None] if single else answers)
         return tuple(results) if generate_ref_response else results[0]
+
+    def rollout(self, queries: Sequence[Sequence[int]], params: GenerateParams, **options: Any) -> Rollout:
+        """`collect_rollout` of the policy; options are its keyword arguments."""
+        return collect_rollout(self.model, self.tokenizer, queries, params, forward=self.policy, **options)
+
+    @torch.no_grad()
+    def sampled_kl(self, rollout: Rollout, temperature: float = 1.0) -> list[float]:
+        """KL of each answer (nats, k1 estimate) from the reference: sum over tokens of log p - log p_ref."""
+        answers = gather_answers(rollout.queries, rollout.responses, self.policy.model.config, device=self.model.device)
+        logprobs, ref_logprobs, _, _ = self._forward_passes(answers, temperature, rollout)
+        return [float(value) for value in torch.where(answers.present, logprobs - ref_logprobs, 0.0).sum(1)]
 
     # --- the step ------------------------------------------------------------------------------------------------------------------
 
@@ -156,16 +172,18 @@ class PPOTrainer:
         Raises ValueError for lists that do not fit together, NonFiniteError before anything non-finite reaches a parameter.
         """
         started = time.perf_counter()
-        queries, responses = [_ids(query) for query in queries], [_ids(response) for response in responses]
+        query_ids, response_ids = [_ids(query) for query in queries], [_ids(response) for response in responses]
         if self.policy.encoder_decoder:
-            responses = [self._without_start(response) for response in responses]
+            response_ids = [self._without_start(response) for response in response_ids]
         masks = None if response_masks is None else [_ids(mask) for mask in response_masks]
         raw_scores = torch.tensor([float(score) for score in scores], dtype=torch.float32)
-        self._check_batch(queries, responses, raw_scores, masks)
-        answers = gather_answers(queries, responses, self.policy.model.config, response_masks=masks, device=self.model.device)
+        self._check_batch(query_ids, response_ids, raw_scores, masks)
+        answers = gather_answers(query_ids, response_ids, self.policy.model.config, response_masks=masks, device=self.model.device)
         self.record = record = self._prepare(answers, raw_scores.to(self.model.device), temperature, sampled)
         prepared = time.perf_counter()
+        self.policy.model.train(self.recomputes)
         updates = self._update(record, temperature)
+        self.policy.model.eval()
         stats = self._statistics(record, updates)
         if self.config.adap_kl_ctrl:
             answered = int(self.runtime.sum(torch.tensor(float(len(answers)))))
@@ -491,3 +509,8 @@ def _freeze_below(model: nn.Module, layers: int) -> None:
     for name, parameter in model.named_parameters():
         if name.startswith(below) or id(parameter) in embeddings:
             parameter.requires_grad_(False)
+
+
+def _recomputes(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

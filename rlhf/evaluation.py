@@ -1,0 +1,82 @@
+"""Fixed evaluation: the same held-out prompts and the same sampling noise every time, so that two figures differ by the model alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from common.record_types import PromptRecord
+from common.schema import GenerateParams
+from rlhf.ppo.rollout import Rollout
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.reward_pipelines.build import RewardPipeline
+
+NOISE_STREAM = 1 << 40
+"""The `step` of evaluation's sampling noise, far from any training step."""
+SAMPLE_COLUMNS = ("prompt", "answer", "score", "kl", "ended")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures and rows for the sample table."""
+
+    figures: dict[str, float]
+    samples: list[tuple[Any, ...]]
+
+
+class Evaluator:
+    """Answers the evaluation prompts as training samples them, scores them, and compares with the reference."""
+
+    def __init__(
+        self,
+        trainer: PPOTrainer,
+        pipeline: RewardPipeline,
+        records: Sequence[PromptRecord],
+        prompt_ids: Sequence[list[int]],
+        params: GenerateParams,
+        *,
+        seed: int,
+        batch_size: int,
+        samples: int,
+        use_cache: bool = True,
+    ) -> None:
+        self.trainer, self.pipeline, self.records, self.prompt_ids = trainer, pipeline, records, prompt_ids
+        self.params, self.seed, self.batch_size, self.samples, self.use_cache = params, seed, batch_size, samples, use_cache
+
+    def __call__(self) -> Evaluation:
+        rollout = self.trainer.rollout(
+            self.prompt_ids, self.params, seed=self.seed, step=NOISE_STREAM, batch_size=self.batch_size, use_cache=self.use_cache
+        )
+        scores = score_rollout(self.pipeline, self.records, rollout).scores
+        kl = self.trainer.sampled_kl(rollout, self.params.temperature)
+        texts = Counter(rollout.texts)
+        figures = {
+            "eval/score": fmean(scores),
+            "eval/kl": fmean(kl),
+            "eval/eos_rate": fmean(rollout.ended),
+            "eval/length": fmean(map(len, rollout.responses)),
+            "eval/distinct_share": len(texts) / len(rollout),
+            "eval/commonest_share": max(texts.values()) / len(rollout),
+        }
+        shown = range(min(self.samples, len(rollout)))
+        rows = [
+            (self.records[row].prompt.question, rollout.texts[row], round(scores[row], 4), round(kl[row], 4), rollout.ended[row])
+            for row in shown
+        ]
+        return Evaluation(figures, rows)
+
+
+def score_rollout(pipeline: RewardPipeline, records: Sequence[PromptRecord], rollout: Rollout) -> Any:
+    """What the reward pipeline says about a rollout's texts."""
+    return pipeline.score([record.prompt for record in records], rollout.texts, [record.columns for record in records], rollout.ended)
+
+
+def choose_evaluation_prompts(records: Sequence[PromptRecord], count: int, seed: int) -> list[PromptRecord]:
+    """`count` records at most, drawn by the seed."""
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [records[index] for index in sorted(order[:count])]

@@ -1,0 +1,34 @@
+"""Which prompts make a PPO batch: a function of (seed, pass) and the step's number alone, so nothing has to be saved to go on."""
+
+from __future__ import annotations
+
+import torch
+
+from common.sampling import stream_keys
+
+
+class PromptOrder:
+    """Batches from passes over the prompts, each pass in an order of its own; a batch may reach into the next pass.
+
+    Step s of all processes together takes the prompts number s * B * N to (s + 1) * B * N of the endless sequence of passes, each
+    process its share of B.
+    """
+
+    def __init__(self, prompts: int, batch_size: int, *, seed: int, world_size: int = 1, rank: int = 0) -> None:
+        assert prompts > 0
+        self.prompts, self.batch_size, self.seed, self.world_size, self.rank = prompts, batch_size, seed, world_size, rank
+        self._orders: dict[int, list[int]] = {}
+
+    def batch(self, step: int) -> tuple[list[int], list[int]]:
+        """Prompt indices of this process's batch at `step` (from 0), and each one's number within the batch of all processes."""
+        own = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        first = step * self.batch_size * self.world_size
+        self._orders = {number: order for number, order in self._orders.items() if number >= first // self.prompts}
+        places = [divmod(first + number, self.prompts) for number in own]
+        return [self._order(passed)[place] for passed, place in places], list(own)
+
+    def _order(self, passed: int) -> list[int]:
+        if passed not in self._orders:
+            key = int(stream_keys(self.seed, passed, torch.tensor([0]), 0))
+            self._orders[passed] = torch.randperm(self.prompts, generator=torch.Generator().manual_seed(key)).tolist()
+        return self._orders[passed]

@@ -1,0 +1,36 @@
+"""Checks of the options of PPO's sampling, before torch is imported."""
+
+from __future__ import annotations
+
+from common.errors import UserError
+from common.schema import GenerateParams
+
+WARPERS = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Options of transformers that shape sampling, each a share between 0 and 1."""
+OTHER_OPTIONS = ("eos_token_id",)
+
+
+def check_sampling_options(params: GenerateParams, *, setting: str) -> None:
+    """Refuse options that sampling would ignore: UserError with a line for each, naming what there is."""
+    extra = dict(params.model_extra or {})
+    supported = sorted({*GenerateParams.model_fields, *WARPERS, *OTHER_OPTIONS})
+    problems = [
+        f"{setting}.{name}: got {value!r}, which PPO's sampling does not know; it has {', '.join(supported)}"
+        for name, value in extra.items()
+        if name not in supported
+    ]
+    for name in WARPERS:
+        value = extra.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+            problems.append(f"{setting}.{name}: got {value!r}, expected a number between 0 and 1")
+        elif not params.do_sample:
+            problems.append(f"{setting}.{name} shapes sampling, but do_sample is false")
+    eos = extra.get("eos_token_id")
+    if eos is not None and not all(isinstance(token, int) for token in (eos if isinstance(eos, list) else [eos])):
+        problems.append(f"{setting}.eos_token_id: got {eos!r}, expected a token id or a list of them")
+    if params.min_length > params.max_new_tokens:
+        problems.append(f"{setting}: min_length {params.min_length} is more than max_new_tokens {params.max_new_tokens}")
+    if problems:
+        raise UserError(*problems)

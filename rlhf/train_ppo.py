@@ -1,0 +1,46 @@
+"""PPO: makes an SFT model answer what a reward pipeline prefers, without leaving what it learnt behind.
+
+    python train_ppo.py --config configs/trainer_config.yaml [section.key=value ...] [--validate]
+
+Reads and checks config, prompts and models' files first, so that a mistake costs a second; what then happens stands in `training.py`,
+the mathematics in `ppo/`. It tests nothing: that is `test_ppo.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+STAGE_DIR = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path[0] = str(STAGE_DIR.parent)  # modules have one import name, whichever folder this runs from
+
+from common.config import parse_command_line
+from common.errors import run_main
+from rlhf.config import PPORunConfig
+from rlhf.inputs import check_models, read_prompts, total_steps, training_prompts
+
+
+def main(argv: Sequence[str]) -> int:
+    invocation = parse_command_line(PPORunConfig, STAGE_DIR, argv, description=__doc__)
+    config = invocation.config
+    invocation.print_notes()
+    sources = check_models(config)
+    splits = read_prompts(config)
+    for note in splits.notes:
+        print(f"note: {note}")
+    prompts = training_prompts(splits, config.data_config)
+    steps = total_steps(config, len(prompts))
+    if invocation.validate_only:
+        print(f"valid: {invocation.config_path}; {len(prompts):,} training prompts, {len(splits.val):,} val; {steps:,} PPO steps")
+        return 0
+
+    from rlhf.training import train  # torch is imported here, after everything that can be checked without it
+
+    train(config, splits, sources)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
