@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
+from common import sampling
 from common.sampling import _mix64, _mix64_tensor, _signed, apply_repetition_penalty, filter_logits, gumbel_noise, hash_bits, stream_keys
 
 MASK32 = (1 << 32) - 1
@@ -109,6 +110,14 @@ def test_noise_is_uniform_before_the_logarithms() -> None:
     assert noise.isfinite().all()
 
 
+def test_noise_of_the_outermost_bits_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    outermost = torch.tensor([[0, (1 << 31) - 1]], dtype=torch.int32)
+    monkeypatch.setattr(sampling, "hash_bits", lambda keys, vocab: outermost)
+    highest, lowest = gumbel_noise(0, 0, torch.tensor([0]), 0, 2)[0].tolist()
+    assert highest == pytest.approx(-math.log(2**-32), abs=1e-5)  # v = 2**-32: -log(-log(1 - v)) ~ -log(v)
+    assert lowest == pytest.approx(-math.log(24 * math.log(2)), abs=1e-5)  # v = 1 - 2**-24
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_samples_follow_the_softmax(temperature: float) -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -6.0])
@@ -143,7 +152,8 @@ def test_top_p_by_hand() -> None:
     probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
     kept = filter_logits(probs.log(), top_p=0.7).isfinite()
     assert kept.tolist() == [[True, True, False, False]]
-    assert filter_logits(probs.log(), top_p=0.01).isfinite().tolist() == [[True, False, False, False]]
+    for least in (0.01, 1e-12):  # 1 - 1e-12 is 1 in float32: every token would go
+        assert filter_logits(probs.log(), top_p=least).isfinite().tolist() == [[True, False, False, False]]
 
 
 def test_repetition_penalty_by_hand_and_as_transformers_without_padding() -> None:

@@ -97,6 +97,27 @@ def test_batch_order_and_padding_change_no_answer(kind: str, params: dict, token
     assert len({a.ids for a in together}) > 1
 
 
+def test_padding_that_is_eos_counts_as_no_text() -> None:
+    """Where padding and EOS are one token, a rule against repetition must not forbid a padded row to end."""
+    own = train_tokenizer(["the capital of france is paris"], 300)
+    own.pad_token = own.eos_token
+    model = build("gpt_neo")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token is equally likely, EOS among them
+    prompts = [[5, 9, 4, 7, 8, 11][: 1 + row % 6] for row in range(18)]
+    params = {"do_sample": True, "max_new_tokens": 30, "no_repeat_ngram_size": 1}
+    together = answer(model, own, prompts, batch_size=18, **params)
+    assert together == answer(model, own, prompts, batch_size=1, **params)
+    assert any(a.ended for a in together)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias = torch.nn.Parameter(torch.full((300,), 1.0))
+        model.lm_head.bias[EOS] = 6.0  # divided by 10 if it stood in the text, and then unlikely
+    penalised = answer(model, own, prompts, batch_size=18, do_sample=True, repetition_penalty=10.0)
+    assert penalised == answer(model, own, prompts, batch_size=1, do_sample=True, repetition_penalty=10.0)
+    assert any(a.ended for a in penalised)
+
+
 def test_greedy_equals_a_plain_loop_over_the_model(gpt_neo, tokenizer) -> None:
     for prompt, written in zip(PROMPTS, answer(gpt_neo, tokenizer), strict=True):
         ids = list(prompt)
