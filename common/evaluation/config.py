@@ -14,7 +14,9 @@ class EvaluationData(Section):
     split: Literal["train", "val", "test"] = Field("test", description="Split that is answered.")
     max_prompt_length: PositiveInt | None = Field(None, description="Prompt tokens at most; null: what the model's positions allow.")
     truncate_prompt: bool = Field(True, description="Cut longer prompts; false: an error.")
-    padding: bool | Literal["longest", "max_length"] = Field(True, description="Pad to the longest prompt of a batch, or to `max_prompt_length`.")
+    padding: bool | Literal["longest", "max_length"] = Field(
+        True, description="Pad to the longest prompt of a batch, or to `max_prompt_length`."
+    )
     padding_side: Literal["left"] = Field("left", description="Side of the padding; generation needs the left one.")
     batch_size: PositiveInt = Field(16, description="Questions answered at once.")
     columns: dict[str, str] = Field(default_factory=dict, description="Renames columns: our name to the file's name.")
