@@ -31,14 +31,22 @@ class RunResult:
 
 
 def opening_lines(
-    run_dir: Path, *, trainable: int, parameters: int, rows: Mapping[str, int], steps: int, batch: str = "", device: str = ""
+    run_dir: Path,
+    *,
+    trainable: int,
+    parameters: int,
+    rows: Mapping[str, int],
+    steps: int,
+    batch: str = "",
+    device: str = "",
+    step_name: str = "optimizer",
 ) -> list[str]:
-    """What starts now: parameters, rows per split, optimizer steps, and where the results go."""
+    """What starts now: parameters, rows per split, steps, and where the results go."""
     splits = ", ".join(f"{count:,} {split}" for split, count in rows.items())
     where = f" on {device}" if device else ""
     return [
         f"model: {parameters:,} parameters, {trainable:,} of them train{where}",
-        f"data: {splits} rows; {steps:,} optimizer steps{f' of {batch}' if batch else ''}",
+        f"data: {splits} rows; {steps:,} {step_name} steps{f' of {batch}' if batch else ''}",
         f"output: {run_dir}",
     ]
 

@@ -122,6 +122,7 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
             steps=steps,
             batch=f"{params.batch_size} answers",
             device=str(runtime.device),
+            step_name="PPO",
         ):
             print(line)
         started = time.perf_counter()

@@ -35,8 +35,8 @@ from rlhf.sampling_options import check_sampling_options
 Ids = Sequence[int] | Tensor
 Stats = dict[str, Any]
 
-CHUNK_TOKENS = 8192
-"""Padded tokens of one forward at most (at least one row): bounds memory, and lets rows of like length share a forward."""
+CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Padded tokens of one forward at most (at least one row): bounds memory, and rows of like length share a forward."""
 
 
 class NonFiniteError(UserError):
@@ -480,14 +480,15 @@ def _ids(tokens: Ids) -> list[int]:
 
 def _chunks(rows: Tensor, lengths: Tensor) -> Iterator[Tensor]:
     """The rows in forwards of `CHUNK_TOKENS` padded tokens at most; where it takes several, rows of like length go together."""
-    if len(rows) * int(lengths[rows].max()) <= CHUNK_TOKENS:
+    limit = CHUNK_TOKENS.get(rows.device.type, CHUNK_TOKENS["cpu"])
+    if len(rows) * int(lengths[rows].max()) <= limit:
         yield rows
         return
     ordered = rows[lengths[rows].argsort(stable=True)]
-    begin = 0
     sizes = lengths[ordered].tolist()
+    begin = 0
     for end in range(1, len(sizes) + 1):
-        if end == len(sizes) or (end + 1 - begin) * sizes[end] > CHUNK_TOKENS:
+        if end == len(sizes) or (end + 1 - begin) * sizes[end] > limit:
             yield ordered[begin:end]
             begin = end
 
