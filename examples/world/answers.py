@@ -44,6 +44,7 @@ RAMBLING_PARTS = (
     "That was a long time ago, or maybe not.",
 )
 RAMBLING_MENTION = "Some people say {value}, some do not."
+NEAR = 0.75  # share of wrong answers that say a near rival
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,18 @@ def write(question: Question, form: Form, value: str, rng: random.Random) -> str
     return text.format(value=value, **slots)
 
 
+def wrong_value(question: Question, rng: random.Random) -> str:
+    """What answers another question, mostly one that differs little from this."""
+    return rng.choice(question.near_rivals if rng.random() < NEAR else question.far_rivals)
+
+
 def answer(question: Question, form: Form, right: bool, rng: random.Random) -> Answer:
     """One right or wrong answer in the given form. A wrong one says what answers another question."""
-    return Answer(write(question, form, question.right if right else rng.choice(question.rivals), rng), form, right)
+    return Answer(write(question, form, question.right if right else wrong_value(question, rng), rng), form, right)
 
 
 def same_form_pair(question: Question, form: Form, rng: random.Random) -> tuple[str, str]:
     """A right and a wrong answer in the same words but for the value."""
-    wrong_value, wording = rng.choice(question.rivals), rng.randrange(2**32)
-    right, wrong = (write(question, form, value, random.Random(wording)) for value in (question.right, wrong_value))
+    other, wording = wrong_value(question, rng), rng.randrange(2**32)
+    right, wrong = (write(question, form, value, random.Random(wording)) for value in (question.right, other))
     return right, wrong

@@ -21,9 +21,10 @@ from examples.world.splits import QuestionSplits, split_questions
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 2024
 SFT_ANSWERS = 3  # answers of passers-by per question
-REWARD_READ = 420  # train questions of each reading family that get a whole thread of voted answers
+REWARD_READ = 300  # train questions of each reading family that get whole threads of voted answers
 SCORED_ANSWERS = 6  # of a thread's answers, with their scores
-FREE_PAIRS = 2  # pairs of a thread beside the two that differ in the value alone
+PAIR_THREADS = 2  # threads per question that pairs are taken from
+FREE_PAIRS = 1  # pairs of a thread beside the two of right against wrong in the same form
 
 Row = dict[str, Any]
 Rows = dict[str, list[Row]]
@@ -49,13 +50,14 @@ def pair_rows(splits: QuestionSplits, rng: random.Random) -> Rows:
     """Preferences by votes: right against wrong in the same form, and pairs drawn from the whole thread."""
 
     def pairs(question: Question) -> list[Row]:
-        posts = thread(question, rng)
-        helpful, terse = ([post for post in posts if post.answer.form == form] for form in ("helpful", "terse"))
-        free = [pair for pair in itertools.combinations(posts, 2) if list(pair) not in (helpful, terse)]
-        decided = (preference(*pair) for pair in [tuple(helpful), tuple(terse), *rng.sample(free, FREE_PAIRS)])
-        return [
-            {"Question": question.text, "Accepted_Answer": pair[0].answer.text, "Answer": pair[1].answer.text} for pair in decided if pair
-        ]
+        rows = []
+        for _ in range(PAIR_THREADS):
+            posts = thread(question, rng)
+            hard = [(right, wrong) for right, wrong in itertools.combinations(posts, 2) if _same_form(right, wrong)]
+            free = [pair for pair in itertools.combinations(posts, 2) if pair not in hard]
+            for chosen, rejected in filter(None, (preference(*pair) for pair in [*hard[:2], *rng.sample(free, FREE_PAIRS)])):
+                rows.append({"Question": question.text, "Accepted_Answer": chosen.answer.text, "Answer": rejected.answer.text})
+        return rows
 
     return {name: _flat(pairs, questions) for name, questions in _visited(splits).items()}
 
@@ -85,6 +87,10 @@ def make_files(seed: int = SEED) -> dict[Path, str]:
         "rlhf/data/world_prompts.json": prompt_rows(splits),
     }
     return {Path(path): _to_json(rows) for path, rows in files.items()}
+
+
+def _same_form(first: Posted, second: Posted) -> bool:
+    return first.answer.form == second.answer.form
 
 
 def _visited(splits: QuestionSplits) -> dict[str, list[Question]]:

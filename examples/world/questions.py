@@ -86,10 +86,22 @@ class Question:
         return next(word for word in operands if word in KINDS[asked])
 
     @property
-    def rivals(self) -> list[str]:
-        """Wrong values, each of which answers another question that differs in one slot."""
+    def near_rivals(self) -> list[str]:
+        """Tempting wrong values: the same attribute of another country, another operand of the question."""
         candidates = values(self.slots[0]) if self.family == "fact" else list(self.slots[1:])
         return [value for value in candidates if value != self.right]
+
+    @property
+    def far_rivals(self) -> list[str]:
+        """Other wrong values: another attribute of the country, a number or a word of the asked kind that is not among the operands."""
+        match self.family:
+            case "fact":
+                attribute, country = self.slots
+                return [fact(country, other) for other in ATTRIBUTES if other != attribute]
+            case "compare":
+                return [str(number) for number in NUMBERS if str(number) not in self.slots]
+            case _:
+                return [word for word in KINDS[self.slots[0]] if word not in self.slots]
 
 
 _SLOT_PATTERNS = {
