@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import re
 import sys
-import types
-import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from common.evaluation.config import GenerationTestConfig
+from common.schema_docs import settings_table
 from reward_model.config import ClassificationConfig, RegressionConfig, RewardTestConfig
 from rlhf.config import PPORunConfig
 from sft.config import SFTConfig
@@ -60,49 +57,8 @@ def metrics(name: str) -> dict[str, str]:
     return dict(PPO)
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation holds (`Section`, `Section | None`), if it does."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return next((found for argument in typing.get_args(annotation) if (found := section_of(argument))), None)
-    return None
-
-
-def settings_rows(schema: type[BaseModel], prefix: str = "", parents: tuple[type[BaseModel], ...] = ()) -> Iterator[tuple[str, str, str]]:
-    """(key, default, description) of every setting; a section's own line comes before what is in it."""
-    for name, info in schema.model_fields.items():
-        key = f"{prefix}{name}"
-        inner = section_of(info.annotation)
-        text = " ".join((info.description or "").split()).replace("|", "\\|")
-        if inner is not None and inner not in parents:
-            optional = "null" if info.default is None else ""
-            yield f"**{key}**", optional, text
-            yield from settings_rows(inner, f"{key}.", (*parents, inner))
-        else:
-            yield f"`{key}`", default_text(info), text
-
-
-def default_text(info: Any) -> str:
-    """A default as it is written in YAML; `required` where there is none."""
-    if info.default is PydanticUndefined:
-        if info.default_factory is None:
-            return "required"
-        value = info.default_factory()
-    else:
-        value = info.default
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(str(item) for item in value) + "]"
-    return f"`{value}`" if isinstance(value, str) else str(value)
-
-
-def settings_table(name: str) -> str:
-    rows = "".join(f"| {key} | {default} | {text} |\n" for key, default, text in settings_rows(SCHEMAS[name]))
-    return f"\n| key | default | meaning |\n|---|---|---|\n{rows}\n"
+def settings_section(name: str) -> str:
+    return f"\n{settings_table(SCHEMAS[name])}\n"
 
 
 def metrics_table(name: str) -> str:
@@ -112,7 +68,7 @@ def metrics_table(name: str) -> str:
 
 def regenerate(text: str) -> str:
     """A document with every table made anew."""
-    makers: dict[str, Callable[[str], str]] = {"settings": settings_table, "metrics": metrics_table}
+    makers: dict[str, Callable[[str], str]] = {"settings": settings_section, "metrics": metrics_table}
 
     def replace(match: re.Match[str]) -> str:
         return f"<!-- {match[1]}:{match[2]} -->\n{makers[match[1]](match[2])}<!-- /{match[1]} -->"

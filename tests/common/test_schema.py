@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import BaseModel, Field, ValidationError
 
-from common.errors import UserError
+from common.evaluation.config import GenerationTestConfig
 from common.schema import (
     CommandLineValue,
     FiniteFloat,
@@ -23,11 +21,13 @@ from common.schema import (
     StagePath,
     WandbSettings,
 )
-from common.schema_docs import SCHEMAS, documents, load_schema, settings_table, with_tables
+from common.schema_docs import settings_table
 from common.schema_types import choices_of, section_of, type_at, type_words, walk_fields
+from reward_model.config import ClassificationConfig, RegressionConfig, RewardTestConfig
+from rlhf.config import PPORunConfig
 from sft.config import SFTConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+SCHEMAS = (SFTConfig, ClassificationConfig, RegressionConfig, PPORunConfig, GenerationTestConfig, RewardTestConfig)
 
 
 class Inner(Section):
@@ -109,48 +109,14 @@ def test_a_table_has_a_row_for_every_key() -> None:
     )
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_every_setting_of_every_stage_is_described(name: str) -> None:
-    schema = load_schema(name)
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_setting_of_every_stage_is_described(schema: type[Section]) -> None:
     fields = list(walk_fields(schema))
     assert len(fields) > 15
     for path, field in fields:
         assert field.description and field.description.endswith("."), path
         assert type_words(field.annotation)
     assert settings_table(schema).count("\n") == len(fields) + 2
-
-
-def test_tables_are_put_between_markers_and_stay_when_current() -> None:
-    text = "before\n<!-- settings:sft -->\nSTALE\n<!-- /settings -->\nafter\n<!-- settings:reward_model/regression -->\n<!-- /settings -->\n"
-    new = with_tables(text)
-    assert "STALE" not in new and "`model_params.mae_loss`" in new
-    assert new.startswith("before\n<!-- settings:sft -->\n\n| key |") and "\n\n<!-- /settings -->\nafter\n" in new
-    assert with_tables(new) == new
-    with pytest.raises(UserError, match=r"^settings:sftt: unknown table, expected one of sft, "):
-        with_tables("<!-- settings:sftt -->\n<!-- /settings -->")
-
-
-def test_the_documents_are_current() -> None:
-    result = subprocess.run([sys.executable, "-m", "common.schema_docs", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    names = {str(path.relative_to(ROOT)) for path in documents()}
-    assert {"README.md", "sft/README.md", "reward_model/regression/README.md"} <= names
-
-
-def test_a_stale_document_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import common.schema_docs as docs
-
-    (tmp_path / "sft/models/run").mkdir(parents=True)
-    for place in ("README.md", "sft/models/run/README.md"):
-        (tmp_path / place).write_text("<!-- settings:ppo -->\n<!-- /settings -->\n")
-    monkeypatch.setattr(docs, "ROOT", tmp_path)
-    monkeypatch.setattr(docs, "documents", lambda: documents(tmp_path))
-    assert docs.main(["--check"]) == 1
-    assert capsys.readouterr().out == "README.md: stale; run python -m common.schema_docs\n"
-    assert docs.main([]) == 0
-    assert docs.main(["--check"]) == 0
-    assert "`ppo_config.cliprange`" in (tmp_path / "README.md").read_text()
-    assert "cliprange" not in (tmp_path / "sft/models/run/README.md").read_text()  # a model card
 
 
 # --- sections ----------------------------------------------------------------------------------------------------------------------
@@ -160,9 +126,9 @@ def all_sections(schema: type[BaseModel]) -> set[type[BaseModel]]:
     return {schema} | {inner for _, field in walk_fields(schema) if (inner := section_of(field.annotation))}
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_sections_are_frozen_and_strict(name: str) -> None:
-    for section in all_sections(load_schema(name)):
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_sections_are_frozen_and_strict(schema: type[Section]) -> None:
+    for section in all_sections(schema):
         assert section.model_config["frozen"] and section.model_config["strict"], section
         assert section.model_config["extra"] == ("allow" if section.__name__ in {"GenerateParams", "PPOGeneration"} else "forbid"), section
 
