@@ -90,8 +90,10 @@ def test_the_embedded_default_needs_neither_network_nor_gpu_nor_account() -> Non
 def test_the_embedded_default_hands_each_stage_the_one_before() -> None:
     latest = {stage: str(ROOT / stage / "models/latest") for stage in STAGES}
     assert shipped("sft", "trainer_config.yaml").model_init.model_type == "gpt_neo"
-    for stage in ("reward_model/classification", "reward_model/regression"):
-        assert shipped(stage, "trainer_config.yaml").model_name == latest["sft"]
+    # in the order of the README's commands, each stage starts from what an earlier one wrote
+    assert shipped("reward_model/classification", "trainer_config.yaml").model_name == latest["sft"]
+    earlier = (latest["sft"], latest["reward_model/classification"])
+    assert shipped("reward_model/regression", "trainer_config.yaml").model_name in earlier
     ppo = shipped("rlhf", "trainer_config.yaml")
     assert ppo.ppo_config.model_name == latest["sft"]
     assert ppo.reward_config.reward_model_name in (latest["reward_model/classification"], latest["reward_model/regression"])
