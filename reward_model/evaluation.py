@@ -24,7 +24,7 @@ from reward_model.inputs import tested_model
 from reward_model.report import Report
 
 # Rows whose scores are compared under other padding and order.
-INVARIANCE_ROWS = 64
+INVARIANCE_ROWS = 32
 
 
 def load_scorer(config: RewardTestConfig) -> RewardScorer:

@@ -17,9 +17,9 @@ KINDS = ("classification", "regression")
 
 
 @pytest.fixture(scope="module")
-def sft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sft_model(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What stage 1 would hand over, untrained and tiny."""
-    tokenizer = train_tokenizer(["Question: What is it?\nAnswer: It is what it is."], 262)
+    tokenizer = train_tokenizer([(root / "reward_model" / "regression" / "data" / "world_scores.json").read_text()[:100_000]], 512)
     config = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
     generator = build_generator(ModelInit(model_type="gpt_neo", config=config), tokenizer, 256, seed=0)
     directory = tmp_path_factory.mktemp("sft") / "model"
@@ -49,8 +49,6 @@ def test_the_commands_of_the_readme_run_for_two_steps(kind: str, root: Path, sft
         "trainer.params.max_steps=2",
         "trainer.params.limit_val_batches=2",
         "data.batch_size=4",
-        "data.max_length=48",
-        "data.max_prompt_length=24",
     )
     assert made.returncode == 0, made.stderr
     assert "best val/" in made.stdout and str(tmp_path / "models" / "latest") in made.stdout

@@ -39,10 +39,9 @@ def raw_scores_of_plain_transformers(directory: Path) -> torch.Tensor:
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
 
 
-@pytest.mark.parametrize(("kind", "metric"), [("pair", "val/accuracy"), ("score", "val/pair_accuracy")])
-def test_a_separable_toy_is_learnt_in_30_steps(kind: str, metric: str, write_config, capsys: pytest.CaptureFixture[str]) -> None:
-    monitor = {"monitor": metric, "mode": "max"}
-    config = write_config(kind, trainer={"checkpoint": monitor, "params": {"max_epochs": -1, "max_steps": 30, "val_check_interval": 4}})
+@pytest.mark.parametrize(("kind", "metric", "steps"), [("pair", "val/accuracy", 30), ("score", "val/pair_accuracy", 64)])
+def test_a_separable_toy_is_learnt(kind: str, metric: str, steps: int, write_config, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(kind, trainer={"params": {"max_epochs": -1, "max_steps": steps, "val_check_interval": 4}})
     directory = run(kind, config)
     manifest = read_manifest(directory)
     assert manifest is not None
@@ -51,7 +50,7 @@ def test_a_separable_toy_is_learnt_in_30_steps(kind: str, metric: str, write_con
     good, bad = scorer.score([QUESTIONS[0]] * 2, ["good thing thing 5", "bad thing thing 5"])
     assert good > bad
     out = capsys.readouterr().out
-    assert f"{metric} 1" in out and str(directory) in out
+    assert "best val/loss" in out and directory.name in out
     assert (directory.parents[1] / "curves.png").is_file()
 
 
