@@ -312,7 +312,7 @@ def push_to_hub(directory: Path, name: str) -> None:
         api = HfApi()
         api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=str(directory.resolve()))
-        print(f"pushed to https://huggingface.co/{name}")
+        print(f"pushed to the hub as {name}")
     except Exception as error:
         print(
             f"warning: pushing to {name} failed ({str(error).strip().partition(chr(10))[0]}); the model is in {directory}", file=sys.stderr

@@ -1,0 +1,256 @@
+"""`train_ppo.py` from config to published model, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from common.checkpoint import read_manifest, verify_directory
+from common.errors import UserError
+from common.launch.signals import Stopped
+from common.models.reward import RewardScorer
+from common.record_types import Prompt
+from common.tracking import read_metrics
+from rlhf.ppo.metrics import METRICS
+from rlhf.prompt_order import PromptOrder
+from rlhf.train_ppo import main
+
+QUESTIONS = [f"Is {number} a number?" for number in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the curves takes longer than training; one test looks at them."""
+    if request.node.name != "test_two_steps_end_to_end":
+        monkeypatch.setattr("common.closing.plot_curves", lambda run_dir: run_dir)
+
+
+@pytest.fixture
+def run(tmp_path: Path, policy_dir: Path, reward_dir: Path) -> Any:
+    """`run(section__key=value, …)` writes data and config and trains; returns the run directory."""
+
+    def start(*arguments: str, **changes: Any) -> Path:
+        data = tmp_path / "prompts.json"
+        rows = [{"prompt": question, "topic": index % 3} for index, question in enumerate(QUESTIONS)]
+        data.write_text(json.dumps({"train": [*rows[:14], rows[0]], "val": rows[14:], "test": []}))
+        config: dict[str, Any] = {
+            "seed": 3,
+            "data_config": {"data_file_path": str(data), "max_prompt_length": 40},
+            "generation_config": {"max_new_tokens": 6},
+            "global_epochs": 2,
+            "ppo_config": {
+                "model_name": str(policy_dir),
+                "batch_size": 8,
+                "mini_batch_size": 4,
+                "ppo_epochs": 2,
+                "learning_rate": 1e-3,
+                "steps": 2,
+            },
+            "reward_config": {"reward_model_name": str(reward_dir)},
+            "evaluation": {"num_prompts": 4, "every_n_steps": 1, "num_samples_logged": 3},
+            "save_config": {"checkpoint_dir": str(tmp_path / "models"), "save_interval": 1},
+        }
+        for path, value in changes.items():
+            section, _, key = path.partition("__")
+            if key:
+                config.setdefault(section, {})[key] = value
+            else:
+                config[section] = value
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(config))
+        assert main(["--config", str(file), *arguments]) == 0
+        return tmp_path / "models" / f"desc-{config.get('desc', 'run')},index-0"
+
+    return start
+
+
+def test_two_steps_end_to_end(run: Any, tmp_path: Path, policy_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run()
+    lines = read_metrics(folder)
+    steps = [line for line in lines if "objective/kl" in line]
+    assert [line["step"] for line in steps] == [1, 2]
+    assert [line["step"] for line in lines if "eval/score" in line] == [0, 1, 2]
+    assert abs(steps[0]["objective/kl"]) < 1e-4 and lines[0]["eval/kl"] == pytest.approx(0.0, abs=1e-4)
+    logged = {name for line in lines for name in line} - {"step", "time"}
+    assert logged - {"reward/model", "reward/model_raw"} == set(METRICS) - {"reward/NAME"}
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+    latest = tmp_path / "models" / "latest"
+    assert latest.resolve() == (folder / "best").resolve() and verify_directory(latest) == []
+    manifest = read_manifest(latest)
+    assert manifest is not None
+    assert (manifest.stage, manifest.prompt_format, manifest.max_prompt_length, manifest.max_length) == ("ppo", "qa", 40, 46)
+    model = AutoModelForCausalLM.from_pretrained(latest)
+    before = AutoModelForCausalLM.from_pretrained(policy_dir)
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+    assert load_file(latest / "value_head.safetensors")["summary.weight"].shape == (1, 16)
+    AutoTokenizer.from_pretrained(latest)
+
+    samples = [json.loads(line) for line in (folder / "tables" / "eval_samples-step-000002.jsonl").read_text().splitlines()]
+    assert len(samples) == 3 and set(samples[0]) == {"prompt", "answer", "score", "kl", "ended"}
+    assert (folder / "curves.png").stat().st_size > 1000
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["monitor"] == "eval/score" and summary["steps"] == 2
+    assert "14 train, 4 evaluation rows; 2 PPO steps of 8 answers" in capsys.readouterr().out  # the repeated question counts once
+
+
+def test_34_two_runs_of_one_seed_are_alike_and_evaluation_is_fixed(run: Any) -> None:
+    def figures(folder: Path) -> list[dict[str, Any]]:
+        return [{name: value for name, value in line.items() if "perf/" not in name and name != "time"} for line in read_metrics(folder)]
+
+    first, second = figures(run()), figures(run(desc="again"))
+    assert first == second
+    other = figures(run(desc="other", seed=4))
+    assert other != first
+    still = [line for line in figures(run(desc="still", ppo_config__learning_rate=1e-30)) if "eval/score" in line]
+    assert len(still) == 3
+    assert all(line["eval/score"] == pytest.approx(still[0]["eval/score"], abs=1e-6) for line in still)
+
+
+def test_an_encoder_decoder_trains_through_the_same_script(run: Any, t5_dir: Path) -> None:
+    folder = run(ppo_config__model_name=str(t5_dir))
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder / "best")
+    assert model.config.is_encoder_decoder
+    assert len(read_metrics(folder)) == 5
+
+
+def test_lora_saves_merged_weights_and_the_adapter(run: Any) -> None:
+    folder = run(ppo_config__lora={"r": 2}, ppo_config__learning_rate=0.1, ppo_config__gradient_checkpointing=True)
+    assert (folder / "best" / "adapter" / "adapter_model.safetensors").is_file()
+    AutoModelForCausalLM.from_pretrained(folder / "best")
+
+
+def test_a_critic_starts_from_the_reward_model(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run(ppo_config__critic="model", ppo_config__critic_warmup_steps=1)
+    steps = [line for line in read_metrics(folder) if "objective/kl" in line]
+    assert steps[0]["ppo/val/mean"] != 0.0
+    assert steps[1]["objective/kl"] == pytest.approx(0.0, abs=1e-4)  # the first step trained the critic alone
+    assert not (folder / "best" / "value_head.safetensors").exists()
+
+
+def test_every_other_setting_runs(run: Any) -> None:
+    folder = run(
+        freeze_config={"freeze_attn": True, "layers_not_to_freeze": [-1]},
+        data_config__padding="max_length",
+        data_config__unique_prompts=False,
+        generation_config__temperature=0.7,
+        generation_config__top_p=0.9,
+        generation_config__stop_strings=["e"],
+        ppo_config__lr_schedule="linear",
+        ppo_config__use_score_scaling=True,
+        ppo_config__use_score_norm=True,
+        ppo_config__score_clip=1.0,
+        ppo_config__whiten_rewards=True,
+        ppo_config__missing_eos_penalty=1.0,
+        ppo_config__length_penalty=0.1,
+        ppo_config__dual_clip=3.0,
+        ppo_config__entropy_coef=0.01,
+        ppo_config__max_grad_norm=0.1,
+        ppo_config__kl_penalty="full",
+        ppo_config__use_cache=False,
+        ppo_config__early_stopping=True,
+        ppo_config__log_with="tensorboard",
+        reward_config={
+            "pipeline": {
+                "type": "sum",
+                "members": [{"type": "length", "max_words": 2, "weight": 0.5}, {"type": "repetition", "ngram": 1}],
+            }
+        },
+    )
+    steps = [line for line in read_metrics(folder) if "objective/kl" in line]
+    assert steps[1]["ppo/learning_rate"] == pytest.approx(0.5e-3)
+    assert {"reward/length", "reward/repetition", "reward/sum"} <= steps[0].keys()
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_reference_normalisation_is_measured_on_the_starting_answers(run: Any, reward_dir: Path) -> None:
+    part = {"type": "model", "model_name": str(reward_dir), "normalise": "reference"}
+    folder = run(reward_config={"pipeline": part}, data_config__padding=False)
+    assert abs(read_metrics(folder)[0]["eval/score"]) < 3
+
+
+def test_a_signal_saves_and_leaves_with_its_code(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf.ppo.trainer import PPOTrainer
+
+    original = PPOTrainer.step
+
+    def interrupted(self: PPOTrainer, *arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(PPOTrainer, "step", interrupted)
+    with pytest.raises(Stopped) as stopped:
+        run(save_config__save_interval=50, evaluation__every_n_steps=50)
+    assert stopped.value.code == 143
+    [folder] = (tmp_path / "models").glob("desc-*")
+    assert verify_directory(folder / "last") == [] and (folder / "last").resolve().name == "step-000001"
+    assert not (tmp_path / "models" / "latest").exists()
+
+
+def test_35_prompt_and_answer_must_fit_the_positions(run: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"max_prompt_length 40 \+ generation_config.max_new_tokens 30 = 70 exceeds the 64 positions"):
+        run(generation_config__max_new_tokens=30)
+    assert not (tmp_path / "models").exists()
+
+
+def test_models_in_the_wrong_place_and_unknown_options_are_told_together(run: Any, policy_dir: Path, reward_dir: Path) -> None:
+    with pytest.raises(UserError) as error:
+        run(
+            ppo_config__model_name=str(reward_dir),
+            reward_config__reward_model_name=str(policy_dir),
+            generation_config__num_beams=4,
+            generation_config__do_sample=False,
+        )
+    text = "\n".join(error.value.problems)
+    for part in ("is a reward model", "has no reward head", "num_beams", "do_sample: got false"):
+        assert part in text
+
+
+def test_too_few_prompts_for_a_batch_are_refused(run: Any) -> None:
+    with pytest.raises(UserError, match="14 prompts x global_epochs 2 make no batch of 64"):
+        run(ppo_config__batch_size=64)
+
+
+def test_validate_trains_nothing(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("--validate")
+    assert "14 training prompts, 6 val; 2 PPO steps" in capsys.readouterr().out
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_critic_without_a_reward_model_is_refused(run: Any) -> None:
+    with pytest.raises(UserError, match="no reward model to start it from"):
+        run(ppo_config__critic="model", reward_config={"pipeline": {"type": "repetition"}})
+
+
+def test_prompt_order_uses_each_prompt_once_a_pass_whatever_the_number_of_processes() -> None:
+    alone = PromptOrder(7, 4, seed=1)
+    stream = [row for step in range(14) for row in alone.batch(step)[0]]  # 56 = 8 passes
+    passes = [stream[start : start + 7] for start in range(0, 56, 7)]
+    assert all(sorted(part) == list(range(7)) for part in passes)
+    assert len({tuple(part) for part in passes}) == 8
+    assert PromptOrder(7, 4, seed=1).batch(9) == alone.batch(9)
+    ranks = [PromptOrder(7, 2, seed=1, world_size=2, rank=rank).batch(5) for rank in range(2)]
+    assert ranks[0][0] + ranks[1][0] == alone.batch(5)[0]
+    assert ranks[0][1] + ranks[1][1] == alone.batch(5)[1]
+
+
+def test_01_04_05_the_reward_model_reads_prompt_and_answer_and_no_batch(reward_dir: Path) -> None:
+    scorer = RewardScorer(reward_dir, batch_size=4)
+    prompts = [Prompt(question) for question in QUESTIONS[:4]]
+    answers = ["Yes.", "No, it is not at all.", "<pad> maybe <pad>", ""]
+    together = scorer.score(prompts, answers)
+    alone = [scorer.score([prompt], [answer])[0] for prompt, answer in zip(prompts, answers, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert scorer.score(prompts[::-1], answers[::-1])[::-1] == pytest.approx(together, abs=1e-5)
+    assert abs(scorer.score([Prompt("Is water wet?")], answers[:1])[0] - together[0]) > 1e-4
+    assert abs(scorer.score(prompts[:1], ["Yes"])[0] - together[0]) > 1e-4
