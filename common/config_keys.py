@@ -82,12 +82,12 @@ def rename_old_keys(marked: MarkedData, schema: type[BaseModel], notes: list[str
 
 def apply_override(marked: MarkedData, schema: type[BaseModel], text: str, notes: list[str]) -> None:
     """Set what `section.key=value` says. Raises UserError, in words that never repeat the value (it may be a key)."""
-    name, equals, value_text = text.partition("=")
-    name = name.strip()
-    if not equals or not name:
-        raise UserError(f"override {name or text}: expected section.key=value, got no {'=' if name else 'key before ='}")
+    key, equals, value_text = text.partition("=")
+    key, name = key.strip(), dotted((key.strip(),))
+    if not equals or not key:
+        raise UserError(f"override {name or dotted((text,))}: expected section.key=value, got no {'=' if key else 'key before ='}")
     shown = f"override {name}"
-    path = _key_path(marked, schema, name, shown, notes)
+    path = _key_path(marked, schema, key, shown, notes)
     if is_secret(path) and value_text.strip().strip("\"'").lower() not in API_PLACEHOLDERS:
         raise UserError(f"{shown}: a key on the command line can be read by others; put it into the environment (WANDB_API_KEY)")
     value = parse_override_value(value_text, shown)

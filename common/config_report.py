@@ -160,7 +160,7 @@ def _unknown(path: KeyPath, schema: type[BaseModel]) -> tuple[str, str | None]:
     if close:
         return f"unknown key; did you mean {close[0]}?", close[0]
     known = {found[-1]: dotted(found) for found in reversed(places)}
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     if close:
         return f"unknown key; did you mean {known[close[0]]}?", close[0]
     return f"unknown key; expected one of {', '.join(names)}", None

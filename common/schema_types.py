@@ -28,7 +28,9 @@ class Words:
 
 
 def dotted(path: KeyPath) -> str:
-    return ".".join(str(part) for part in path)
+    """`section.key`, the way an override writes it, on one line."""
+    text = ".".join(str(part) for part in path)
+    return text if text.isprintable() else repr(text)
 
 
 def field_type(field: FieldInfo) -> Any:

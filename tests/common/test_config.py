@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from common.config import Invocation, load_config, parse_command_line, resolved_dict
 from common.errors import UserError
@@ -127,6 +129,40 @@ def test_deep_nesting_and_alias_bombs_are_one_line(stage: Path) -> None:
     lines = problems(SFTConfig, stage, bomb)
     assert time.monotonic() - start < 10
     assert any("aliases (*) make more than 10,000 values" in line for line in lines)
+
+
+def test_keys_with_line_breaks_stay_on_one_line(stage: Path) -> None:
+    assert problems(SFTConfig, stage, SFT + '"a\\nb": 1\n', 'wandb."c\nd"=1') == [
+        "override 'wandb.\"c\\nd\"': 'wandb.c\\nd': unknown key; expected one of api, args, project_name, mode, log_model",
+        f"C:4: 'a\\nb': unknown key; expected one of {', '.join(SFTConfig.model_fields)}",
+    ]
+
+
+PIECES = (
+    "data:", "  data_dir: a", "model_name: m", "  a: &x [1, *x]", "trainer: {params: {devices: [}}", "model_params:", "  lora: {r: 2}",
+    "  - b", "  adam_betas: [1, {a: 2}]", "wandb: {api: [c]}", "<<: 3", "? [a]", "? {b: 1}", "seed: !!float x", "index: 1e400", "\t",
+    "model_init: null", "'", '"', "{", "]", "#", "--- ", "%YAML 9", "@", "\u2028", "é: \U0001f600", "a: b: c", "~: 1", "desc: >", "   x",
+    "data: {columns: {1: 2, a: b}}",
+)  # fmt: skip
+OVERRIDES = (
+    "a", "=", "=1", "data.x.y=2", "model_params.adam_betas.0=5", "trainer.params.a=1", "data=", "data={", '"a.b"=1', 'a"b=2', "trainer=3",
+    "trainer.params=3", "data.columns.a.b=3", "seed=[", "model_init.config.x.y=2", "evaluation.generate_params.x.y=z", "wandb.api=null",
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.one_of(st.lists(st.sampled_from(PIECES), max_size=8).map("\n".join), st.text(), st.binary(max_size=60)),
+    overrides=st.lists(st.sampled_from(OVERRIDES), max_size=3),
+)
+def test_any_bytes_give_a_config_or_lines(text: str | bytes, overrides: list[str], stage: Path) -> None:
+    content = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+    try:
+        config = invoke(SFTConfig, stage, content, *overrides).config
+    except UserError as error:
+        assert all(problem and "\n" not in problem for problem in error.problems)
+    else:
+        assert isinstance(config, SFTConfig)
 
 
 # --- the command line --------------------------------------------------------------------------------------------------------------
