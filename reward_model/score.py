@@ -3,7 +3,7 @@
 Reads any format with answers (question/answer, with or without scores, preference pairs, dialogues; all splits), writes one line per
 answer with its score and prints how the scores are distributed. It compares nothing: `test_reward.py` says how good the scores are.
 
-    python reward_model/score.py MODEL FILE [--output scores.jsonl | scores.csv] [--batch-size 32] [--cuda]
+    python reward_model/score.py MODEL FILE [--output scores.jsonl | scores.csv] [--batch-size 32] [--unusable-rows drop] [--cuda]
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Answer = tuple[Prompt, dict[str, object]]
 def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     check_model_source(options.model, setting="MODEL", role="reward", trust_remote_code=options.trust_remote_code)
-    answers = [answer for record in read_any(options.file) for answer in answers_of(record)]
+    answers = [answer for record in read_any(options.file, options.unusable_rows) for answer in answers_of(record)]
     output = Path(options.output or f"{Path(options.file).name.split('.')[0]}.scores.jsonl")
     if output.suffix not in {".jsonl", ".csv"}:
         raise UserError(f"--output: got {output}, expected a name that ends in .jsonl or .csv")
@@ -72,6 +72,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("file", help="data file, folder of splits, or hf:NAME")
     parser.add_argument("--output", help="where the scores go, .jsonl or .csv; default: FILE.scores.jsonl in the working directory")
     parser.add_argument("--batch-size", type=int, default=32, help="answers scored at once")
+    parser.add_argument(
+        "--unusable-rows", choices=("error", "drop"), default="error", help="refuse rows without an answer, or leave them out"
+    )
     parser.add_argument("--cuda", action="store_true", help="use the GPU")
     parser.add_argument("--trust-remote-code", action="store_true", help="allow the model to run code of its own")
     options = parser.parse_args(argv)
@@ -80,18 +83,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def read_any(path: str) -> list[AnsweredRecord]:
+def read_any(path: str, unusable_rows: str = "error") -> list[AnsweredRecord]:
     """All rows of all splits, in whichever format they are. Raises UserError where none fits, or where rows of the fitting one are bad."""
     errors: list[UserError] = []
     for kind in ("pair", "score", "sft"):
         try:
-            splits = read_splits(path, kind, validation_split_percentage=0.0, require=())
+            splits = read_splits(path, kind, validation_split_percentage=0.0, require=(), unusable_rows=unusable_rows)
         except UserError as error:
             errors.append(error)
             continue
         records: list[AnsweredRecord] = [*splits.train, *splits.val, *splits.test]
         if not records:
             raise UserError(f"{path}: no rows to score")
+        print("\n".join(splits.notes), end="\n" if splits.notes else "")
         return records
     # Of three complaints the useful one is not that the rows are of another kind.
     fitting = (error for error in errors if not any(": keys: got" in problem or "suits" in problem for problem in error.problems))

@@ -209,6 +209,18 @@ def test_score_reads_every_format_with_answers(suffix: str, evaluate, tmp_path: 
     assert "quantiles" in capsys.readouterr().out
 
 
+def test_score_leaves_unusable_rows_out_where_asked_to(evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate("pair")
+    arguments = [str(tmp_path / "models" / "latest"), str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    rows = [{"Question": "What?", "Answer": ""}, {"Question": "What?", "Answer": "good"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="empty"):
+        score.main(arguments)
+    assert score.main([*arguments, "--unusable-rows", "drop"]) == 0
+    assert "1 of 2 rows dropped" in capsys.readouterr().out
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
+
+
 def test_score_says_what_is_wrong_with_the_fitting_format(evaluate, tmp_path: Path) -> None:
     evaluate("pair")
     model = str(tmp_path / "models" / "latest")
