@@ -54,8 +54,8 @@ class ModelWithValueHead(nn.Module):
                 f"{type(self).__name__} needs {kinds[self.encoder_decoder]}, got {type(pretrained_model).__name__}; "
                 f"{kinds[not self.encoder_decoder]} goes into the other class"
             )
-        self.pretrained_model = pretrained_model
-        self.v_head: ValueHead = ValueHead(hidden_size(pretrained_model.config), summary_dropout_prob)
+        self.pretrained_model: Any = pretrained_model
+        self.v_head = ValueHead(hidden_size(pretrained_model.config), summary_dropout_prob)
 
     @classmethod
     def from_pretrained(
