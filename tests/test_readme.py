@@ -85,3 +85,11 @@ def test_ci_runs_the_readmes_test_command() -> None:
 def test_generated_tables_are_current() -> None:
     result = subprocess.run([sys.executable, "docs/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, f"{result.stdout}{result.stderr} (make docs regenerates them)"
+
+
+@pytest.mark.parametrize("document", ["README.md", "rlhf/reward_pipelines/README.md"])
+def test_the_reward_functions_named_exist(document: str) -> None:
+    named = re.findall(r"\.\./(\S+\.py):(\w+)", (ROOT / document).read_text(encoding="utf-8"))
+    assert named
+    for file, function in named:
+        assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8"), f"{document}: {file}:{function}"

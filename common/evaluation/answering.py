@@ -68,7 +68,7 @@ class Answerer:
             prompt_format=prompt_format,
             params=config.generate_params,
             seed=config.seed,
-            batch_size=data.batch_size,
+            batch_size=1 if data.padding is False else data.batch_size,
             device=pick_device(config.cuda),
             max_prompt_length=data.max_prompt_length,
             truncate_prompt=data.truncate_prompt,

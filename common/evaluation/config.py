@@ -15,7 +15,7 @@ class EvaluationData(Section):
     max_prompt_length: PositiveInt | None = Field(None, description="Prompt tokens at most; null: what the model's positions allow.")
     truncate_prompt: bool = Field(True, description="Cut longer prompts; false: an error.")
     padding: bool | Literal["longest", "max_length"] = Field(
-        True, description="Pad to the longest prompt of a batch, or to `max_prompt_length`."
+        True, description="Pad to the longest prompt of a batch, or to `max_prompt_length`; false: answer questions one by one."
     )
     padding_side: Literal["left"] = Field("left", description="Side of the padding; generation needs the left one.")
     batch_size: PositiveInt = Field(16, description="Questions answered at once.")
@@ -24,6 +24,9 @@ class EvaluationData(Section):
     validation_file: StagePath | None = Field(None, description="File whose rows become the validation split.")
     validation_split_percentage: Annotated[float, Field(ge=0, lt=100)] = Field(
         5.0, description="Per cent of train questions held out when the data has no `val` split."
+    )
+    unusable_rows: Literal["error", "drop"] = Field(
+        "error", description="A row whose question or answer is empty or whose dialogue does not fit: refuse it, or drop and count it."
     )
     prompt_format: Literal["qa", "chat"] | None = Field(None, description="Null: what the model's manifest says, else `qa`.")
 

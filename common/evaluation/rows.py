@@ -7,13 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import UserError
 from common.evaluation.config import EvaluationData
-from common.records import PairRecord, Prompt, PromptRecord, RecordKind, SFTRecord, Splits, read_splits
-
-# Columns that hold an answer, left over where rows are read as prompts.
-_ANSWER_COLUMNS = frozenset({"Answer", "response"})
-_PAIR_COLUMNS = frozenset({"Accepted_Answer", "chosen"})
+from common.records import PairRecord, Prompt, PromptRecord, RecordKind, SFTRecord, Splits, read_splits, source_kind
 
 
 @dataclass(frozen=True)
@@ -50,28 +45,12 @@ def read_rows(data: EvaluationData, seed: int) -> EvaluationRows:
 
     Raises UserError with the problems of the data.
     """
-    try:
-        splits = _read(data, "sft", seed)
-    except UserError as error:
-        splits = _read_otherwise(data, seed, error)
+    kind = source_kind(data.data_dir, data.columns)
+    splits = _read(data, "sft" if kind == "score" else kind, seed)
     rows = [EvaluationRow(record.prompt, _answer(record), record.where) for record in splits.split(data.split)]
     if data.max_rows is not None:
         rows = rows[: data.max_rows]
     return EvaluationRows(rows, splits.notes)
-
-
-def _read_otherwise(data: EvaluationData, seed: int, error: UserError) -> Splits[Any]:
-    """Rows that are no question with one answer: as pairs or as questions alone, whichever they are by their columns."""
-    try:
-        splits = _read(data, "prompt", seed)
-    except UserError:
-        raise error from None
-    columns = {name for record in splits.split(data.split) for name in record.columns}
-    if columns & _PAIR_COLUMNS:
-        return _read(data, "pair", seed)
-    if columns & _ANSWER_COLUMNS:
-        raise error
-    return splits
 
 
 def _read(data: EvaluationData, kind: RecordKind, seed: int) -> Splits[Any]:
@@ -83,6 +62,7 @@ def _read(data: EvaluationData, kind: RecordKind, seed: int) -> Splits[Any]:
         validation_split_percentage=data.validation_split_percentage,
         seed=seed,
         require=(data.split,),
+        unusable_rows=data.unusable_rows,
     )
 
 

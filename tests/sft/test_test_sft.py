@@ -223,6 +223,28 @@ def test_pairs_are_measured_against_the_preferred_answer(tmp_path: Path, models:
     assert {row["original_answer"] for row in case.rows()} == {"good"}
 
 
+def test_rows_that_nothing_can_be_asked_of_are_refused_or_left_out(
+    tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case(tmp_path, models["gpt_neo"])
+    dialogue = [{"chosen": f"\n\nHuman: {q}\n\nAssistant: good", "rejected": f"\n\nHuman: {q}\n\nAssistant: bad"} for q in QUESTIONS]
+    unusable = {"chosen": "\n\nHuman: why?\n\nAssistant:", "rejected": "\n\nHuman: why?\n\nAssistant: bad"}
+    case.data.write_text(json.dumps({"test": [*dialogue[:2], unusable, *dialogue[2:]]}))
+    with pytest.raises(UserError, match=r"test row 3.*last answer is empty.*unusable_rows: drop"):
+        case.run()
+    assert case.run("data.unusable_rows=drop") == 0
+    assert [row["question"] for row in case.rows()] == QUESTIONS
+    assert "1 of 8 rows dropped as unusable" in capsys.readouterr().out
+
+
+def test_a_missing_split_is_named_whatever_the_rows_are(tmp_path: Path, models: dict[str, Path]) -> None:
+    case = Case(tmp_path, models["gpt_neo"])
+    rows = [{"Question": question, "Accepted_Answer": "good", "Answer": "bad"} for question in QUESTIONS]
+    case.data.write_text(json.dumps({"train": rows}))
+    with pytest.raises(UserError, match="test: got no rows"):
+        case.run()
+
+
 def test_metrics_can_be_left_out(case: Case) -> None:
     case.run("test_params.do_compute_metrics=false")
     assert all(row["bleu"] == "" and row["original_answer"] for row in case.rows())
@@ -234,6 +256,14 @@ def test_padding_to_the_maximum_changes_no_answer(case: Case, tmp_path_factory: 
     case.run("data.max_prompt_length=50")
     padded.run("data.max_prompt_length=50", "data.padding=max_length")
     assert padded.csv.read_bytes() == case.csv.read_bytes()
+
+
+def test_without_padding_questions_are_answered_one_by_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    generate = answering.generate_answers
+    monkeypatch.setattr(answering, "generate_answers", lambda *args, **kw: sizes.append(kw["batch_size"]) or generate(*args, **kw))
+    case.run("data.padding=false")
+    assert set(sizes) == {1}
 
 
 def test_long_prompts_are_cut_or_refused(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
