@@ -213,6 +213,7 @@ _SETTLED_WARNINGS = (
     r".*GPU available but not used.*",
     r".*Trainer already configured with model summary.*",
     r".*LeafSpec.*",
+    r".*module\(s\) in eval mode at the start of training.*",  # frozen parts, on purpose
     r".*logging on the .* level with .* on distributed setting.*",
 )
 

@@ -367,6 +367,15 @@ def test_a_run_is_quiet_but_for_its_own_lines(tmp_path: Path, capfd: pytest.Capt
     assert (tmp_path / "run" / "curves.png").exists() and (tmp_path / "run" / "metrics.csv").exists()
 
 
+def test_frozen_parts_in_eval_mode_are_no_reason_to_warn(tmp_path: Path) -> None:
+    module = Toy()
+    module.drop.eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(tmp_path / "run", module, settings(max_steps=2), loader([1.0] * 4), loader(VALUES))
+    assert [str(warning.message) for warning in caught] == []
+
+
 def test_tokens_are_counted_without_padding() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     assert int(count_tokens({"input_ids": torch.zeros(2, 3), "attention_mask": mask, "labels": torch.zeros(2, 3)})) == 3
