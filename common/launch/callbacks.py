@@ -305,7 +305,9 @@ class Checkpoints(pl.Callback):
             self._leave()
         self._due = self.every_n_steps is not None and self._step % self.every_n_steps == 0
         if self._step >= self.total_steps:
-            trainer.should_stop = True  # makes Lightning validate the final state, so that it can be the best
+            # Both make Lightning validate the final state, so that it can be the best.
+            trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch and 1
+            trainer.should_stop = True
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0

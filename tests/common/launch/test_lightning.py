@@ -185,6 +185,12 @@ def test_the_final_state_is_validated_wherever_training_ends(tmp_path: Path) -> 
     assert column(tmp_path, "val/weight") == [(4, 1.0), (6, 1.0)]
 
 
+def test_the_final_state_is_validated_in_an_epoch_without_validation_too(tmp_path: Path) -> None:
+    module = Toy()
+    train(tmp_path, module, settings(check_val_every_n_epoch=2, max_epochs=3), loader([1.0] * 4), loader(VALUES))
+    assert module.validated_at == [4, 6]
+
+
 @pytest.mark.parametrize(("every", "expected"), [(None, [3, 6, 8]), (2, [2, 3, 4, 6, 8])])
 def test_when_checkpoints_are_written(tmp_path: Path, every: int | None, expected: list[int]) -> None:
     """Validation at 3, 6 and 8 always improves: with `every` those are saved beside the multiples, without it they alone."""
