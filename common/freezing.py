@@ -135,9 +135,9 @@ def apply_freezing(model: nn.Module, settings: FreezeSettings, *, always_train: 
     blocks = find_blocks(model)
     frozen_groups: set[Group] = set()
     kept: list[str] = []
+    _check_layers(settings.layers_not_to_freeze, blocks)
     if settings.active:
         frozen_groups = {group for group in GROUPS if getattr(settings, f"freeze_{group}")}
-        _check_layers(settings.layers_not_to_freeze, blocks)
         kept = [block.prefix for block in blocks if block.index in layer_indices(settings.layers_not_to_freeze, block.count)]
     groups = parameter_groups(model)
     trained: dict[str, int] = {}
@@ -168,7 +168,8 @@ def _check_layers(requested: Sequence[int], blocks: Sequence[Block]) -> None:
 
 def _notes(settings: FreezeSettings, frozen_groups: set[Group], blocks: Sequence[Block], has_head: bool) -> tuple[str, ...]:
     if not frozen_groups:
-        return ()
+        idle = ["do_freeze"] * bool(settings.do_freeze) + ["layers_not_to_freeze"] * bool(settings.layers_not_to_freeze)
+        return (f"{' and '.join(idle)} without effect, since no freeze_* is in force",) if idle else ()
     notes = []
     if settings.layers_not_to_freeze:
         count = max(block.count for block in blocks)

@@ -172,6 +172,15 @@ def test_layer_out_of_range_names_the_number_of_layers(layer: int) -> None:
         apply_freezing(build("llama"), FreezeSettings(freeze_emb=True, layers_not_to_freeze=[0, layer]))
 
 
+def test_settings_that_freeze_nothing_are_said_and_checked_all_the_same() -> None:
+    model = build("gpt_neo")
+    table = apply_freezing(model, FreezeSettings(do_freeze=True, layers_not_to_freeze=[0]))
+    assert table.frozen == 0 and "do_freeze and layers_not_to_freeze without effect" in str(table)
+    assert apply_freezing(model, FreezeSettings()).notes == ()
+    with pytest.raises(UserError, match="7 out of range"):
+        apply_freezing(model, FreezeSettings(layers_not_to_freeze=[7]))
+
+
 def test_nothing_left_to_train_is_an_error() -> None:
     settings = FreezeSettings(**{f"freeze_{group}": True for group in ("emb", "ln", "attn", "ff", "other")})
     with pytest.raises(UserError, match="nothing is left to train"):
