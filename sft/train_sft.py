@@ -16,14 +16,19 @@ if __name__ == "__main__":
     sys.path[0] = str(STAGE_DIR.parent)  # modules have one import name, whichever folder this runs from
 
 from common.config import parse_command_line
-from common.errors import run_main
+from common.errors import UserError, run_main
+from common.evaluation.generation_options import generation_options
 from common.model_source import check_length, check_model_source, check_prompt_format
 from common.records import read_splits
 from sft.config import SFTConfig
 
 
 def check_models(config: SFTConfig) -> None:
-    """Raise UserError where the model to start from is missing or does not fit the data section."""
+    """Raise UserError where the model to start from is missing or does not fit the data section, or no model takes an option."""
+    try:
+        generation_options(config.evaluation.generate_params)
+    except UserError as error:
+        raise UserError(*(f"evaluation.{problem}" for problem in error.problems)) from None
     for setting, name in {"model_name": config.model_name, "trainer.ckpt_path": config.trainer.ckpt_path}.items():
         if name is not None:
             source = check_model_source(name, setting=setting, role="generator", trust_remote_code=config.trust_remote_code)

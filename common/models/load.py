@@ -248,9 +248,13 @@ def build_config(model_init: ModelInit, tokenizer: PreTrainedTokenizerBase, max_
         layers = values.get("num_layers", values.get("num_hidden_layers", defaults.num_layers))
         values["attention_types"] = alternating_attention(layers)
     try:
-        return config_class(**values)
+        config = config_class(**values)
     except Exception as error:  # huggingface_hub's strict dataclasses raise types of their own
         raise UserError(f"model_init.config: {model_type} refuses it: {_last_line(error)}") from None
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and not defaults.is_encoder_decoder and positions < max_length:
+        raise UserError(f"data.max_length {max_length} exceeds the {positions} positions of model_init.config")
+    return config
 
 
 def alternating_attention(layers: int) -> list[list[Any]]:

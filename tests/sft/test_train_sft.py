@@ -125,6 +125,11 @@ def test_an_unknown_monitor_is_refused_before_anything_is_made(tmp_path: Path) -
     assert not (tmp_path / "models").exists()
 
 
+def test_an_unknown_generation_option_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.generate_params.*num_beam.*num_beams"):
+        run(config(tmp_path), "evaluation.generate_params.num_beam=3")
+
+
 def test_validate_reads_everything_and_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config_file", str(config(tmp_path)), "--validate"]) == 0
     assert "20 train, 3 val, 2 test" in capsys.readouterr().out

@@ -131,6 +131,11 @@ def test_tokenizer_without_any_end_and_missing_tokenizer(tmp_path: Path) -> None
         load_tokenizer(str(tmp_path / "empty"))
 
 
+def test_rows_longer_than_a_fresh_models_positions_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match=r"data.max_length 24 exceeds the 16 positions of model_init.config"):
+        build_generator(init("gpt2", n_positions=16), tokenizer, 24, 0)
+
+
 def test_tokenizer_larger_than_the_model_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     model = build_generator(init("gpt2"), train_tokenizer([], 258), 16, 0)
     with pytest.raises(UserError, match=rf"the tokenizer has {len(tokenizer)} entries, but m has embeddings for 258"):
