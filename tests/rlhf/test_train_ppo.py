@@ -254,3 +254,11 @@ def test_01_04_05_the_reward_model_reads_prompt_and_answer_and_no_batch(reward_d
     assert scorer.score(prompts[::-1], answers[::-1])[::-1] == pytest.approx(together, abs=1e-5)
     assert abs(scorer.score([Prompt("Is water wet?")], answers[:1])[0] - together[0]) > 1e-4
     assert abs(scorer.score(prompts[:1], ["Yes"])[0] - together[0]) > 1e-4
+
+
+def test_14_penalties_reach_the_scores_that_are_trained_on(run: Any) -> None:
+    folder = run(ppo_config__missing_eos_penalty=100.0, ppo_config__length_penalty=0.5, generation_config__eos_token_id=[1, *range(20, 60)])
+    for line in [line for line in read_metrics(folder) if "objective/kl" in line]:
+        assert 0.0 < line["train/eos_rate"] < 1.0
+        expected = line["train/score"] - 100.0 * (1 - line["train/eos_rate"]) - 0.5 * line["tokens/responses_len_mean"]
+        assert line["ppo/mean_scores"] == pytest.approx(expected, rel=1e-5)

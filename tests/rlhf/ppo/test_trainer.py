@@ -14,8 +14,11 @@ import rlhf.ppo.trainer as trainer_module
 from common.freezing import apply_freezing
 from common.lora import add_lora
 from common.models.modes import recompute_activations
+from common.models.reward import RewardModel
 from common.schema import FreezeSettings, GenerateParams, LoraSettings
 from rlhf.ppo import NonFiniteError, PPOConfig, PPOTrainer
+from rlhf.ppo.advantages import gae
+from rlhf.ppo.masked import masked_rescale
 from rlhf.ppo.models import Critic, with_value_head
 
 MakeModel = Callable[..., Any]
@@ -80,7 +83,7 @@ def test_28_accumulation_and_smaller_forwards_leave_the_update_unchanged(
     make_model: MakeModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def updated(**settings: Any) -> torch.Tensor:
-        trainer = make_trainer(make_model(), tokenizer, max_grad_norm=0.5, entropy_coef=0.01, **settings)
+        trainer = make_trainer(make_model(), tokenizer, entropy_coef=0.01, **settings)
         step(trainer)
         return parameters(trainer)
 
@@ -234,6 +237,49 @@ def test_08_a_critic_of_its_own_learns_and_leaves_the_policys_head_alone(make_mo
     assert torch.equal(head, trainer.model.v_head.summary.weight)
 
 
+def test_08_a_critic_from_a_reward_model_starts_with_its_normalised_score(make_model: MakeModel, tokenizer: Any) -> None:
+    reward = RewardModel.from_backbone(make_model("gpt_neo", 7).transformer, seed=3).eval()
+    trainer = make_trainer(make_model(), tokenizer, critic=Critic.from_reward_model(reward, mean=0.5, scale=2.0))
+    step(trainer)
+    record = trainer.record
+    assert record is not None
+    for row, (query, response) in enumerate(zip(QUERIES, RESPONSES, strict=True)):
+        ids = torch.tensor([query + response[:-1]])  # the value before a token is read where that token is predicted
+        with torch.no_grad():
+            score = float(reward(ids, torch.ones_like(ids)))
+        assert float(record.values[row, len(response) - 1]) == pytest.approx((score - 0.5) / 2.0, abs=1e-5)
+
+
+def test_22_whitened_rewards_do_not_leak_through_padding(make_model: MakeModel, tokenizer: Any) -> None:
+    trainer = make_trainer(make_model(), tokenizer, other=make_model("gpt_neo", 4), whiten_rewards=True)
+    step(trainer)
+    record = trainer.record
+    assert record is not None
+    shaped = masked_rescale(record.rewards, record.mask)
+    _, returns = gae(shaped, record.values, record.mask, 1.0, 0.95)
+    torch.testing.assert_close(record.returns, returns, rtol=1e-6, atol=1e-6)
+
+
+def test_the_entropy_bonus_raises_the_entropy(make_model: MakeModel, tokenizer: Any) -> None:
+    def entropy_after(coef: float) -> float:
+        trainer = make_trainer(make_model(), tokenizer, entropy_coef=coef, learning_rate=0.02)
+        step(trainer)
+        return float(step(trainer)["ppo/policy/entropy"])
+
+    assert entropy_after(1.0) > entropy_after(0.0) + 1e-3
+
+
+def test_max_grad_norm_bounds_every_step_but_in_the_classic_way_the_first_alone(make_model: MakeModel, tokenizer: Any) -> None:
+    for quirks, bounded in ((False, [True, True]), (True, [True, False])):
+        trainer = make_trainer(make_model(), tokenizer, max_grad_norm=1e-6, learning_rate=1.0, classic_quirks=quirks)
+        moved = []
+        for _ in range(2):
+            before = parameters(trainer)
+            step(trainer)
+            moved.append(float((parameters(trainer) - before).norm()) < 1e-5)
+        assert moved == bounded
+
+
 def test_09_dropout_is_off_in_rollout_and_update(make_model: MakeModel, tokenizer: Any) -> None:
     model = make_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     model.train()
@@ -267,6 +313,7 @@ def test_10_the_temperature_divides_the_logits_of_policy_and_reference(make_mode
     first, second = step(warm, temperature=2.0), step(cold)
     assert first["objective/kl"] == pytest.approx(second["objective/kl"], rel=1e-5)
     assert first["ppo/policy/entropy"] == pytest.approx(second["ppo/policy/entropy"], rel=1e-5)
+    assert first["ppo/policy/ratio"] == pytest.approx(1.0, abs=1e-6)  # the update divides by it too
 
 
 def test_18_the_controller_counts_answers_and_sums_over_tokens(make_model: MakeModel, tokenizer: Any) -> None:
