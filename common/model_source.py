@@ -8,12 +8,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from common.checkpoint import Manifest, read_manifest
 from common.errors import UserError
+
+HUB_TIMEOUT_S = 3.0
 
 Role = Literal["generator", "backbone", "reward"]
 
@@ -140,7 +144,24 @@ def _describe_hub_model(name: str, setting: str) -> ModelSource:
             f"{setting}: {name!r} is no directory here, and as a hub name it is not in the local cache while "
             "HF_HUB_OFFLINE forbids downloading it"
         )
+    _check_hub_reachable(name, setting)
     return ModelSource(name, setting, None, None, None)
+
+
+def _check_hub_reachable(name: str, setting: str) -> None:
+    """Refuse a hub name where the hub cannot be reached, after seconds instead of a minute of retries. Behind a proxy it is not asked."""
+    from huggingface_hub.constants import ENDPOINT
+
+    hub = urlsplit(ENDPOINT)
+    if any(os.environ.get(key) for key in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")):
+        return
+    try:
+        socket.create_connection((hub.hostname or "", hub.port or (443 if hub.scheme == "https" else 80)), timeout=HUB_TIMEOUT_S).close()
+    except OSError:
+        raise UserError(
+            f"{setting}: {name!r} is no directory here and not in the local cache, and the model hub cannot be reached; give a directory, "
+            "or copy a cache over and set HF_HOME and HF_HUB_OFFLINE=1"
+        ) from None
 
 
 def is_offline() -> bool:

@@ -100,6 +100,7 @@ class RewardTestData(Section):
     validation_split_percentage: Annotated[float, Field(ge=0, lt=100)] = Field(
         5.0, description="Per cent of train questions held out when the data has no `val` split."
     )
+    unusable_rows: Literal["error", "drop"] = Field("error", description="A row that cannot be scored: refuse it, or drop it and count it.")
 
 
 class RewardTestParams(Section):

@@ -22,6 +22,16 @@ def check_models(config: RewardConfig) -> None:
         check_length(source, config.data.max_length, f"data.max_length {config.data.max_length}")
 
 
+def idle_settings(config: RewardConfig) -> list[str]:
+    """Notes on settings shared with SFT that have no effect on a reward model."""
+    params = config.model_params
+    notes = {
+        "do_compute_metrics": "every figure of a reward model is computed anyway" if params.do_compute_metrics else "",
+        "use_cache": "a reward model generates nothing" if params.use_cache else "",
+    }
+    return [f"model_params.{name} has no effect here: {why}" for name, why in notes.items() if why]
+
+
 def read_training_data(config: RewardConfig, kind: Kind) -> Splits:
     """Validated rows; train and validation split are needed."""
     data = config.data
@@ -57,6 +67,7 @@ def read_test_data(config: RewardTestConfig, kind: Kind) -> tuple[ModelSource, S
         validation_split_percentage=data.validation_split_percentage,
         seed=config.seed,
         require=(data.split,),
+        unusable_rows=data.unusable_rows,
     )
     return source, splits
 

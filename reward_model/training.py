@@ -18,7 +18,7 @@ from common.config import resolved_dict
 from common.errors import UserError
 from common.freezing import apply_freezing
 from common.launch.checkpointing import LAST
-from common.launch.lightning import build_trainer, check_trainer, fit, total_optimizer_steps, trainer_params
+from common.launch.lightning import build_trainer, check_one_process, check_trainer, fit, total_optimizer_steps, trainer_params
 from common.lora import add_lora
 from common.models.backbone import RewardInput
 from common.models.load import build_backbone, give_pad_token, load_backbone, load_tokenizer, set_dropout, train_tokenizer
@@ -61,6 +61,7 @@ class Objective(Generic[Record, R]):
 
 def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Record, R]) -> Path:
     """Train, keep the best checkpoint, publish it as `latest`; returns the run directory."""
+    check_one_process(config.trainer)
     check_trainer(config.trainer, objective.choices)
 
     # 1. model and tokenizer

@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.evaluation.generate import generate_answers
 from common.evaluation.text_metrics import corpus_metrics
 from common.freezing import apply_freezing
-from common.launch.lightning import build_trainer, check_trainer, fit, total_optimizer_steps, trainer_params
+from common.launch.lightning import build_trainer, check_one_process, check_trainer, fit, total_optimizer_steps, trainer_params
 from common.lora import add_lora
 from common.models.load import build_generator, load_generator, load_tokenizer, set_dropout, train_tokenizer
 from common.models.modes import recompute_activations
@@ -36,6 +36,7 @@ from sft.module import GENERATION_METRICS, METRICS, SFTModule
 def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
     """Train on `splits.train`, validate on `splits.val`; returns the run directory. Raises UserError before anything is written."""
     metrics = {**METRICS, **(GENERATION_METRICS if config.model_params.do_compute_metrics else {})}
+    check_one_process(config.trainer)
     check_trainer(config.trainer, [name for name in metrics if name.startswith("val/")])
 
     # 1. model and tokenizer

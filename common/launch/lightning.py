@@ -95,6 +95,23 @@ def check_trainer(settings: TrainerSettings, choices: Iterable[str] | None = Non
         raise UserError(*problems)
 
 
+def check_one_process(settings: TrainerSettings) -> None:
+    """Refuse several processes, which the stages cannot be run in yet: each would train, log and save for itself."""
+    params = trainer_params(settings)
+    devices, nodes = params["devices"], int(params.get("num_nodes", 1))
+    if nodes > 1 or _processes(devices, on_cpu(params)) > 1:
+        raise UserError(f"trainer.params: got devices {devices}, num_nodes {nodes}; this version trains in one process, set both to 1")
+
+
+def _processes(devices: Any, cpu: bool) -> int:
+    """Processes per machine that a value of `devices` stands for."""
+    if devices in ("auto", -1, "-1"):
+        return 1 if cpu else torch.cuda.device_count()
+    if isinstance(devices, str):
+        return len([part for part in devices.split(",") if part.strip()]) if "," in devices else int(devices) if devices.isdigit() else 1
+    return len(devices) if isinstance(devices, (list, tuple)) else int(devices)
+
+
 def _device_problems(devices: Any) -> list[str]:
     present = torch.cuda.device_count()
     if isinstance(devices, str) and "," in devices:

@@ -34,6 +34,7 @@ COLUMNS = ("question", "chosen", "rejected", "chosen_score", "rejected_score", "
 def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(RewardTestConfig, STAGE_DIR, argv, description=__doc__ or "")
     config = invocation.config
+    invocation.print_notes()
     source, splits = read_test_data(config, "pair")
     records: list[PairRecord] = splits.split(config.data.split)
     pairs = [(record, rejected) for record in records for rejected in record.rejected]

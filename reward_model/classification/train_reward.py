@@ -20,13 +20,15 @@ from common.config import parse_command_line
 from common.errors import run_main
 from common.prompts import answer_text, render_prompt
 from reward_model.config import ClassificationConfig
-from reward_model.inputs import check_models, describe, read_training_data
+from reward_model.inputs import check_models, describe, idle_settings, read_training_data
 
 
 def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(ClassificationConfig, STAGE_DIR, argv, description=__doc__ or "")
     config = invocation.config
     invocation.print_notes()
+    for note in idle_settings(config):
+        print(f"note: {note}")
     check_models(config)
     splits = read_training_data(config, "pair")
     if invocation.validate_only:

@@ -34,6 +34,7 @@ COLUMNS = ("question", "answer", "target_score", "pred_score", "mse")
 def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(RewardTestConfig, STAGE_DIR, argv, description=__doc__ or "")
     config = invocation.config
+    invocation.print_notes()
     source, splits = read_test_data(config, "score")
     records: list[ScoreRecord] = splits.split(config.data.split)
     title = f"{tested_model(config)}: {len(records)} answers, {config.data.split} split of {config.data.data_dir}"

@@ -109,6 +109,7 @@ def test_hub_names_offline_and_online(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not in the local cache while HF_HUB_OFFLINE forbids" in problem("some-org/some-model")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    monkeypatch.setattr("common.model_source._check_hub_reachable", lambda name, setting: None)
     assert check_model_source("some-org/some-model").config is None
     assert "no model directory a/b/c" in problem("a/b/c")
 
@@ -179,3 +180,13 @@ def test_a_critic_shares_the_policy_s_vocabulary(tmp_path: Path) -> None:
 def test_checks_import_no_torch(root: Path) -> None:
     code = "import sys, common.model_source, common.checkpoint; assert not {'torch', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+def test_an_unreachable_hub_is_one_line_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("https_proxy", "http_proxy", "all_proxy", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(UserError, match=r"model_name: 'nobody/nothing' is no directory .* HF_HUB_OFFLINE=1") as error:
+        check_model_source("nobody/nothing")
+    assert len(error.value.problems) == 1

@@ -22,7 +22,7 @@ from common.checkpoint import atomic_directory
 from common.closing import RunResult, finish_run
 from common.errors import UserError
 from common.launch.callbacks import TRAINING_METRICS, count_tokens, mixed_seed
-from common.launch.lightning import build_trainer, check_trainer, fit, total_optimizer_steps, trainer_params
+from common.launch.lightning import build_trainer, check_one_process, check_trainer, fit, total_optimizer_steps, trainer_params
 from common.schema import CheckpointSettings, TrainerSettings
 from common.tracking import Tracker, read_metrics
 
@@ -465,3 +465,9 @@ def test_a_process_that_is_told_to_end_exits_with_143(tmp_path: Path) -> None:
     assert state(tmp_path / "last")["step"] == 4
     assert not [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")]
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("params", [{"devices": 3}, {"devices": "2"}, {"num_nodes": 2}])
+def test_more_processes_than_one_are_refused(params: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="this version trains in one process"):
+        check_one_process(TrainerSettings(params={"accelerator": "cpu", **params}))
