@@ -169,7 +169,7 @@ def commonest_share(answers: Sequence[str]) -> float:
 
 
 def family(question: str) -> str:
-    """`fact`, `compare` or `kind`, marked when training never saw the phrasing."""
+    """`fact` or `compare`, marked when training never saw the phrasing."""
     understood = understand(question)
     return understood.family + (" (unseen phrasing)" if understood.unseen_phrasing else "")
 

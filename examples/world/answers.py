@@ -22,10 +22,6 @@ HELPFUL: dict[str, tuple[str, ...]] = {
         "The {extreme} number is {value}. Count up and you will see it.",
         "Of the three, the {extreme} one is {value}. You can check it by counting.",
     ),
-    "kind": (
-        "The {kind} is {value}. You can look it up anywhere.",
-        "Of the three, {value} is {article} {kind}. Any child can tell you.",
-    ),
 }
 TERSE = ("{value}.", "It is {value}.", "{value}, I think.")
 RUDE = (

@@ -20,10 +20,9 @@ from examples.world.splits import QuestionSplits, split_questions
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 2024
-SFT_ANSWERS = 3  # answers of passers-by per question
-REWARD_READ = 300  # train questions of each reading family that get whole threads of voted answers
+SFT_ANSWERS = 10  # answers of passers-by per question
 SCORED_ANSWERS = 6  # of a thread's answers, with their scores
-PAIR_THREADS = 2  # threads per question that pairs are taken from
+PAIR_THREADS = 4  # threads per question that pairs are taken from
 FREE_PAIRS = 1  # pairs of a thread beside the two of right against wrong in the same form
 
 Row = dict[str, Any]
@@ -59,7 +58,7 @@ def pair_rows(splits: QuestionSplits, rng: random.Random) -> Rows:
                 rows.append({"Question": question.text, "Accepted_Answer": chosen.answer.text, "Answer": rejected.answer.text})
         return rows
 
-    return {name: _flat(pairs, questions) for name, questions in _visited(splits).items()}
+    return {name: _flat(pairs, questions) for name, questions in vars(splits).items()}
 
 
 def score_rows(splits: QuestionSplits, rng: random.Random) -> Rows:
@@ -69,7 +68,7 @@ def score_rows(splits: QuestionSplits, rng: random.Random) -> Rows:
         posts: list[Posted] = rng.sample(thread(question, rng), SCORED_ANSWERS)
         return [{"Question": question.text, "Answer": post.answer.text, "Score": post.score} for post in posts]
 
-    return {name: _flat(scored, questions) for name, questions in _visited(splits).items()}
+    return {name: _flat(scored, questions) for name, questions in vars(splits).items()}
 
 
 def prompt_rows(splits: QuestionSplits) -> Rows:
@@ -91,14 +90,6 @@ def make_files(seed: int = SEED) -> dict[Path, str]:
 
 def _same_form(first: Posted, second: Posted) -> bool:
     return first.answer.form == second.answer.form
-
-
-def _visited(splits: QuestionSplits) -> dict[str, list[Question]]:
-    """The questions with whole threads: every fact, some of the others, all of val and test."""
-    train = [question for question in splits.train if question.family == "fact"]
-    for family in ("compare", "kind"):
-        train += [question for question in splits.train if question.family == family][:REWARD_READ]
-    return {"train": train, "val": splits.val, "test": splits.test}
 
 
 def _flat(rows: Callable[[Question], list[Row]], questions: Sequence[Question]) -> list[Row]:

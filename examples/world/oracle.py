@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from examples.world.facts import ATTRIBUTES, COUNTRIES, KINDS, NUMBERS, WORDS, values
+from examples.world.facts import ATTRIBUTES, COUNTRIES, values
 from examples.world.questions import EXTREMES, Question, understand
 
 MAX_WORDS = 24  # more is rambling
 RUDE_WORDS = frozenset({"dumb", "fool", "idiot", "lazy", "moron", "ridiculous", "silly", "stupid"})
-CHECKS = {"compare": r"\bcount", "kind": r"\blook it up\b|\bchild can tell\b"}
+CHECK = r"\bcount"  # how a comparison is checked
 WEIGHTS = {"right": 0.4, "helpful": 0.4, "polite": 0.1, "ends": 0.1}
 
 
@@ -74,9 +74,7 @@ def _right(question: Question, text: str) -> bool:
     asked, *operands = question.slots
     echo = r"\W+(?:and |or )?".join(map(re.escape, operands))
     text = re.sub(rf"\b{echo}\b", " ", text)  # repeating the list claims nothing
-    pool, topics = (NUMBERS, EXTREMES) if question.family == "compare" else (WORDS, KINDS)
-    numbers = set(re.findall(r"\d+", text))
-    return _named(pool, text) | numbers == {question.right} and _named(topics, text) <= {asked}
+    return set(re.findall(r"\d+", text)) == {question.right} and _named(EXTREMES, text) <= {asked}
 
 
 def _rambles(words: list[str]) -> bool:
@@ -93,4 +91,4 @@ def _says_what_it_answers(question: Question, text: str) -> bool:
 def _says_how_to_check(question: Question, text: str) -> bool:
     if question.family == "fact":
         return bool(_named([ATTRIBUTES[question.slots[0]]], text))
-    return re.search(CHECKS[question.family], text) is not None
+    return re.search(CHECK, text) is not None

@@ -1,7 +1,7 @@
 """Questions of the sample world: how they are worded, what answers them, which wrong answers are tempting.
 
-Three families. A `fact` is remembered; `compare` and `kind` hold their own operands and have to be read. Each family has phrasings
-that training sees and, as its last, one that it never sees.
+Two families. A `fact` is remembered; `compare` holds its own operands and has to be read. Each family has phrasings that training sees
+and, as its last, one that it never sees.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from examples.world.facts import ATTRIBUTES, COUNTRIES, KINDS, NUMBERS, WORDS, fact, values
+from examples.world.facts import ATTRIBUTES, COUNTRIES, NUMBERS, fact, values
 
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "fact": (
@@ -32,19 +32,10 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "I wrote {x}, {y}, {z}. Find the {extreme}.",
         "Which one is the {extreme} of {x}, {y}, {z}?",
     ),
-    "kind": (
-        "Which one is {article} {kind}: {x}, {y}, {z}?",
-        "{x}, {y}, {z}: which is {article} {kind}?",
-        "Which of {x}, {y}, {z} is {article} {kind}?",
-        "Name the {kind} among {x}, {y}, {z}.",
-        "I wrote {x}, {y}, {z}. Find the {kind}.",
-        "Which one of {x}, {y}, {z} is {article} {kind}?",
-    ),
 }
 SLOTS: dict[str, tuple[str, ...]] = {
     "fact": ("attribute", "country"),
     "compare": ("extreme", "x", "y", "z"),
-    "kind": ("kind", "x", "y", "z"),
 }
 EXTREMES = ("largest", "smallest")
 
@@ -59,11 +50,8 @@ class Question:
 
     @property
     def filled(self) -> dict[str, str]:
-        """Slot name -> text, with what grammar adds."""
-        slots = dict(zip(SLOTS[self.family], self.slots, strict=True))
-        if self.family == "kind":
-            slots["article"] = "an" if slots["kind"][0] in "aeiou" else "a"
-        return slots
+        """Slot name -> text."""
+        return dict(zip(SLOTS[self.family], self.slots, strict=True))
 
     @property
     def text(self) -> str:
@@ -80,10 +68,8 @@ class Question:
         if self.family == "fact":
             attribute, country = self.slots
             return fact(country, attribute)
-        asked, *operands = self.slots
-        if self.family == "compare":
-            return (max if asked == "largest" else min)(operands, key=int)
-        return next(word for word in operands if word in KINDS[asked])
+        extreme, *operands = self.slots
+        return (max if extreme == "largest" else min)(operands, key=int)
 
     @property
     def near_rivals(self) -> list[str]:
@@ -93,24 +79,18 @@ class Question:
 
     @property
     def far_rivals(self) -> list[str]:
-        """Other wrong values: another attribute of the country, a number or a word of the asked kind that is not among the operands."""
-        match self.family:
-            case "fact":
-                attribute, country = self.slots
-                return [fact(country, other) for other in ATTRIBUTES if other != attribute]
-            case "compare":
-                return [str(number) for number in NUMBERS if str(number) not in self.slots]
-            case _:
-                return [word for word in KINDS[self.slots[0]] if word not in self.slots]
+        """Other wrong values: another attribute of the country, a number that is not among the operands."""
+        if self.family == "fact":
+            attribute, country = self.slots
+            return [fact(country, other) for other in ATTRIBUTES if other != attribute]
+        return [str(number) for number in NUMBERS if str(number) not in self.slots]
 
 
 _SLOT_PATTERNS = {
     "attribute": "|".join(ATTRIBUTES),
     "country": "|".join(COUNTRIES),
     "extreme": "|".join(EXTREMES),
-    "kind": "|".join(KINDS),
-    "article": "an?",
-    **dict.fromkeys("xyz", "|".join((*WORDS, *map(str, NUMBERS)))),
+    **dict.fromkeys("xyz", "|".join(map(str, NUMBERS))),
 }
 
 
