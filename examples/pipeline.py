@@ -35,12 +35,12 @@ CLASSIFICATION = Command(
 )
 REGRESSION = Command("regression", "reward_model/regression", "python train_reward.py --config_file configs/trainer_config.yaml")
 PPO = Command("ppo", "rlhf", "python train_ppo.py --config configs/trainer_config.yaml")
-TEST_SFT = Command("test sft", "sft", "python test_sft.py --config configs/test_config.yaml", trains=False)
+TEST_SFT = Command("test sft", "sft", "python test_sft.py --config_file configs/test_config.yaml", trains=False)
 TEST_CLASSIFICATION = Command(
-    "test classification", "reward_model/classification", "python test_reward.py --config configs/test_config.yaml", trains=False
+    "test classification", "reward_model/classification", "python test_reward.py --config_file configs/test_config.yaml", trains=False
 )
 TEST_REGRESSION = Command(
-    "test regression", "reward_model/regression", "python test_reward.py --config configs/test_config.yaml", trains=False
+    "test regression", "reward_model/regression", "python test_reward.py --config_file configs/test_config.yaml", trains=False
 )
 TEST_PPO = Command("test ppo", "rlhf", "python test_ppo.py --config configs/test_config.yaml", trains=False)
 
