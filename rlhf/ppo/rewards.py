@@ -40,6 +40,9 @@ class RunningMoments:
         self.count = total
 
 
+LEAST_STD = 1e-6
+
+
 def transform_scores(
     scores: Tensor, moments: RunningMoments, *, scale: bool, centre: bool, clip: float | None, reduce: Reduce = alone
 ) -> Tensor:
@@ -49,7 +52,8 @@ def transform_scores(
     """
     if scale:
         moments.update(scores, reduce)
-        deviation = moments.std + torch.finfo(scores.dtype).eps
+        # Scores that are all alike have no spread to divide by.
+        deviation = moments.std + torch.finfo(scores.dtype).eps if moments.std > LEAST_STD else 1.0
         scores = (scores - moments.mean) / deviation if centre else scores / deviation
     return scores if clip is None else scores.clamp(-clip, clip)
 

@@ -173,7 +173,9 @@ class PPOTrainer:
         """
         started = time.perf_counter()
         query_ids, response_ids = [_ids(query) for query in queries], [_ids(response) for response in responses]
-        if self.policy.encoder_decoder:
+        if sampled is not None and (sampled.queries, sampled.responses) != (query_ids, response_ids):
+            raise ValueError("sampled holds other queries or responses than those given")
+        if self.policy.encoder_decoder and sampled is None:  # a rollout of ours has no start token; a first token like it was sampled
             response_ids = [self._without_start(response) for response in response_ids]
         masks = None if response_masks is None else [_ids(mask) for mask in response_masks]
         raw_scores = torch.tensor([float(score) for score in scores], dtype=torch.float32)

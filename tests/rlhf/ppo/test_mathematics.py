@@ -209,3 +209,8 @@ def test_10_temperature_divides_the_logits() -> None:
     logits, tokens = tensor([[0.0, 2.0]]), tensor([1])
     close(token_stats(logits, tokens, 2.0).logprobs, [1 - math.log(1 + math.e)])
     close(token_stats(logits, tokens, 2.0, entropy=True).logprobs, [1 - math.log(1 + math.e)])
+
+
+def test_scores_that_are_all_alike_are_not_blown_up_by_scaling() -> None:
+    scores = transform_scores(torch.ones(4), RunningMoments(), scale=True, centre=False, clip=None)
+    assert scores.tolist() == [1.0] * 4
