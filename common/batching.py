@@ -7,7 +7,7 @@ the same rows, optimizer step by optimizer step, as one process with batches of 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -15,10 +15,12 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 T = TypeVar("T")
-Mode = Literal["random", "bucketed", "packed", "sequential"]
+Mode = Literal["random", "bucketed", "packed", "by_question", "sequential"]
 
 # Rows that are sorted by length or packed together come from stretches of this many batches of the shuffled rows.
 POOL_BATCHES = 64
+# So many of the next questions are looked through for one that fits whole into what is left of a batch.
+LOOKAHEAD = 64
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class BatchPlan:
         batch_size: rows per micro-batch and rank; in `packed` mode lines of `capacity` tokens.
         weights: what each row counts in the mean (answer tokens or pairs); default: 1 each.
         mode: `random` order; `bucketed`: rows of like length together; `packed`: rows one after another in lines of `capacity`;
-            `sequential`: rows as they are, the same in each epoch.
+            `by_question`: rows with the same question together; `sequential`: rows as they are, the same in each epoch.
+        questions: what each row asks, for `by_question`; rows with equal ones need not be neighbours.
         accumulate: micro-batches per optimizer step.
     """
 
@@ -59,14 +62,17 @@ class BatchPlan:
         world_size: int = 1,
         rank: int = 0,
         capacity: int | None = None,
+        questions: Sequence[Hashable] | None = None,
     ) -> None:
         assert 0 <= rank < world_size and batch_size > 0 and accumulate > 0
         assert mode != "packed" or capacity is not None, "packing needs a capacity"
+        assert mode != "by_question" or (questions is not None and len(questions) == len(lengths)), "each row needs its question"
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.weights = np.ones(len(self.lengths)) if weights is None else np.asarray(weights, dtype=np.float64)
         assert len(self.weights) == len(self.lengths) and bool((self.weights > 0).all()), "each row needs a weight above 0"
         self.batch_size, self.seed, self.mode, self.capacity = batch_size, seed, mode, capacity
         self.accumulate, self.world_size, self.rank = accumulate, world_size, rank
+        self.questions = questions
         self._made: tuple[int, list[Batch]] | None = None
 
     def batches(self, epoch: int) -> list[Batch]:
@@ -93,7 +99,7 @@ class BatchPlan:
         return batches
 
     def _global_batches(self, epoch: int) -> list[list[list[int]]]:
-        """Batches over all ranks; each is a list of units that stay on one rank: single rows, or lines of packed rows."""
+        """Batches over all ranks; each is a list of units that stay on one rank: rows, packed lines or a rank's part."""
         size = self.batch_size * self.world_size
         if self.mode == "sequential":
             return _chunks([[row] for row in range(len(self.lengths))], size)
@@ -107,6 +113,17 @@ class BatchPlan:
                 by_length = sorted(pool, key=lambda row: int(self.lengths[row]))
                 batches += _chunks([[row] for row in by_length], size)
             return [batches[place] for place in generator.permutation(len(batches))]
+        if self.mode == "by_question":
+            assert self.questions is not None
+            rows_of: dict[Hashable, list[int]] = {question: [] for question in self.questions}
+            for row in order:
+                rows_of[self.questions[row]].append(row)
+            groups = list(rows_of.values())
+            shuffled = [groups[place] for place in generator.permutation(len(groups))]
+            return [
+                [[row for group in part for row in group] for part in fill(batch, _part_sizes(sum(map(len, batch)), self.world_size))]
+                for batch in fill(shuffled, [size] * -(-len(order) // size))
+            ]
         assert self.mode == "packed" and self.capacity is not None
         mean = max(1.0, float(self.lengths.mean())) if len(self.lengths) else 1.0
         pool_rows = max(1, round(POOL_BATCHES * size * self.capacity / mean))
@@ -132,15 +149,45 @@ def pack(rows: Sequence[int], lengths: Sequence[int] | np.ndarray[Any, Any], cap
     return lines
 
 
+def fill(groups: Sequence[list[int]], sizes: Sequence[int]) -> list[list[list[int]]]:
+    """Groups of rows in batches of at most `sizes` rows: the next group that fits whole, else as many rows of the next one as fit.
+
+    So every batch but the last is full, and a group is divided only where a batch is full. Batches without rows are left out.
+    """
+    waiting = [list(group) for group in reversed(groups)]  # the next one last
+    batches = []
+    for size in sizes:
+        batch: list[list[int]] = []
+        room = size
+        while room and waiting:
+            # a batch starts with the next group, however large, so that none waits for ever
+            near = range(1, min(LOOKAHEAD, len(waiting)) + 1) if batch else ()
+            place = next((place for place in near if len(waiting[-place]) <= room), 1)
+            group = waiting.pop(-place)
+            if group[room:]:
+                waiting.append(group[room:])
+            batch.append(group[:room])
+            room -= len(batch[-1])
+        if batch:
+            batches.append(batch)
+    return batches
+
+
 def _chunks(items: Sequence[T], size: int) -> list[list[T]]:
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def _share(units: Sequence[T], world_size: int, rank: int) -> Sequence[T]:
     """One rank's part of a global batch: consecutive units, the parts as equal as can be."""
-    small, larger = divmod(len(units), world_size)
-    start = rank * small + min(rank, larger)
-    return units[start : start + small + (rank < larger)]
+    sizes = _part_sizes(len(units), world_size)
+    start = sum(sizes[:rank])
+    return units[start : start + sizes[rank]]
+
+
+def _part_sizes(count: int, parts: int) -> list[int]:
+    """`count` things in parts as equal as can be, the larger ones first."""
+    small, larger = divmod(count, parts)
+    return [small + (part < larger) for part in range(parts)]
 
 
 class PlanSampler(Sampler[Batch]):

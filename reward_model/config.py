@@ -22,8 +22,10 @@ from common.schema import (
 
 
 class RewardData(DataSettings):
-    batching: Literal["random", "bucketed"] = Field(
-        "bucketed", description="`random`; `bucketed`: rows of like length together, which pads less and gives the same gradient for a row."
+    batching: Literal["random", "bucketed", "by_question"] = Field(
+        "bucketed",
+        description="`random`; `bucketed`: rows of like length together, which pads less and gives the same gradient for a row; "
+        "`by_question`: rows with the same question together, divided only where a batch is full.",
     )
     max_prompt_length: PositiveInt | None = Field(None, description="Prompt tokens at most; null: only `max_length` limits it.")
 

@@ -18,6 +18,8 @@ class Row(Protocol):
     @property
     def answers(self) -> tuple[RewardInput, ...]: ...
     @property
+    def question(self) -> str: ...
+    @property
     def length(self) -> int: ...
     @property
     def weight(self) -> float: ...
@@ -52,6 +54,7 @@ def training_loader(
         mode=data.batching,
         accumulate=accumulate,
         seed=seed,
+        questions=[row.question for row in rows],
     )
     return _loader(rows, plan, data, pad_id, collate)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from common.models.backbone import RewardBatch, RewardInput, as_reward_input, collate_rewards
-from common.records import PairRecord
+from common.records import PairRecord, question_key
 from common.tokenization import Encoder, encode_preferences
 
 
@@ -21,6 +21,8 @@ class PairRow:
 
     answers: tuple[RewardInput, ...]
     margin: float
+    question: str
+    """The normalised question: rows with the same one belong together."""
     where: str = ""
     weight = 1.0
     """What the row counts in the loss: a question counts once, however many of its answers were rejected."""
@@ -62,7 +64,9 @@ def encode_pairs(
     """Tokenize; all answers to a question follow the same, equally cut prompt. Raises UserError with a line for each bad row."""
     encoded = encode_preferences(encoder, records, unusable_rows)
     return [
-        PairRow(tuple(as_reward_input(answer, config) for answer in answers), record.margin or 0.0, record.where)
+        PairRow(
+            tuple(as_reward_input(answer, config) for answer in answers), record.margin or 0.0, question_key(record.prompt), record.where
+        )
         for record, answers in zip(records, encoded, strict=True)
         if answers is not None
     ]

@@ -18,7 +18,10 @@ from common.tokenization import Encoder, encode_answers
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One question with one answer. `target`: its score on the transformed scale; `score`: as it stands in the data."""
+    """One question with one answer. `target`: its score on the transformed scale; `score`: as it stands in the data.
+
+    Rows with the same (normalised) `question` belong together.
+    """
 
     answers: tuple[RewardInput]
     target: float

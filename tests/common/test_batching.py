@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from common.batching import Batch, BatchPlan, PlanSampler, batch_loader, pack
+from common.batching import Batch, BatchPlan, PlanSampler, batch_loader, fill, pack
 
-MODES = ["random", "bucketed", "packed", "sequential"]
+MODES = ["random", "bucketed", "packed", "by_question", "sequential"]
 LENGTHS = [int(n) for n in np.random.default_rng(0).integers(1, 30, size=103)]
+QUESTIONS = [f"question {n}" for n in np.random.default_rng(3).integers(0, 40, size=103)]  # 1 to 7 rows each, scattered
 
 
 def plan(mode: Any = "random", **changes: Any) -> BatchPlan:
-    settings = {"batch_size": 4, "seed": 7, "mode": mode, "capacity": 40} | changes
+    settings = {"batch_size": 4, "seed": 7, "mode": mode, "capacity": 40, "questions": QUESTIONS} | changes
     return BatchPlan(LENGTHS, **settings)
 
 
@@ -117,7 +119,38 @@ def test_pack_refuses_a_row_that_fits_nowhere() -> None:
 
 def test_no_rows_make_no_batches() -> None:
     for mode in MODES:
-        assert BatchPlan([], batch_size=2, seed=0, mode=mode, capacity=8).batches(0) == []  # type: ignore[arg-type]
+        assert BatchPlan([], batch_size=2, seed=0, mode=mode, capacity=8, questions=[]).batches(0) == []  # type: ignore[arg-type]
+
+
+def test_fill_by_hand() -> None:
+    """Room for 4: the next group, then the nearest one that fits whole, else a part of the next one; its rest comes first in the next."""
+    groups = [[0, 1, 2], [3, 4], [5], [6, 7, 8, 9, 10, 11]]
+    assert fill(groups, [4, 4, 4]) == [[[0, 1, 2], [5]], [[3, 4], [6, 7]], [[8, 9, 10, 11]]]
+    assert fill([[0], [1]], [1, 1, 0]) == [[[0]], [[1]]]
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (3, 2)])
+def test_a_question_is_divided_only_where_a_batch_is_full(world_size: int, accumulate: int) -> None:
+    settings = {"batch_size": 8, "world_size": world_size, "accumulate": accumulate}
+    for epoch in range(3):
+        ranks = [plan("by_question", rank=rank, **settings).batches(epoch) for rank in range(world_size)]
+        sizes = [sum(len(used([batches[place]])) for batches in ranks) for place in range(len(ranks[0]))]
+        assert sizes == [8 * world_size] * (103 // (8 * world_size)) + [103 % (8 * world_size)]
+        parts = [batch for batches in ranks for batch in batches if not batch.filler]
+        homes = {
+            question: [n for n, part in enumerate(parts) if question in {QUESTIONS[row] for row in part.indices}] for question in QUESTIONS
+        }
+        divided = [question for question, places in homes.items() if len(places) > 1]
+        assert len(divided) <= len(parts) / 2  # where it stood in random order, nearly every question would be
+        for batch in parts:  # and a question's rows are neighbours
+            asked = [QUESTIONS[row] for row in batch.indices]
+            assert len(set(asked)) == 1 + sum(a != b for a, b in pairwise(asked))
+
+
+def test_questions_that_fill_batches_evenly_are_never_divided() -> None:
+    questions = [row % 20 for row in range(60)]  # three rows each, twenty apart
+    batches = BatchPlan([1] * 60, batch_size=6, seed=0, mode="by_question", questions=questions).batches(0)
+    assert all(len(batch.indices) == 6 and len({questions[row] for row in batch.indices}) == 2 for batch in batches)
 
 
 def collate(batch: Batch) -> tuple[torch.Tensor, float]:

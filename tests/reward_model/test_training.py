@@ -138,6 +138,7 @@ def test_a_frozen_backbone_stays_as_it_was_while_the_head_learns(write_config, c
         "model_params.gradient_checkpointing=true",
         "model_params.dropout=0.2",
         "data.batching=random",
+        "data.batching=by_question",
         "data.on_tpu=true",
         "trainer.params.precision=bf16-mixed",
         "trainer.params.overfit_batches=1",

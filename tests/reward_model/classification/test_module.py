@@ -24,11 +24,11 @@ def answer(*ids: int) -> RewardInput:
 
 
 ROWS = [
-    PairRow((answer(5, 6, 7, 1), answer(5, 6, 8, 9, 10, 1)), 0.0, "row 1"),
-    PairRow((answer(4, 3, 2, 9, 9, 9, 9, 1), answer(4, 3, 1)), 0.5, "row 2"),
-    PairRow((answer(7, 1), answer(7, 8, 1), answer(7, 9, 9, 1)), 0.0, "row 3"),
-    PairRow((answer(11, 12, 1), answer(11, 13, 1)), 0.0, "row 4"),
-    PairRow((answer(14, 15, 16, 1), answer(14, 15, 3, 1)), 1.0, "row 5"),
+    PairRow((answer(5, 6, 7, 1), answer(5, 6, 8, 9, 10, 1)), 0.0, "question 1", "row 1"),
+    PairRow((answer(4, 3, 2, 9, 9, 9, 9, 1), answer(4, 3, 1)), 0.5, "question 2", "row 2"),
+    PairRow((answer(7, 1), answer(7, 8, 1), answer(7, 9, 9, 1)), 0.0, "question 3", "row 3"),
+    PairRow((answer(11, 12, 1), answer(11, 13, 1)), 0.0, "question 4", "row 4"),
+    PairRow((answer(14, 15, 16, 1), answer(14, 15, 3, 1)), 1.0, "question 5", "row 5"),
 ]
 
 

@@ -54,6 +54,14 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(size: int) -> None:
     torch.testing.assert_close(gradient(module, list(loader)), whole, rtol=1e-4, atol=1e-6)
 
 
+def test_answers_to_one_question_make_one_batch() -> None:
+    data = RewardData(data_dir="none", batch_size=2, batching="by_question")
+    scattered = [ROWS[0], ROWS[2], ROWS[3], ROWS[1]]
+    for seed in range(8):
+        loader = training_loader(scattered, data, PAD, collate_scores, seed=seed, accumulate=1)
+        assert {0, 3} in [set(batch["index"].tolist()) for batch in loader]
+
+
 @pytest.mark.parametrize("loss", ["mse", "mae", "huber"])
 def test_padding_never_changes_the_loss(loss: str) -> None:
     module = make_module(loss)
