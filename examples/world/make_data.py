@@ -20,9 +20,9 @@ from examples.world.splits import QuestionSplits, split_questions
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 2024
-SFT_ANSWERS = 10  # answers of passers-by per question
+SFT_ANSWERS = 6  # answers of passers-by per question
 SCORED_ANSWERS = 6  # of a thread's answers, with their scores
-PAIR_THREADS = 4  # threads per question that pairs are taken from
+PAIR_THREADS = 2  # threads per question that pairs are taken from
 FREE_PAIRS = 1  # pairs of a thread beside the two of right against wrong in the same form
 
 Row = dict[str, Any]

@@ -22,6 +22,13 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "Does anyone know the {attribute} of {country}?",
         "My homework asks for the {attribute} of {country}.",
         "For a quiz: {country}, {attribute}?",
+        "Of {country}, what is the {attribute}?",
+        "Please tell my son the {attribute} of {country}.",
+        "Who can say what the {attribute} of {country} is?",
+        "I forgot what the {attribute} of {country} is.",
+        "{country} has which {attribute}?",
+        "Name the {attribute} that {country} has, please.",
+        "About {country}: what would its {attribute} be?",
         "Please say what the {attribute} of {country} is.",
     ),
     "compare": (
@@ -30,6 +37,9 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "Which of {x}, {y}, {z} is the {extreme}?",
         "Name the {extreme} among {x}, {y}, {z}.",
         "I wrote {x}, {y}, {z}. Find the {extreme}.",
+        "Find the {extreme} number: {x}, {y}, {z}.",
+        "Out of {x}, {y}, {z}, which is the {extreme}?",
+        "Which one of {x}, {y}, {z} is {extreme}?",
         "Which one is the {extreme} of {x}, {y}, {z}?",
     ),
 }

@@ -10,10 +10,10 @@ from examples.world.facts import ATTRIBUTES, COUNTRIES, NUMBERS
 from examples.world.questions import EXTREMES, PHRASINGS, Question
 
 # questions that have to be read
-TRAIN_READ, VAL_READ, TEST_READ = 400, 40, 60
+TRAIN_READ, VAL_READ, TEST_READ = 700, 104, 60
 TEST_READ_UNSEEN = 12  # among TEST_READ: in the phrasing that training never sees
 # phrasings of each fact; the last one of the family is for test alone
-TRAIN_PHRASINGS, VAL_PHRASINGS = 7, 1
+TRAIN_PHRASINGS, VAL_PHRASINGS = 14, 1
 TEST_FACTS_UNSEEN = 24  # facts that test also asks in that phrasing
 
 
