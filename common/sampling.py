@@ -10,6 +10,8 @@ The hash is integer arithmetic, the same on a CPU and on a GPU; only the last lo
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import torch
 from torch import Tensor
 
@@ -38,9 +40,23 @@ def _mix64_tensor(value: Tensor) -> Tensor:
     return value ^ ((value >> 31) & ((1 << 33) - 1))
 
 
-def stream_keys(seed: int, step: int, rows: Tensor, position: int | Tensor) -> Tensor:
-    """One 64-bit key per row, (B,) int64, of (seed, step, row, position). `rows` (B,) and `position` (B,) or an int are >= 0."""
-    base = _mix64(_mix64(seed * _GOLDEN + 1) + step * _GOLDEN + 2)
+class Stream(IntEnum):
+    """What a key is for. Keys of different purposes differ even where seed and numbers are the same."""
+
+    TOKENS = 0
+    PROMPT_ORDER = 1
+    MINIBATCHES = 2
+
+
+def stream_keys(seed: int, step: int, rows: Tensor, position: int | Tensor, stream: Stream = Stream.TOKENS) -> Tensor:
+    """One 64-bit key per row, (B,) int64, of (stream, seed, step, row, position).
+
+    `rows` (B,) and `position` (B,) or an int are >= 0.
+    """
+    start = _mix64(seed * _GOLDEN + 1)
+    if stream != Stream.TOKENS:
+        start = _mix64(start + stream * _GOLDEN + 3)
+    base = _mix64(start + step * _GOLDEN + 2)
     rows = rows.to(torch.int64)
     keys = _mix64_tensor(rows * _signed(_GOLDEN, 64) + _signed(base, 64))
     return _mix64_tensor(keys + (position + 1) * torch.full_like(rows, _signed(_GOLDEN, 64)))

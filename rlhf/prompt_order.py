@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from common.sampling import stream_keys
+from common.sampling import Stream, stream_keys
 
 
 class PromptOrder:
@@ -29,6 +29,6 @@ class PromptOrder:
 
     def _order(self, passed: int) -> list[int]:
         if passed not in self._orders:
-            key = int(stream_keys(self.seed, passed, torch.tensor([0]), 0))
+            key = int(stream_keys(self.seed, passed, torch.tensor([0]), 0, Stream.PROMPT_ORDER))
             self._orders[passed] = torch.randperm(self.prompts, generator=torch.Generator().manual_seed(key)).tolist()
         return self._orders[passed]

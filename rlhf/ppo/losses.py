@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rlhf.ppo.masked import masked_sum
 
@@ -22,16 +21,22 @@ class TokenStats(NamedTuple):
     entropy: Tensor | None
 
 
-def token_stats(logits: Tensor, tokens: Tensor, temperature: float = 1.0, *, entropy: bool = False) -> TokenStats:
-    """Log-probabilities (N,) in float32 of `tokens` (N,) under softmax(logits / temperature), logits (N, V); entropy in nats."""
+def token_stats(
+    logits: Tensor, tokens: Tensor, temperature: float = 1.0, *, entropy: bool = False, entropy_gradient: bool = True
+) -> TokenStats:
+    """Log-probabilities (N,) in float32 of `tokens` (N,) under softmax(logits / temperature), logits (N, V); entropy in nats.
+
+    `entropy_gradient`: False where the entropy is a figure to look at and no term of the loss.
+    """
     logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
-    if not entropy:
-        return TokenStats(-F.cross_entropy(logits, tokens, reduction="none"), None)
     all_logprobs = logits.log_softmax(-1)
     chosen = all_logprobs.gather(-1, tokens[:, None]).squeeze(-1)
-    return TokenStats(chosen, -(all_logprobs.exp() * all_logprobs).sum(-1))
+    if not entropy:
+        return TokenStats(chosen, None)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
+        return TokenStats(chosen, -(all_logprobs.exp() * all_logprobs).sum(-1))
 
 
 def policy_loss(

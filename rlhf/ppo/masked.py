@@ -35,11 +35,6 @@ def masked_moments(values: Tensor, mask: Tensor, reduce: Reduce = alone) -> tupl
     return mean, squares / (count - 1).clamp(min=1)
 
 
-def masked_var(values: Tensor, mask: Tensor, reduce: Reduce = alone) -> Tensor:
-    """Unbiased variance over the mask, a scalar."""
-    return masked_moments(values, mask, reduce)[1]
-
-
 def masked_whiten(values: Tensor, mask: Tensor, reduce: Reduce = alone) -> Tensor:
     """(values - mean) * rsqrt(var + 1e-8) inside the mask, 0 outside; a single token becomes 0."""
     mean, var = masked_moments(values, mask, reduce)

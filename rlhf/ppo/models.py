@@ -126,8 +126,9 @@ def with_value_head(model: PreTrainedModel | Any) -> ModelWithValueHead:
 class Critic(nn.Module):
     """A value model of its own: a transformer without output layer, and a value head.
 
-    Started from a reward model it takes its backbone and, where that model reads the last token, its head too, so that the first
-    value of an answer's last token is the reward model's score, on the scale (`mean`, `scale`) that PPO sees.
+    Started from a reward model it takes its backbone and, where that model reads the last token, its head too. The value before
+    token t reads prompt and tokens before t, so at the start it is the reward model's score of the answer as far as it is written
+    there, on the scale (`mean`, `scale`) that PPO sees.
     """
 
     def __init__(self, trunk: PreTrainedModel) -> None:

@@ -7,7 +7,7 @@ epochs of clipped updates. Dropout is off throughout. It leaves out sampling in 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from common.freezing import find_blocks
 from common.launch.runtime import Runtime
 from common.models.load import set_dropout
 from common.optim import adamw
-from common.sampling import stream_keys
+from common.sampling import Stream, stream_keys
 from common.schema import GenerateParams
 from rlhf.ppo.advantages import classic_whitened_rewards, gae
 from rlhf.ppo.answers import Answers, Forward, critic_states, gather_answers
+from rlhf.ppo.chunks import chunks
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.kl import adapted_kl_coef, full_kl, kl_per_token
 from rlhf.ppo.losses import policy_loss, token_stats, value_loss
@@ -34,9 +35,6 @@ from rlhf.sampling_options import check_sampling_options
 
 Ids = Sequence[int] | Tensor
 Stats = dict[str, Any]
-
-CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Padded tokens of one forward at most (at least one row): bounds memory, and rows of like length share a forward."""
 
 
 class NonFiniteError(UserError):
@@ -83,8 +81,15 @@ class PPOTrainer:
         plain = self.ref_model.pretrained_model if isinstance(self.ref_model, ModelWithValueHead) else self.ref_model
         self.policy = Forward(model.pretrained_model)
         self.reference = Forward(plain)
+        self.vocab = int(model.config.get_text_config().vocab_size)
         trained = nn.ModuleList([model] if critic is None else [model, critic])
         self.parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+        rounded = sorted({str(p.dtype).removeprefix("torch.") for p in self.parameters if p.dtype in (torch.bfloat16, torch.float16)})
+        if rounded and optimizer is None:
+            raise ValueError(
+                f"the weights to train are {', '.join(rounded)}, where updates as small as Adam's are lost in rounding; load them as "
+                "float32, train LoRA adapters (float32) over them, or pass an optimizer that keeps float32 copies"
+            )
         self.optimizer = optimizer or adamw(
             trained, learning_rate=self.config.learning_rate, eps=self.config.adam_eps, weight_decay=self.config.weight_decay
         )
@@ -125,8 +130,10 @@ class PPOTrainer:
         generation_kwargs.pop("pad_token_id", None)  # padding is told by position here
         params = GenerateParams.model_validate(generation_kwargs)
         check_sampling_options(params, setting="generate")
-        rows = range(self.sampled_rows, self.sampled_rows + len(queries))
-        self.sampled_rows += len(queries)
+        # Numbers among the queries of all processes, which bring as many each.
+        first = self.sampled_rows + self.runtime.rank * len(queries)
+        rows = range(first, first + len(queries))
+        self.sampled_rows += len(queries) * self.runtime.world_size
         results = []
         for model in [self.model, self.ref_model][: 2 if generate_ref_response else 1]:
             rollout = collect_rollout(
@@ -148,8 +155,26 @@ class PPOTrainer:
     def sampled_kl(self, rollout: Rollout, temperature: float = 1.0) -> list[float]:
         """KL of each answer (nats, k1 estimate) from the reference: sum over tokens of log p - log p_ref."""
         answers = gather_answers(rollout.queries, rollout.responses, self.policy.model.config, device=self.model.device)
-        logprobs, ref_logprobs, _, _ = self._forward_passes(answers, temperature, rollout)
-        return [float(value) for value in torch.where(answers.present, logprobs - ref_logprobs, 0.0).sum(1)]
+        logprobs = self._kept_logprobs(answers, rollout)
+        if logprobs is None:
+            logprobs = self._logprobs(self.policy, answers, temperature)
+        difference = logprobs - self._logprobs(self.reference, answers, temperature)
+        return [float(value) for value in torch.where(answers.present, difference, 0.0).sum(1)]
+
+    def _logprobs(self, forward: Forward, answers: Answers, temperature: float) -> Tensor:
+        """Log-probabilities (B, T) of the answers, 0 outside them."""
+        logprobs = torch.zeros(answers.mask.shape, device=answers.ids.device)
+        for rows in chunks(torch.arange(len(answers), device=answers.ids.device), answers, self.vocab):
+            part = answers.select(rows)
+            logits = forward(part.places(), **part.inputs()).logits
+            _scatter(logprobs, rows, part.present, token_stats(logits, part.targets[part.present], temperature).logprobs)
+        return logprobs
+
+    def _kept_logprobs(self, answers: Answers, sampled: Rollout | None) -> Tensor | None:
+        """Log-probabilities met while sampling, where those equal a full forward's (float32); else None."""
+        if sampled is None or next(self.policy.model.parameters()).dtype != torch.float32:
+            return None
+        return sampled.logprobs[:, : answers.mask.shape[1]].to(answers.ids.device)
 
     # --- the step ------------------------------------------------------------------------------------------------------------------
 
@@ -175,11 +200,11 @@ class PPOTrainer:
         query_ids, response_ids = [_ids(query) for query in queries], [_ids(response) for response in responses]
         if sampled is not None and (sampled.queries, sampled.responses) != (query_ids, response_ids):
             raise ValueError("sampled holds other queries or responses than those given")
-        if self.policy.encoder_decoder and sampled is None:  # a rollout of ours has no start token; a first token like it was sampled
-            response_ids = [self._without_start(response) for response in response_ids]
         masks = None if response_masks is None else [_ids(mask) for mask in response_masks]
         raw_scores = torch.tensor([float(score) for score in scores], dtype=torch.float32)
         self._check_batch(query_ids, response_ids, raw_scores, masks)
+        if self.policy.encoder_decoder and sampled is None:  # a rollout of ours has no start token; a first token like it was sampled
+            self._strip_start(response_ids, masks)
         answers = gather_answers(query_ids, response_ids, self.policy.model.config, response_masks=masks, device=self.model.device)
         self.record = record = self._prepare(answers, raw_scores.to(self.model.device), temperature, sampled)
         prepared = time.perf_counter()
@@ -206,17 +231,25 @@ class PPOTrainer:
                 raise ValueError(f"{name}: got {count}, expected batch_size {self.config.batch_size} of them")
         self._refuse_rows("scores", ~torch.isfinite(scores))
 
-    def _without_start(self, response: list[int]) -> list[int]:
+    def _strip_start(self, responses: list[list[int]], masks: list[list[int]] | None) -> None:
         """transformers' `generate` puts the decoder's start token before an encoder-decoder's answer; it was not sampled."""
-        return response[1:] if response and response[0] == self.policy.model.config.decoder_start_token_id else response
+        for row, response in enumerate(responses):
+            if response[:1] == [self.policy.model.config.decoder_start_token_id]:
+                responses[row] = response[1:]
+                if masks is not None and len(masks[row]) == len(response):
+                    masks[row] = masks[row][1:]
 
     def _refuse_rows(self, what: str, bad: Tensor, rows: Tensor | None = None) -> None:
-        """Raise where a row of `bad` (B,) or (B, T) is True; `rows` are the batch's numbers of these rows."""
+        """Raise where a row of `bad` (B,) or (B, T) is True in any process; `rows` are the batch's numbers of these rows.
+
+        All processes call this together and raise together, so that none waits for another that is gone.
+        """
         wrong = bad.reshape(len(bad), -1).any(1) if len(bad) else bad
-        if bool(wrong.any()):
-            numbers = wrong.nonzero().squeeze(1) if rows is None else rows[wrong]
-            shown = ", ".join(map(str, sorted(numbers.tolist())))
-            raise NonFiniteError(f"PPO step {self.steps_done}: {what} of rows {shown} are not finite; nothing was updated with them")
+        if not bool(self.runtime.sum(wrong.any().float().to(self.model.device))):
+            return
+        numbers = wrong.nonzero().squeeze(1) if rows is None else rows[wrong]
+        shown = f"of rows {', '.join(map(str, sorted(numbers.tolist())))}" if len(numbers) else "of rows in another process"
+        raise NonFiniteError(f"PPO step {self.steps_done}: {what} {shown} are not finite; nothing was updated with them")
 
     # --- before the update -------------------------------------------------------------------------------------------------------
 
@@ -256,29 +289,27 @@ class PPOTrainer:
     def _forward_passes(self, answers: Answers, temperature: float, sampled: Rollout | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log-probabilities of policy and reference, values and KL, each (B, T)."""
         full = self.config.kl_penalty == "full"
-        keeps = sampled is not None and next(self.policy.model.parameters()).dtype == torch.float32
+        kept = self._kept_logprobs(answers, sampled)
         logprobs, ref_logprobs, values, kl = (torch.zeros(answers.mask.shape, device=answers.ids.device) for _ in range(4))
-        if keeps:
+        if kept is not None:
             assert sampled is not None
-            width = answers.mask.shape[1]
-            logprobs.copy_(sampled.logprobs[:, :width])
+            logprobs.copy_(kept)
             if sampled.values is not None:
-                values.copy_(sampled.values[:, :width])
-        needs_values = not keeps or self.critic is not None
-        for rows in _chunks(torch.arange(len(answers), device=answers.ids.device), answers.lengths):
+                values.copy_(sampled.values[:, : values.shape[1]])
+        for rows in chunks(torch.arange(len(answers), device=answers.ids.device), answers, self.vocab):
             part = answers.select(rows)
             places, targets = part.places(), part.targets[part.present]
             ref_logits = self.reference(places, **part.inputs()).logits
             _scatter(ref_logprobs, rows, part.present, token_stats(ref_logits, targets, temperature).logprobs)
-            if not keeps or full:
+            if kept is None or full:
                 output = self.policy(places, **part.inputs())
-                if not keeps:
-                    _scatter(logprobs, rows, part.present, token_stats(output.logits, targets, temperature).logprobs)
                 if full:
                     both = [(logits.float() / temperature).log_softmax(-1) for logits in (output.logits, ref_logits)]
                     _scatter(kl, rows, part.present, full_kl(*both))
-                if needs_values and self.critic is None:
-                    _scatter(values, rows, part.present, self.model.v_head(output.states))
+                if kept is None:
+                    _scatter(logprobs, rows, part.present, token_stats(output.logits, targets, temperature).logprobs)
+                    if self.critic is None:
+                        _scatter(values, rows, part.present, self.model.v_head(output.states))
             if self.critic is not None:
                 _scatter(values, rows, part.present, self.critic.v_head(critic_states(self.critic.trunk, part)))
         if not full:
@@ -302,35 +333,45 @@ class PPOTrainer:
 
     def _permutation(self, epoch: int, count: int) -> Tensor:
         """An order of the batch's rows that is a function of (seed, step, epoch)."""
-        key = stream_keys(self.config.seed, self.steps_done, torch.tensor([self.runtime.rank]), epoch)
+        key = stream_keys(self.config.seed, self.steps_done, torch.tensor([self.runtime.rank]), epoch, Stream.MINIBATCHES)
         return torch.randperm(count, generator=torch.Generator().manual_seed(int(key)))
 
     def _optimizer_step(self, record: StepRecord, rows: Tensor, temperature: float, warming: bool) -> dict[str, float]:
         """Gradient of the loss over `rows`, in forwards of `mini_batch_size` rows at most, and one step of the optimizer."""
         config = self.config
         count = self.runtime.sum(record.mask[rows].sum().float())
-        if float(count) == 0:
-            raise ValueError("no token of these answers counts: every response is empty or masked")
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
+        unusable = torch.zeros(len(record.answers), dtype=torch.bool, device=rows.device)
         for minibatch in rows.split(config.mini_batch_size):
-            for chunk in _chunks(minibatch, record.answers.lengths):
-                for name, value in self._backward(record, chunk, temperature, count, warming).items():
+            for chunk in chunks(minibatch, record.answers, self.vocab):
+                figures_of_chunk, bad = self._backward(record, chunk, temperature, count.clamp(min=1), warming)
+                unusable[chunk] = bad
+                for name, value in figures_of_chunk.items():
                     sums[name] = sums[name] + value if name in sums else value
+        self._refuse_rows("losses", unusable)
         names = list(sums)
         figures = dict(zip(names, self.runtime.sum(torch.stack([sums[name] for name in names])).tolist(), strict=True))
         for name, tensor in (("returns", record.returns), ("val", record.values)):
             mean, var = masked_moments(tensor[rows], record.mask[rows], self.runtime.sum)
             figures |= {f"{name}/mean": float(mean), f"{name}/var": float(var)}
-        figures |= {"skipped": 0.0, "early_stopped": 0.0, "gradient_norm": 0.0}
+        figures |= {"skipped": 0.0, "empty": 0.0, "early_stopped": 0.0, "gradient_norm": 0.0}
+        if float(count) == 0:  # nothing to learn from; a step of Adam would move by its momentum alone
+            self.optimizer.zero_grad(set_to_none=True)
+            return {**figures, "empty": 1.0}
         if figures["policy/ratio"] > config.ratio_threshold:
             self.optimizer.zero_grad(set_to_none=True)
             return {**figures, "skipped": 1.0, "loss/policy": 0.0, "loss/value": 0.0, "loss/total": 0.0}
         figures["gradient_norm"] = self._apply_gradients(rows)
         return figures
 
-    def _backward(self, record: StepRecord, rows: Tensor, temperature: float, count: Tensor, warming: bool) -> dict[str, Tensor]:
-        """Add the gradient of some rows; returns their part of each figure (a sum over tokens divided by `count`)."""
+    def _backward(
+        self, record: StepRecord, rows: Tensor, temperature: float, count: Tensor, warming: bool
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Add the gradient of some rows, unless their loss is not finite.
+
+        Returns their part of each figure (a sum over tokens divided by `count`), and which rows' losses are not finite (B,).
+        """
         config, answers = self.config, record.answers.select(rows)
         width = answers.mask.shape[1]
         old_logprobs, old_values, advantages, returns = (
@@ -339,7 +380,8 @@ class PPOTrainer:
         mask, targets, places = answers.mask[answers.present], answers.targets[answers.present], answers.places()
         with torch.set_grad_enabled(not warming):
             output = self.policy(places, **answers.inputs())
-            logprobs, entropy = token_stats(output.logits, targets, temperature, entropy=config.entropy_coef > 0)
+            logprobs, entropy = token_stats(output.logits, targets, temperature, entropy=True, entropy_gradient=config.entropy_coef > 0)
+            assert entropy is not None
         states = output.states if self.critic is None else critic_states(self.critic.trunk, answers)
         values = (self.model if self.critic is None else self.critic).v_head(states)
         loss_v, clipped_v = value_loss(values, old_values, returns, mask, config.cliprange_value, count=count)
@@ -347,17 +389,15 @@ class PPOTrainer:
         loss = config.vf_coef * loss_v
         if not warming:
             loss = loss + loss_p
-            if entropy is not None:
+            if config.entropy_coef > 0:
                 loss = loss - config.entropy_coef * masked_sum(entropy, mask) / count
+        bad = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         if not bool(torch.isfinite(loss)):
-            per_row = torch.zeros_like(answers.mask).masked_scatter_(answers.present, ~torch.isfinite(logprobs + values))
-            self._refuse_rows("losses", per_row if bool(per_row.any()) else answers.present, rows)
-        if loss.requires_grad:
+            per_token = torch.zeros_like(answers.mask).masked_scatter_(answers.present, ~torch.isfinite(logprobs + values))
+            bad = (per_token if bool(per_token.any()) else answers.present).any(1)
+        elif loss.requires_grad:
             loss.backward()
         with torch.no_grad():
-            if entropy is None:
-                entropy = token_stats(output.logits, targets, temperature, entropy=True).entropy
-                assert entropy is not None
             moved = logprobs - old_logprobs
             means = {
                 "policy/entropy": entropy,
@@ -371,7 +411,7 @@ class PPOTrainer:
             figures = {name: masked_sum(tensor, mask) / count for name, tensor in means.items()}
             figures |= {"policy/clipfrac": clipped_p, "val/clipfrac": clipped_v}
             figures |= {"loss/policy": loss_p.detach(), "loss/value": loss_v.detach(), "loss/total": loss.detach()}
-        return figures
+        return figures, bad
 
     def _apply_gradients(self, rows: Tensor) -> float:
         """Sum gradients over processes, refuse non-finite ones, clip, and step; returns the norm before clipping."""
@@ -419,13 +459,14 @@ class PPOTrainer:
             "tokens/responses_len_mean": answer_length,
             "ppo/policy/advantages": record.advantages[mask],
         }
-        counted = {"skipped": "ppo/skipped_minibatches", "early_stopped": "ppo/early_stopped"}
+        counted = {"skipped": "ppo/skipped_minibatches", "empty": "ppo/empty_minibatches", "early_stopped": "ppo/early_stopped"}
+        with_tokens = [update for update in updates if not update["empty"]] or updates
         for name in updates[0]:
-            values = [update[name] for update in updates]
             if name in counted:
-                stats[counted[name]] = sum(values)
+                stats[counted[name]] = sum(update[name] for update in updates)
             else:
-                stats[f"ppo/{name}"] = sum(values) / len(values)
+                stats[f"ppo/{name}"] = sum(update[name] for update in with_tokens) / len(with_tokens)
+        stats["ppo/policy/last_policykl"] = updates[-1]["policy/policykl"]
         stats["ppo/updates"] = float(len(updates))
         explained = 1.0 - stats["ppo/val/error"] / stats["ppo/returns/var"] if stats["ppo/returns/var"] > 0 else 0.0
         stats["ppo/val/explained_variance"] = stats["ppo/val/var_explained"] = explained
@@ -478,21 +519,6 @@ def _ids(tokens: Ids) -> list[int]:
     if isinstance(tokens, Tensor):
         return [int(token) for token in tokens.reshape(-1).tolist()]
     return [int(token) for token in tokens]
-
-
-def _chunks(rows: Tensor, lengths: Tensor) -> Iterator[Tensor]:
-    """The rows in forwards of `CHUNK_TOKENS` padded tokens at most; where it takes several, rows of like length go together."""
-    limit = CHUNK_TOKENS.get(rows.device.type, CHUNK_TOKENS["cpu"])
-    if len(rows) * int(lengths[rows].max()) <= limit:
-        yield rows
-        return
-    ordered = rows[lengths[rows].argsort(stable=True)]
-    sizes = lengths[ordered].tolist()
-    begin = 0
-    for end in range(1, len(sizes) + 1):
-        if end == len(sizes) or (end + 1 - begin) * sizes[end] > limit:
-            yield ordered[begin:end]
-            begin = end
 
 
 def _scatter(buffer: Tensor, rows: Tensor, present: Tensor, flat: Tensor) -> None:

@@ -9,7 +9,17 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from common import sampling
-from common.sampling import _mix64, _mix64_tensor, _signed, apply_repetition_penalty, filter_logits, gumbel_noise, hash_bits, stream_keys
+from common.sampling import (
+    Stream,
+    _mix64,
+    _mix64_tensor,
+    _signed,
+    apply_repetition_penalty,
+    filter_logits,
+    gumbel_noise,
+    hash_bits,
+    stream_keys,
+)
 
 MASK32 = (1 << 32) - 1
 
@@ -50,6 +60,13 @@ def test_fixed_vectors() -> None:
     assert stream_keys(42, 7, rows, 3).tolist() == VECTOR_KEYS
     assert (hash_bits(stream_keys(42, 7, rows, 3), 3).long() & MASK32).tolist() == VECTOR_BITS
     torch.testing.assert_close(gumbel_noise(42, 7, rows, 3, 3), torch.tensor(VECTOR_NOISE), rtol=1e-6, atol=1e-6)
+
+
+def test_purposes_have_keys_of_their_own() -> None:
+    rows = torch.arange(200)
+    keys = torch.cat([stream_keys(seed, step, rows, 0, stream) for seed in range(3) for step in range(3) for stream in Stream])
+    assert len(keys.unique()) == 3 * 3 * len(Stream) * 200
+    assert torch.equal(stream_keys(42, 7, rows, 3, Stream.TOKENS), stream_keys(42, 7, rows, 3))
 
 
 VECTOR_KEYS: list[int] = [4123032109804094045, 575175475526402283, 6760198863330076416]

@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+import rlhf.ppo.chunks as chunks_module
 import rlhf.ppo.trainer as trainer_module
 from common.freezing import apply_freezing
+from common.launch.runtime import Runtime
 from common.lora import add_lora
 from common.models.modes import recompute_activations
 from common.models.reward import RewardModel
 from common.schema import FreezeSettings, GenerateParams, LoraSettings
 from rlhf.ppo import NonFiniteError, PPOConfig, PPOTrainer
 from rlhf.ppo.advantages import gae
-from rlhf.ppo.masked import masked_rescale
+from rlhf.ppo.answers import gather_answers
+from rlhf.ppo.masked import masked_moments, masked_rescale
 from rlhf.ppo.models import Critic, with_value_head
 
 MakeModel = Callable[..., Any]
@@ -89,7 +92,7 @@ def test_28_accumulation_and_smaller_forwards_leave_the_update_unchanged(
 
     whole = updated()
     torch.testing.assert_close(updated(mini_batch_size=2, gradient_accumulation_steps=4), whole, rtol=1e-5, atol=1e-6)
-    monkeypatch.setitem(trainer_module.CHUNK_TOKENS, "cpu", 12)
+    monkeypatch.setitem(chunks_module.CHUNK_TOKENS, "cpu", 12)
     torch.testing.assert_close(updated(), whole, rtol=1e-5, atol=1e-6)
     start = parameters(make_trainer(make_model(), tokenizer))
     assert float((whole - start).abs().max()) > 1e-3
@@ -117,8 +120,21 @@ def test_29_early_stop_ends_the_epochs_and_says_so(make_model: MakeModel, tokeni
     settings = {"ppo_epochs": 5, "learning_rate": 0.5, "target_kl": 1e-6}
     stopped = step(make_trainer(make_model(), tokenizer, early_stopping=True, **settings))
     assert stopped["ppo/early_stopped"] == 1.0 and stopped["ppo/updates"] < 5
+    assert stopped["ppo/policy/last_policykl"] > 1.5e-6
     free = step(make_trainer(make_model(), tokenizer, **settings))
     assert free["ppo/early_stopped"] == 0.0 and free["ppo/updates"] == 5
+
+
+def test_29_the_last_updates_kl_is_what_stopped_and_not_the_mean(
+    make_model: MakeModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(make_model(), tokenizer, early_stopping=True, target_kl=1.0, ppo_epochs=5)
+    moves = iter([0.5, 1.4, 1.6])
+    original = trainer._optimizer_step
+    monkeypatch.setattr(trainer, "_optimizer_step", lambda *arguments: {**original(*arguments), "policy/policykl": next(moves)})
+    stats = step(trainer)
+    assert (stats["ppo/updates"], stats["ppo/policy/last_policykl"]) == (3.0, 1.6)
+    assert stats["ppo/policy/policykl"] == pytest.approx(3.5 / 3)
 
 
 def test_29_a_minibatch_beyond_the_ratio_threshold_is_skipped_and_counted(make_model: MakeModel, tokenizer: Any) -> None:
@@ -129,17 +145,20 @@ def test_29_a_minibatch_beyond_the_ratio_threshold_is_skipped_and_counted(make_m
 
 
 @pytest.mark.parametrize("kind", ["gpt_neo", "gpt2", "llama", "t5"])
-@pytest.mark.parametrize("lora", [False, True])
-def test_31_kl_is_zero_at_the_start_and_the_step_runs(kind: str, lora: bool, make_model: MakeModel, tokenizer: Any) -> None:
+@pytest.mark.parametrize("what", ["full", "frozen", "lora"])
+def test_31_kl_is_zero_at_the_start_and_the_step_runs(kind: str, what: str, make_model: MakeModel, tokenizer: Any) -> None:
     model = make_model(kind)
-    if lora:
+    if what == "lora":
         model = add_lora(model, LoraSettings(), seed=1)
+    model = with_value_head(model)
+    if what == "frozen":
+        apply_freezing(model, FreezeSettings(freeze_emb=True, freeze_attn=True, layers_not_to_freeze=[-1]), always_train=("v_head",))
     trainer = make_trainer(model, tokenizer, optimizer="adam")
     queries = QUERIES
     rollout = trainer.rollout(queries, SAMPLED, seed=0)
     stats = trainer.step(queries, rollout.responses, SCORES, sampled=rollout)
-    tokens = sum(map(len, rollout.responses)) / 8
-    assert abs(stats["objective/kl"]) < 1e-5 * tokens
+    assert trainer.record is not None
+    assert float(trainer.record.kl.abs().max()) < 1e-5  # nats per token
     assert stats["ppo/policy/ratio"] == pytest.approx(1.0, abs=1e-4)
     assert stats["ppo/policy/entropy"] > 0
     again = step(trainer)
@@ -198,6 +217,60 @@ def test_33_logprobs_that_are_not_finite_stop_the_step_with_their_rows(make_mode
     torch.testing.assert_close(before, parameters(trainer), rtol=0, atol=0, equal_nan=True)
 
 
+class Heard(Runtime):
+    """The runtime of one among two processes that only notes what is summed with the other."""
+
+    shapes: list[tuple[int, ...]]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.shapes.append(tuple(tensor.shape))
+        return tensor
+
+
+def overheard(trainer: PPOTrainer) -> list[tuple[int, ...]]:
+    """The shapes that a trainer sums over processes, filled as it does."""
+    runtime = Heard(trainer.model.device)
+    object.__setattr__(runtime, "shapes", [])
+    trainer.runtime = runtime
+    return runtime.shapes
+
+
+def test_33_every_process_takes_part_in_the_sums_before_one_of_them_stops(
+    make_model: MakeModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the others would wait in a sum that never ends: a bad loss in the first of several forwards is told after the last."""
+    monkeypatch.setitem(chunks_module.CHUNK_TOKENS, "cpu", 12)
+    healthy, ill = make_trainer(make_model(), tokenizer), make_trainer(make_model(), tokenizer)
+    expected, heard = overheard(healthy), overheard(ill)
+    step(healthy)
+    original, calls = trainer_module.policy_loss, []
+
+    def spoilt(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        loss, share = original(*arguments, **options)
+        return (loss * math.nan if len(calls) == 1 else loss), share
+
+    monkeypatch.setattr(trainer_module, "policy_loss", spoilt)
+    before = parameters(ill)
+    with pytest.raises(NonFiniteError, match="losses of rows"):
+        step(ill)
+    assert len(calls) > 1 and heard == expected[: len(heard)]
+    assert torch.equal(before, parameters(ill))
+
+
+def test_33_what_is_not_finite_in_another_process_stops_this_one_too(make_model: MakeModel, tokenizer: Any) -> None:
+    class Other(Runtime):
+        def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor + 1
+
+    trainer = make_trainer(make_model(), tokenizer)
+    trainer.runtime = Other(trainer.model.device)
+    before = parameters(trainer)
+    with pytest.raises(NonFiniteError, match="scores of rows in another process are not finite"):
+        step(trainer)
+    assert torch.equal(before, parameters(trainer))
+
+
 def test_33_gradients_that_are_not_finite_never_reach_a_parameter(make_model: MakeModel, tokenizer: Any) -> None:
     trainer = make_trainer(make_model(), tokenizer)
     trainer.model.v_head.summary.bias.register_hook(lambda gradient: gradient * math.nan)
@@ -213,6 +286,18 @@ def test_15_empty_answers_are_legal(make_model: MakeModel, tokenizer: Any) -> No
     stats = trainer.step(QUERIES, responses, SCORES)
     assert math.isfinite(stats["ppo/loss/total"]) and bool(torch.isfinite(parameters(trainer)).all())
     assert trainer.record is not None and not trainer.record.rewards[0].any()
+
+
+def test_15_a_minibatch_of_empty_answers_alone_changes_nothing_and_is_counted(make_model: MakeModel, tokenizer: Any) -> None:
+    trainer = make_trainer(make_model(), tokenizer, optimizer="adam", mini_batch_size=1, learning_rate=1e-4)
+    stats = trainer.step(QUERIES, [[], *RESPONSES[1:]], SCORES)
+    assert stats["ppo/empty_minibatches"] == 1.0 and stats["ppo/updates"] == 8.0
+    assert stats["ppo/policy/ratio"] == pytest.approx(1.0, abs=0.1)  # the mean of the seven others
+    assert all(math.isfinite(value) for value in stats.values() if isinstance(value, float))
+    before = parameters(trainer)
+    stats = trainer.step(QUERIES, [[]] * 8, SCORES)  # Adam has momentum by now
+    assert stats["ppo/empty_minibatches"] == 8.0 and stats["ppo/loss/total"] == 0.0
+    assert torch.equal(before, parameters(trainer))
 
 
 def test_08_the_value_head_starts_at_zero_and_warm_up_trains_the_value_alone(make_model: MakeModel, tokenizer: Any) -> None:
@@ -260,6 +345,23 @@ def test_22_whitened_rewards_do_not_leak_through_padding(make_model: MakeModel, 
     torch.testing.assert_close(record.returns, returns, rtol=1e-6, atol=1e-6)
 
 
+def test_22_the_classic_leak_through_padding_is_there_when_asked_for(make_model: MakeModel, tokenizer: Any) -> None:
+    """In the classic trainer's layout every row but the longest has padding after it, whose shifted zeros reach its returns."""
+    clean, classic = (
+        make_trainer(make_model(), tokenizer, other=make_model("gpt_neo", 4), whiten_rewards=True, classic_quirks=quirks, lam=1.0)
+        for quirks in (False, True)
+    )
+    step(clean), step(classic)
+    assert clean.record is not None and classic.record is not None
+    lengths = [len(query) + len(response) for query, response in zip(QUERIES, RESPONSES, strict=True)]
+    mean, var = masked_moments(clean.record.rewards, clean.record.mask)
+    shift = float(mean - mean * torch.rsqrt(var + 1e-8))  # what a zero of padding becomes
+    assert abs(shift) > 1e-3
+    for row, response in enumerate(RESPONSES):
+        leak = classic.record.returns[row, : len(response)] - clean.record.returns[row, : len(response)]
+        torch.testing.assert_close(leak, torch.full_like(leak, shift * (max(lengths) - lengths[row])), rtol=1e-4, atol=1e-4)
+
+
 def test_the_entropy_bonus_raises_the_entropy(make_model: MakeModel, tokenizer: Any) -> None:
     def entropy_after(coef: float) -> float:
         trainer = make_trainer(make_model(), tokenizer, entropy_coef=coef, learning_rate=0.02)
@@ -301,15 +403,17 @@ def test_09_recomputed_activations_change_nothing(make_model: MakeModel, tokeniz
     assert not any(module.training for module in checkpointed.model.modules())
 
 
-def test_10_the_temperature_divides_the_logits_of_policy_and_reference(make_model: MakeModel, tokenizer: Any) -> None:
+@pytest.mark.parametrize("penalty", ["kl", "full"])
+def test_10_the_temperature_divides_the_logits_of_policy_and_reference(penalty: str, make_model: MakeModel, tokenizer: Any) -> None:
     def scaled(seed: int) -> Any:
         model = make_model("gpt2", seed, tie_word_embeddings=False)
         with torch.no_grad():
             model.lm_head.weight /= 2.0
         return model
 
-    warm = make_trainer(make_model("gpt2", tie_word_embeddings=False), tokenizer, other=make_model("gpt2", 4, tie_word_embeddings=False))
-    cold = make_trainer(scaled(0), tokenizer, other=scaled(4))
+    plain, other = (make_model("gpt2", seed, tie_word_embeddings=False) for seed in (0, 4))
+    warm = make_trainer(plain, tokenizer, other=other, kl_penalty=penalty)
+    cold = make_trainer(scaled(0), tokenizer, other=scaled(4), kl_penalty=penalty)
     first, second = step(warm, temperature=2.0), step(cold)
     assert first["objective/kl"] == pytest.approx(second["objective/kl"], rel=1e-5)
     assert first["ppo/policy/entropy"] == pytest.approx(second["ppo/policy/entropy"], rel=1e-5)
@@ -389,6 +493,89 @@ def test_an_encoder_decoders_start_token_is_no_part_of_the_answer(make_model: Ma
     stats = started.step(QUERIES, [[start, *response] for response in RESPONSES], SCORES)
     assert stats["objective/entropy"] == pytest.approx(plain_stats["objective/entropy"], rel=1e-6)
     torch.testing.assert_close(parameters(started), parameters(plain), rtol=1e-6, atol=1e-7)
+
+
+def test_an_encoder_decoders_start_token_leaves_its_mask_too(make_model: MakeModel, tokenizer: Any) -> None:
+    masks = [[1] * len(response) for response in RESPONSES]
+    masks[3] = [1, 1, 0, 1, 0, 1]
+    plain, started = (make_trainer(make_model("t5"), tokenizer) for _ in range(2))
+    start = plain.policy.model.config.decoder_start_token_id
+    plain.step(QUERIES, RESPONSES, SCORES, masks)
+    started.step(QUERIES, [[start, *response] for response in RESPONSES], SCORES, [[0, *mask] for mask in masks])
+    assert plain.record is not None and started.record is not None
+    assert torch.equal(started.record.mask, plain.record.mask)
+    assert plain.record.mask[3].tolist() == [True, True, False, True, False, True]
+
+
+def test_forwards_are_bounded_by_tokens_and_by_logits_with_an_encoders_prompt_counted(
+    make_model: MakeModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = torch.arange(8)
+
+    def sizes(kind: str, vocab: int = 280) -> list[int]:
+        parts = list(chunks_module.chunks(rows, gather_answers(QUERIES, RESPONSES, make_model(kind).config), vocab))
+        assert sorted(torch.cat(parts).tolist()) == list(range(8))
+        return [len(part) for part in parts]
+
+    assert sizes("gpt2") == sizes("t5") == [8]
+    monkeypatch.setitem(chunks_module.CHUNK_TOKENS, "cpu", 44)
+    assert sizes("gpt2") == [6, 2]  # of 3, 4, 5, 5, 6, 6 and 10, 11 tokens
+    assert sizes("t5") == [5, 3]  # encoder + decoder: 2+2, 2+3, 3+3, 3+3, 3+4 and 2+5, 4+7, 6+6
+    monkeypatch.setitem(chunks_module.CHUNK_TOKENS, "cpu", 2048)
+    monkeypatch.setitem(chunks_module.CHUNK_LOGITS, "cpu", 6 * 280)  # 24 answer tokens in all
+    parts = list(chunks_module.chunks(rows, gather_answers(QUERIES, RESPONSES, make_model("gpt2").config), 280))
+    assert len(parts) > 3 and all(sum(len(RESPONSES[row]) for row in part.tolist()) <= 6 for part in parts)
+    assert sizes("gpt2", vocab=28) == [8]
+
+
+def test_weights_that_train_are_float32_unless_the_optimizer_is_the_callers(make_model: MakeModel, tokenizer: Any) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match="the weights to train are " + str(dtype).removeprefix("torch.")):
+            PPOTrainer(PPOConfig(), with_value_head(make_model().to(dtype)), tokenizer=tokenizer)
+        PPOTrainer(PPOConfig(), with_value_head(add_lora(make_model().to(dtype), LoraSettings(), seed=1)), tokenizer=tokenizer)
+
+
+def test_12_in_bfloat16_the_step_recomputes_what_sampling_met(make_model: MakeModel, tokenizer: Any) -> None:
+    model = add_lora(make_model().to(torch.bfloat16), LoraSettings(), seed=1)
+    trainer = make_trainer(model, tokenizer, optimizer="adam")
+    rollout = trainer.rollout(QUERIES, SAMPLED, seed=0)
+    assert rollout.values is not None
+    rollout.logprobs.fill_(-7.0), rollout.values.fill_(-7.0)
+    assert max(map(abs, trainer.sampled_kl(rollout))) < 1e-5
+    stats = trainer.step(rollout.queries, rollout.responses, SCORES, sampled=rollout)
+    assert trainer.record is not None
+    assert not bool((trainer.record.logprobs == -7.0).any()) and not bool((trainer.record.values == -7.0).any())
+    assert abs(stats["objective/kl"]) < 1e-5 and stats["ppo/policy/ratio"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_rows_of_generate_are_numbered_among_all_processes(make_model: MakeModel, tokenizer: Any) -> None:
+    options = {"do_sample": True, "max_new_tokens": 5, "return_prompt": False}
+    alone = make_trainer(make_model(), tokenizer)
+    queries = [torch.tensor(query) for query in QUERIES[:4]]
+    expected = [[answer.tolist() for answer in alone.generate(queries, **options)] for _ in range(2)]
+    assert expected[0] != expected[1]
+    for rank in range(2):
+        trainer = make_trainer(make_model(), tokenizer)
+        trainer.runtime = Runtime(trainer.model.device, rank=rank, world_size=2)
+        for whole in expected:
+            mine = trainer.generate(queries[2 * rank : 2 * rank + 2], **options)
+            assert [answer.tolist() for answer in mine] == whole[2 * rank : 2 * rank + 2]
+
+
+def test_the_kl_of_a_rollout_asks_no_critic(make_model: MakeModel, tokenizer: Any) -> None:
+    critic = Critic(make_model("gpt_neo", 7).transformer)
+    trainer = make_trainer(make_model(), tokenizer, other=make_model("gpt_neo", 4), critic=critic)
+    rollout = trainer.rollout(QUERIES, SAMPLED, seed=0)
+    critic.trunk.forward = None
+    kept = trainer.sampled_kl(rollout)
+    stats_kl = []
+    for query, response in zip(rollout.queries, rollout.responses, strict=True):
+        ids = torch.tensor([query + response])
+        with torch.no_grad():
+            both = [model(ids).logits[0, len(query) - 1 : -1].log_softmax(-1) for model in (trainer.policy.model, trainer.reference.model)]
+        tokens = torch.tensor(response)[:, None]
+        stats_kl.append(float((both[0] - both[1]).gather(1, tokens).sum()))
+    assert kept == pytest.approx(stats_kl, abs=1e-4)
 
 
 def test_ppo_finds_the_rewarded_token(make_model: MakeModel, tokenizer: Any) -> None:
