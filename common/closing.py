@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.plots import plot_curves
 from common.progress import duration, format_figure
 from common.runs import SUMMARY_FILE, publish_latest
 from common.tracking import METRICS_CSV, Tracker, best_values, read_metrics
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BEST = "best"
 SHOWN_BESIDE = 3  # figures beside the best one; summary.json has all
@@ -33,19 +36,20 @@ class RunResult:
 def opening_lines(
     run_dir: Path,
     *,
-    trainable: int,
-    parameters: int,
+    parameters: Iterable[Tensor],
     rows: Mapping[str, int],
     steps: int,
     batch: str = "",
     device: str = "",
     step_name: str = "optimizer",
 ) -> list[str]:
-    """What starts now: parameters, rows per split, steps, and where the results go."""
+    """What starts now: how many parameters there are and train, rows per split, steps, and where the results go."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
+    total, trainable = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     splits = ", ".join(f"{count:,} {split}" for split, count in rows.items())
     where = f" on {device}" if device else ""
     return [
-        f"model: {parameters:,} parameters, {trainable:,} of them train{where}",
+        f"model: {total:,} parameters, {trainable:,} of them train{where}",
         f"data: {splits} rows; {steps:,} {step_name} steps{f' of {batch}' if batch else ''}",
         f"output: {run_dir}",
     ]

@@ -84,8 +84,8 @@ def _report_relations(error: ValidationError, marked: MarkedData, schema: type[B
         cause = problem["ctx"]["error"]
         section = section_of(type_at(schema, path))
         if isinstance(cause, KeyedProblems):
-            for key, text in cause.keyed.items():
-                report.add(marked, (*path, key), text)
+            for below, text in cause.keyed.items():
+                report.add(marked, (*path, *below), text)
         elif section is None:
             report.add(marked, path, str(cause))
         else:
@@ -170,7 +170,7 @@ def _refused(path: KeyPath, value: Any, schema: type[BaseModel]) -> str:
     annotation = type_at(schema, path)
     section = section_of(annotation)
     if section is not None and not isinstance(value, dict):
-        keys = ", ".join(list(section.model_fields)[:4])
+        keys = ", ".join([str(found[0]) for found, _ in walk_fields(section) if len(found) == 1][:4])
         return f"got {shown_value(value, path)}, expected a section with keys such as {keys}"
     expected = type_words(annotation) if annotation is not None else "another value"
     if isinstance(value, float) and not math.isfinite(value):

@@ -90,11 +90,6 @@ def _is_attention(name: str, module: nn.Module) -> bool:
     return "attention" in type(module).__name__.lower() or attribute in {"attn", "attention", "self_attn", "cross_attn", "crossattention"}
 
 
-def parameter_group(name: str, model: nn.Module) -> Group:
-    """The group of the parameter `name` (as `named_parameters` gives it)."""
-    return parameter_groups(model)[name]
-
-
 def parameter_groups(model: nn.Module) -> dict[str, Group]:
     """Group of every parameter of a model."""
     modules = dict(model.named_modules())

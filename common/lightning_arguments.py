@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from functools import cache
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from common.schema_types import type_words
+from common.schema_types import choices_of, type_words
 
 _Whole = Annotated[int, Field(ge=0)]
 _Positive = Annotated[int, Field(ge=1)]
@@ -19,10 +20,16 @@ _Precision = Literal[
     "transformer-engine", "transformer-engine-float16", 32, 16, 64,
 ]  # fmt: skip
 
+Strategy = Literal[
+    "auto", "single_device", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_find_unused_parameters_false",
+    "ddp_find_unused_parameters_true", "fsdp", "fsdp_cpu_offload", "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2",
+    "deepspeed_stage_2_offload", "deepspeed_stage_3", "deepspeed_stage_3_offload", "single_xla", "xla",
+]  # fmt: skip
+
 # Argument -> what it may be. A test compares the names with the signature of `pl.Trainer`.
 ARGUMENTS: dict[str, Any] = {
     "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"],
-    "strategy": str,
+    "strategy": Strategy,
     "devices": int | list[int] | str,
     "num_nodes": _Positive,
     "precision": _Precision | None,
@@ -59,6 +66,8 @@ ARGUMENTS: dict[str, Any] = {
 STAGE_OWNED_ARGUMENTS = frozenset(
     {"logger", "callbacks", "enable_checkpointing", "default_root_dir", "use_distributed_sampler", "plugins", "model_registry"}
 )
+PACKAGES = {"tpu": "torch_xla", "xla": "torch_xla", "deepspeed": "deepspeed"}
+"""Part of the name of an accelerator or strategy -> the package that it needs."""
 _FLOAT16 = frozenset({"16", "16-mixed", "16-true"})
 
 
@@ -80,7 +89,20 @@ def lightning_argument_problems(params: dict[str, Any]) -> dict[str, str]:
             try:
                 _adapter(name).validate_python(value)
             except ValidationError:
-                problems[name] = f"got {value!r}, expected {type_words(ARGUMENTS[name])}"
+                close = difflib.get_close_matches(str(value), choices_of(ARGUMENTS[name]), n=1)
+                meant = f" (did you mean {close[0]}?)" if close else ""
+                problems[name] = f"got {value!r}, expected {type_words(ARGUMENTS[name])}{meant}"
+    problems.update(_absent_package(params, {"accelerator", "strategy"} - problems.keys()))
     if str(params.get("precision")) in _FLOAT16 and params.get("accelerator") == "cpu":
         problems["precision"] = f"got {str(params['precision'])!r}, which a CPU cannot train in; expected bf16-mixed or 32"
+    return problems
+
+
+def _absent_package(params: dict[str, Any], names: set[str]) -> dict[str, str]:
+    """Values that need a package which is not installed."""
+    problems = {}
+    for name in sorted(names & params.keys()):
+        package = next((package for word, package in PACKAGES.items() if word in str(params[name])), None)
+        if package is not None and find_spec(package) is None:
+            problems[name] = f"got {params[name]!r}, which needs {package}, and that is not installed; use auto"
     return problems

@@ -25,6 +25,15 @@ class OptimizerSettings(Protocol):
     def weight_decay(self) -> float: ...
 
 
+class ScheduledSettings(OptimizerSettings, Protocol):
+    """The same with the learning rate's way over the training."""
+
+    @property
+    def lr_scheduler(self) -> Schedule: ...
+    @property
+    def warmup_steps_per_cent(self) -> float: ...
+
+
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices with `weight_decay`, vectors (norms, biases) without; empty groups left out."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -57,6 +66,14 @@ def adamw(
 def build_adamw(model: nn.Module, params: OptimizerSettings) -> torch.optim.AdamW:
     """`adamw` with the values of a config section."""
     return adamw(model, learning_rate=params.learning_rate, betas=params.adam_betas, eps=params.adam_eps, weight_decay=params.weight_decay)
+
+
+def build_optimizer(model: nn.Module, params: ScheduledSettings, total_steps: int) -> dict[str, Any]:
+    """AdamW and a schedule that moves with every optimizer step, in the form that `configure_optimizers` of Lightning returns."""
+    optimizer = build_adamw(model, params)
+    schedule = lr_lambda(params.lr_scheduler, warmup_steps(params.warmup_steps_per_cent, total_steps), total_steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def warmup_steps(share: float, total_steps: int) -> int:

@@ -27,6 +27,7 @@ from common.record_types import (
 )
 from common.row_formats import CONTEXT, KNOWN_KEYS, MARGIN, SUITS, RowFormat, RowReader
 from common.row_parser import read_row
+from common.schema import RowSettings
 from common.splits import Splits, fingerprint, hold_out, overlap_notes
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Splits",
     "normalise_question",
     "question_key",
+    "read_rows",
     "read_splits",
     "source_kind",
 ]
@@ -94,6 +96,20 @@ def read_splits(
     _check_required(path, rows, named, require)
     reading.notes.extend(overlap_notes(path, rows))
     return Splits(rows["train"], rows["val"], rows["test"], fingerprint(rows), tuple(reading.notes))
+
+
+def read_rows(path: str, kind: RecordKind, settings: RowSettings, *, seed: int, require: Sequence[SplitName]) -> Splits[Any]:
+    """`read_splits` with the values of a config section."""
+    return read_splits(
+        path,
+        kind,
+        columns=settings.columns,
+        validation_file=settings.validation_file,
+        validation_split_percentage=settings.validation_split_percentage,
+        seed=seed,
+        require=require,
+        unusable_rows=settings.unusable_rows,
+    )
 
 
 def _check_required(path: str, rows: Mapping[SplitName, list[Any]], named: bool, require: Sequence[SplitName]) -> None:

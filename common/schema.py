@@ -6,9 +6,11 @@ The tables of settings in the README are generated from these descriptions (`pyt
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -20,11 +22,22 @@ API_PLACEHOLDERS = frozenset({"", "text", "null", "none", "your_api_key", "your-
 
 
 class KeyedProblems(ValueError):
-    """Problems with single keys of a free mapping: key -> what is wrong with it."""
+    """Problems with single keys below a value: the key's path -> what is wrong with it."""
 
-    def __init__(self, keyed: dict[str, str]) -> None:
+    def __init__(self, keyed: Mapping[tuple[str, ...], str]) -> None:
         self.keyed = keyed
-        super().__init__("; ".join(f"{key}: {problem}" for key, problem in keyed.items()))
+        super().__init__("; ".join(f"{'.'.join(path)}: {problem}" for path, problem in keyed.items()))
+
+
+def resolve_monitor(monitor: str, choices: Iterable[str]) -> str:
+    """The logged name that `monitor` means (`val_loss` is `val/loss`). Raises ValueError with the choices for an unknown one."""
+    names = tuple(choices)
+    for candidate in (monitor, monitor.replace("_", "/", 1)):
+        if candidate in names:
+            return candidate
+    close = difflib.get_close_matches(monitor.replace("_", "/", 1), names, n=1)
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    raise ValueError(f"got {monitor!r}, expected one of: {', '.join(sorted(names))}{meant}")
 
 
 class CommandLineValue(str):
@@ -101,7 +114,24 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
-class DataSettings(Section):
+class RowSettings(Section):
+    """How the rows of a data file are read, in every stage."""
+
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Renames columns: our name to the file's name, e.g. `{Question: title}`."
+    )
+    validation_file: StagePath | None = Field(None, description="File whose rows become the validation split.")
+    validation_split_percentage: Annotated[float, Field(ge=0, lt=100)] = Field(
+        5.0, description="Per cent of train questions held out when the data has no `val` split."
+    )
+    unusable_rows: Literal["error", "drop"] = Field(
+        "error",
+        description="A row of the right shape that cannot be used (an empty question or answer, a pair of equal answers, a dialogue that "
+        "does not fit, no answer token left): refuse it, or drop and count it.",
+    )
+
+
+class DataSettings(RowSettings):
     """What every training stage that reads rows has in common (SFT and reward models)."""
 
     data_dir: StagePath = Field(
@@ -115,16 +145,6 @@ class DataSettings(Section):
     num_workers: NonNegativeInt = Field(0, description="Processes that collate batches beside the training one.")
     prompt_format: Literal["qa", "chat"] = Field(
         "qa", description="`qa`: the plain question/answer text; `chat`: the tokenizer's own template."
-    )
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="Renames columns: our name to the file's name, e.g. `{Question: title}`."
-    )
-    validation_file: StagePath | None = Field(None, description="File whose rows become the validation split.")
-    validation_split_percentage: Annotated[float, Field(ge=0, lt=100)] = Field(
-        5.0, description="Per cent of train questions held out when the data has no `val` split."
-    )
-    unusable_rows: Literal["error", "drop"] = Field(
-        "error", description="A row whose answer has no token left (or, for pairs, no difference left): refuse it, or drop and count it."
     )
 
 
@@ -208,7 +228,7 @@ class TrainerSettings(Section):
     @classmethod
     def _known_arguments(cls, params: dict[str, Any]) -> dict[str, Any]:
         if problems := lightning_argument_problems(params):
-            raise KeyedProblems(problems)
+            raise KeyedProblems({(name,): problem for name, problem in problems.items()})
         return params
 
 
@@ -246,6 +266,40 @@ class RunSettings(Section):
     )
     trust_remote_code: bool = Field(False, description="Allow model directories to run code of their own.")
     tensorboard: bool = Field(False, description="Write TensorBoard event files beside the metrics.")
+
+
+class TrainingSettings(RunSettings):
+    """What SFT and reward models have in common: the model to start from, Lightning's trainer, tracking."""
+
+    model_name: ModelName | None = Field(None, description="Model directory or hub name to start from.")
+    model_init: ModelInit | None = Field(None, description="Build the model from a configuration instead of `model_name`.")
+    trainer: TrainerSettings = Field(default_factory=TrainerSettings, description="Checkpoints and Lightning's trainer.")
+    wandb: WandbSettings = Field(default_factory=WandbSettings, description="Weights & Biases.")
+
+    @property
+    def monitored(self) -> Mapping[str, str]:
+        """Metrics that validation logs under these settings, with their definitions: what `monitor` may name."""
+        raise NotImplementedError
+
+    @property
+    def more_to_monitor(self) -> str:
+        """What a user may be told who asks for another one."""
+        return ""
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        if (self.model_name is None) == (self.model_init is None):
+            raise ValueError("exactly one of model_name and model_init is needed")
+        return self
+
+    @model_validator(mode="after")
+    def _known_monitor(self) -> Self:
+        monitor = self.trainer.checkpoint.monitor
+        try:
+            resolve_monitor(monitor, self.monitored)
+        except ValueError as error:
+            raise KeyedProblems({("trainer", "checkpoint", "monitor"): f"{error}{self.more_to_monitor}"}) from None
+        return self
 
 
 class GenerateParams(Section):

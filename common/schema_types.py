@@ -85,8 +85,8 @@ def type_at(annotation: Any, path: KeyPath) -> Any | None:
 
 
 def walk_fields(schema: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """Every field of a schema with its path, sections before what is in them; sections in lists are not entered."""
-    for name, field in schema.model_fields.items():
+    """Every field of a schema with its path, required ones first, sections before what is in them; those in lists are not entered."""
+    for name, field in sorted(schema.model_fields.items(), key=lambda named: not named[1].is_required()):
         yield (*path, name), field
         inner = section_of(field.annotation)
         if inner is not None:

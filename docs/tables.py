@@ -22,8 +22,10 @@ from pydantic import BaseModel
 from common.evaluation.config import GenerationTestConfig
 from common.schema_docs import settings_table
 from reward_model.config import ClassificationConfig, RegressionConfig, RewardTestConfig
+from reward_model.logged import PAIR_METRICS, PAIR_TRAINING_METRICS, SCORE_METRICS
 from rlhf.config import PPORunConfig
 from sft.config import SFTConfig
+from sft.metrics import GENERATION_METRICS, VALIDATION_METRICS
 
 SCHEMAS: dict[str, type[BaseModel]] = {
     "sft": SFTConfig,
@@ -38,19 +40,15 @@ DOCUMENTS = ("README.md", "sft/README.md", "reward_model/classification/README.m
 
 def metrics(name: str) -> dict[str, str]:
     """Metric -> definition, of one stage (its modules import torch, so they are imported only here)."""
-    if name == "sft":
+    if name in ("sft", "classification", "regression"):
         from common.launch.callbacks import TRAINING_METRICS
-        from sft.module import GENERATION_METRICS, METRICS
 
-        return {**TRAINING_METRICS, **METRICS, **GENERATION_METRICS}
-    if name == "classification":
-        from reward_model.classification.module import METRICS as CLASSIFICATION
-
-        return dict(CLASSIFICATION)
-    if name == "regression":
-        from reward_model.regression.module import METRICS as REGRESSION
-
-        return dict(REGRESSION)
+        stage = {
+            "sft": {**VALIDATION_METRICS, **GENERATION_METRICS},
+            "classification": {**PAIR_TRAINING_METRICS, **PAIR_METRICS},
+            "regression": SCORE_METRICS,
+        }[name]
+        return {**TRAINING_METRICS, **stage}
     assert name == "ppo", name
     from rlhf.ppo.metrics import METRICS as PPO
 

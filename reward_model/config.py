@@ -8,17 +8,17 @@ from pydantic import Field, model_validator
 
 from common.schema import (
     DataSettings,
-    ModelInit,
     ModelName,
     ModelParams,
     NonNegativeInt,
     PositiveInt,
-    RunSettings,
+    RowSettings,
     Section,
     StagePath,
-    TrainerSettings,
+    TrainingSettings,
     WandbSettings,
 )
+from reward_model.logged import PAIR_METRICS, SCORE_METRICS
 
 
 class RewardData(DataSettings):
@@ -40,18 +40,8 @@ class RewardModelParams(ModelParams):
     readout: ReadoutSettings = Field(default_factory=ReadoutSettings, description="How the score is read out.")
 
 
-class RewardConfig(RunSettings):
+class RewardConfig(TrainingSettings):
     data: RewardData = Field(description="Training data.")
-    model_name: ModelName | None = Field(None, description="Backbone: model directory (an SFT run, say) or hub name.")
-    model_init: ModelInit | None = Field(None, description="Build the backbone from a configuration instead of `model_name`.")
-    trainer: TrainerSettings = Field(default_factory=TrainerSettings, description="Checkpoints and Lightning's trainer.")
-    wandb: WandbSettings = Field(default_factory=WandbSettings, description="Weights & Biases.")
-
-    @model_validator(mode="after")
-    def _one_model(self) -> RewardConfig:
-        if (self.model_name is None) == (self.model_init is None):
-            raise ValueError("exactly one of model_name and model_init is needed")
-        return self
 
 
 class ClassificationParams(RewardModelParams):
@@ -63,6 +53,10 @@ class ClassificationParams(RewardModelParams):
 
 class ClassificationConfig(RewardConfig):
     model_params: ClassificationParams = Field(default_factory=ClassificationParams, description="Optimizer, freezing, loss.")
+
+    @property
+    def monitored(self) -> dict[str, str]:
+        return PAIR_METRICS
 
 
 class RegressionParams(RewardModelParams):
@@ -89,20 +83,18 @@ class RegressionParams(RewardModelParams):
 class RegressionConfig(RewardConfig):
     model_params: RegressionParams = Field(default_factory=RegressionParams, description="Optimizer, freezing, loss.")
 
+    @property
+    def monitored(self) -> dict[str, str]:
+        return SCORE_METRICS
 
-class RewardTestData(Section):
+
+class RewardTestData(RowSettings):
     data_dir: StagePath = Field(description="Data file with rows of this stage's kind.")
     split: Literal["train", "val", "test"] = Field("test", description="Split that is scored.")
     batch_size: PositiveInt = Field(16, description="Rows scored at once.")
     max_length: PositiveInt | None = Field(None, description="Tokens of prompt + answer at most; null: the manifest's.")
     max_prompt_length: PositiveInt | None = Field(None, description="Prompt tokens at most; null: the manifest's.")
     truncate_prompt: bool = Field(True, description="Cut longer prompts; false: an error.")
-    columns: dict[str, str] = Field(default_factory=dict, description="Renames columns: our name to the file's name.")
-    validation_file: StagePath | None = Field(None, description="File whose rows become the validation split.")
-    validation_split_percentage: Annotated[float, Field(ge=0, lt=100)] = Field(
-        5.0, description="Per cent of train questions held out when the data has no `val` split."
-    )
-    unusable_rows: Literal["error", "drop"] = Field("error", description="A row that cannot be scored: refuse it, or drop it and count it.")
 
 
 class RewardTestParams(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from common.model_source import ModelSource, check_length, check_model_source, check_prompt_format
-from common.records import Prompt, Splits, read_splits
+from common.records import Prompt, Splits, read_rows
 from reward_model.config import RewardConfig, RewardTestConfig
 
 Kind = Literal["pair", "score"]
@@ -34,17 +34,7 @@ def idle_settings(config: RewardConfig) -> list[str]:
 
 def read_training_data(config: RewardConfig, kind: Kind) -> Splits:
     """Validated rows; train and validation split are needed."""
-    data = config.data
-    return read_splits(
-        data.data_dir,
-        kind,
-        columns=data.columns,
-        validation_file=data.validation_file,
-        validation_split_percentage=data.validation_split_percentage,
-        seed=config.seed,
-        require=("train", "val"),
-        unusable_rows=data.unusable_rows,
-    )
+    return read_rows(config.data.data_dir, kind, config.data, seed=config.seed, require=("train", "val"))
 
 
 def describe(config: RewardConfig, splits: Splits) -> str:
@@ -59,17 +49,7 @@ def read_test_data(config: RewardTestConfig, kind: Kind) -> tuple[ModelSource, S
     data, name = config.data, tested_model(config)
     setting = "test_params.test_model_path" if config.test_params.test_model_path else "model_name"
     source = check_model_source(name, setting=setting, role="reward", trust_remote_code=config.trust_remote_code)
-    splits = read_splits(
-        data.data_dir,
-        kind,
-        columns=data.columns,
-        validation_file=data.validation_file,
-        validation_split_percentage=data.validation_split_percentage,
-        seed=config.seed,
-        require=(data.split,),
-        unusable_rows=data.unusable_rows,
-    )
-    return source, splits
+    return source, read_rows(data.data_dir, kind, data, seed=config.seed, require=(data.split,))
 
 
 def tested_model(config: RewardTestConfig) -> str:

@@ -43,7 +43,6 @@ R = TypeVar("R", bound=Row)
 class Objective(Generic[Record, R]):
     """What a kind of reward model learns from.
 
-    choices         names that `monitor` may have
     texts           texts of a record, for a tokenizer trained on them
     encode          records -> rows of ids; raises UserError with a line for each bad row
     collate         rows, their places, padding id, denominator, pad_to, counted -> batch
@@ -51,7 +50,6 @@ class Objective(Generic[Record, R]):
     """
 
     stage: Stage
-    choices: tuple[str, ...]
     texts: Callable[[Record], Iterable[str]]
     encode: Callable[[Sequence[Record], Encoder, Any], list[R]]
     collate: Callable[..., Mapping[str, Any]]
@@ -62,7 +60,7 @@ class Objective(Generic[Record, R]):
 def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Record, R]) -> Path:
     """Train, keep the best checkpoint, publish it as `latest`; returns the run directory."""
     check_one_process(config.trainer)
-    check_trainer(config.trainer, objective.choices)
+    check_trainer(config.trainer)
 
     # 1. model and tokenizer
     tokenizer, model = start_model(config, (text for record in splits.train for text in objective.texts(record)))
@@ -90,6 +88,8 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
     module = objective.module(model, total_steps, val_rows)
 
     # 3. run directory, trainer
+    resolved = resolved_dict(config)
+
     def save(directory: Path, metrics: dict[str, float], step: int) -> None:
         manifest = new_manifest(
             objective.stage,
@@ -102,23 +102,19 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
             score_transform=objective.transform,
             metrics=metrics,
             data_fingerprint=splits.fingerprint,
-            config=resolved_dict(config),
+            config=resolved,
             step=step,
         )
         save_model_directory(directory, model, tokenizer, manifest)
 
     runs_root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, objective.stage)
     run_dir = create_run_directory(runs_root, config.desc, config.index)
-    tracker = Tracker.start(
-        run_dir, stage=objective.stage, config=resolved_dict(config), wandb=config.wandb, tensorboard=config.tensorboard
-    )
+    tracker = Tracker.start(run_dir, stage=objective.stage, config=resolved, wandb=config.wandb, tensorboard=config.tensorboard)
     with run_log(run_dir), tracker:
-        write_config(run_dir, resolved_dict(config))
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        write_config(run_dir, resolved)
         opening = opening_lines(
             run_dir,
-            trainable=trainable,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            parameters=model.parameters(),
             rows={"train": len(train_rows), "val": len(val_rows)},
             steps=total_steps,
             batch=f"{data.batch_size} x {accumulate} rows",
@@ -130,7 +126,7 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
             tracker=tracker,
             seed=config.seed,
             save=save,
-            choices=module.logged_metrics,
+            choices=config.monitored,
             total_steps=total_steps,
         )
 

@@ -18,6 +18,7 @@ from common.schema import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    RowSettings,
     RunSettings,
     Section,
     StagePath,
@@ -25,7 +26,7 @@ from common.schema import (
 )
 
 
-class PPOData(Section):
+class PPOData(RowSettings):
     data_file_path: StagePath = Field(description="Data file (or folder) with questions; answers in it are not used.")
     max_prompt_length: PositiveInt | None = Field(None, description="Prompt tokens at most; null: positions minus `max_new_tokens`.")
     truncate_prompt: bool = Field(True, description="Cut longer prompts; false: an error.")
@@ -33,14 +34,6 @@ class PPOData(Section):
         True, description="Pad to the longest prompt of a batch, or to `max_prompt_length`."
     )
     prompt_format: Literal["qa", "chat"] | None = Field(None, description="Null: what the policy's manifest says, else `qa`.")
-    columns: dict[str, str] = Field(default_factory=dict, description="Renames columns: our name to the file's name.")
-    validation_file: StagePath | None = Field(None, description="File whose rows become the evaluation prompts.")
-    validation_split_percentage: Annotated[float, Field(ge=0, lt=100)] = Field(
-        5.0, description="Per cent of train questions held out when the data has no `val` split."
-    )
-    unusable_rows: Literal["error", "drop"] = Field(
-        "error", description="A row whose question is empty or whose dialogue does not fit: refuse it, or drop and count it."
-    )
     unique_prompts: bool = Field(True, description="Use a question once per pass, however many rows hold it.")
 
 

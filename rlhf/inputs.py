@@ -9,7 +9,7 @@ from typing import Literal
 from common.errors import UserError
 from common.model_source import ModelSource, check_joinable, check_length, check_model_source
 from common.record_types import PromptRecord, question_key
-from common.records import Splits, read_splits
+from common.records import Splits, read_rows
 from rlhf.config import PPOData, PPORunConfig
 from rlhf.reward_pipelines.build import check_pipeline
 from rlhf.sampling_options import check_sampling_options
@@ -100,16 +100,7 @@ def prompt_limit(config: PPORunConfig, positions: int | None, is_encoder_decoder
 def read_prompts(config: PPORunConfig) -> Splits[PromptRecord]:
     """Training and evaluation prompts, each question once where so configured."""
     data = config.data_config
-    splits: Splits[PromptRecord] = read_splits(
-        data.data_file_path,
-        "prompt",
-        columns=data.columns,
-        validation_file=data.validation_file,
-        validation_split_percentage=data.validation_split_percentage,
-        seed=config.seed,
-        require=("train", "val"),
-        unusable_rows=data.unusable_rows,
-    )
+    splits: Splits[PromptRecord] = read_rows(data.data_file_path, "prompt", data, seed=config.seed, require=("train", "val"))
     return splits
 
 

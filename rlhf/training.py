@@ -116,8 +116,7 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
             print(table)
         for line in opening_lines(
             run_dir,
-            trainable=sum(parameter.numel() for parameter in trainer.parameters),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            parameters=[*model.parameters(), *(critic.parameters() if critic is not None else ())],
             rows={"train": len(records), "evaluation": len(held_out)},
             steps=steps,
             batch=f"{params.batch_size} answers",

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from common.schema import (
-    DataSettings,
-    GenerateParams,
-    ModelInit,
-    ModelName,
-    ModelParams,
-    PositiveInt,
-    RunSettings,
-    Section,
-    TrainerSettings,
-    WandbSettings,
-)
+from common.schema import DataSettings, GenerateParams, ModelParams, PositiveInt, Section, TrainingSettings
+from sft.metrics import GENERATION_METRICS, VALIDATION_METRICS
 
 
 class SFTData(DataSettings):
@@ -31,17 +21,15 @@ class SFTEvaluation(Section):
     generate_params: GenerateParams = Field(default_factory=GenerateParams, description="How those answers are generated.")
 
 
-class SFTConfig(RunSettings):
+class SFTConfig(TrainingSettings):
     data: SFTData = Field(description="Training data.")
-    model_name: ModelName | None = Field(None, description="Model directory or hub name to start from.")
-    model_init: ModelInit | None = Field(None, description="Build the model from a configuration instead of `model_name`.")
     model_params: ModelParams = Field(default_factory=ModelParams, description="Optimizer, freezing, memory.")
     evaluation: SFTEvaluation = Field(default_factory=SFTEvaluation, description="Generated answers during validation.")
-    trainer: TrainerSettings = Field(default_factory=TrainerSettings, description="Checkpoints and Lightning's trainer.")
-    wandb: WandbSettings = Field(default_factory=WandbSettings, description="Weights & Biases.")
 
-    @model_validator(mode="after")
-    def _one_model(self) -> SFTConfig:
-        if (self.model_name is None) == (self.model_init is None):
-            raise ValueError("exactly one of model_name and model_init is needed")
-        return self
+    @property
+    def monitored(self) -> dict[str, str]:
+        return {**VALIDATION_METRICS, **(GENERATION_METRICS if self.model_params.do_compute_metrics else {})}
+
+    @property
+    def more_to_monitor(self) -> str:
+        return "" if self.model_params.do_compute_metrics else " (model_params.do_compute_metrics: true adds others)"

@@ -13,23 +13,8 @@ from torch import Tensor
 
 from common.collate import IGNORED
 from common.freezing import freeze_eval
-from common.optim import build_adamw, lr_lambda, warmup_steps
+from common.optim import build_optimizer
 from common.schema import ModelParams
-
-# What this stage logs beside the figures of training itself, a line of definition each; `monitor` may name any of them.
-METRICS = {
-    "val/loss": "Cross-entropy per answer token (EOS included) over the whole validation split, in nats; each token weighs alike.",
-    "val/perplexity": "exp(val/loss).",
-    "val/token_accuracy": "Share of answer tokens that are the model's likeliest token, given the true ones before.",
-}
-GENERATION_METRICS = {
-    "val/bleu": "Corpus BLEU (0-100) of generated answers to a fixed subset of validation questions.",
-    "val/rouge1_fmeasure": "Mean ROUGE-1 F-measure (0-1) of those answers.",
-    "val/rouge2_fmeasure": "Mean ROUGE-2 F-measure (0-1) of those answers.",
-    "val/rougeL_fmeasure": "Mean ROUGE-L F-measure (0-1) of those answers.",
-    "val/eos_rate": "Share of those answers that end in EOS.",
-    "val/answer_tokens": "Mean length of those answers in tokens.",
-}
 
 
 def answer_loss(logits: Tensor, labels: Tensor, is_encoder_decoder: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,12 +53,6 @@ class SFTModule(pl.LightningModule):
         self.model.train()  # Lightning keeps the mode it finds
         freeze_eval(self.model)
 
-    @property
-    def logged_metrics(self) -> tuple[str, ...]:
-        """Names that `monitor` may choose from."""
-        names = {**METRICS, **(GENERATION_METRICS if self.generate else {})}
-        return tuple(name for name in names if name.startswith("val/"))
-
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Logits (B, S, V)."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if batch.get(name) is not None}
@@ -103,8 +82,4 @@ class SFTModule(pl.LightningModule):
             self.log_dict(self.generate(self.trainer.global_step))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = build_adamw(self.model, self.params)
-        warmup = warmup_steps(self.params.warmup_steps_per_cent, self.total_steps)
-        schedule = lr_lambda(self.params.lr_scheduler, warmup, self.total_steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return build_optimizer(self.model, self.params, self.total_steps)

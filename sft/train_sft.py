@@ -19,7 +19,7 @@ from common.config import parse_command_line
 from common.errors import UserError, run_main
 from common.evaluation.generation_options import generation_options
 from common.model_source import check_length, check_model_source, check_prompt_format
-from common.records import read_splits
+from common.records import read_rows
 from sft.config import SFTConfig
 
 
@@ -42,16 +42,7 @@ def main(argv: Sequence[str]) -> int:
     config, data = invocation.config, invocation.config.data
     invocation.print_notes()
     check_models(config)
-    splits = read_splits(
-        data.data_dir,
-        "sft",
-        columns=data.columns,
-        validation_file=data.validation_file,
-        validation_split_percentage=data.validation_split_percentage,
-        seed=config.seed,
-        require=("train", "val"),
-        unusable_rows=data.unusable_rows,
-    )
+    splits = read_rows(data.data_dir, "sft", data, seed=config.seed, require=("train", "val"))
     for note in splits.notes:
         print(f"note: {note}")
     if invocation.validate_only:

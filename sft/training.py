@@ -30,14 +30,13 @@ from common.tokenization import Encoded, Encoder, encode_answers
 from common.tracking import Tracker
 from sft.config import SFTConfig
 from sft.dataset import SFTRows
-from sft.module import GENERATION_METRICS, METRICS, SFTModule
+from sft.module import SFTModule
 
 
 def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
     """Train on `splits.train`, validate on `splits.val`; returns the run directory. Raises UserError before anything is written."""
-    metrics = {**METRICS, **(GENERATION_METRICS if config.model_params.do_compute_metrics else {})}
     check_one_process(config.trainer)
-    check_trainer(config.trainer, [name for name in metrics if name.startswith("val/")])
+    check_trainer(config.trainer)
 
     # 1. model and tokenizer
     model, tokenizer = load_model(config, splits.train)
@@ -72,11 +71,9 @@ def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
     with run_log(run_dir):
         write_config(run_dir, resolved)
         print(freezing)
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         for line in opening_lines(
             run_dir,
-            trainable=trainable,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            parameters=model.parameters(),
             rows={"train": len(train_rows), "val": len(val_rows)},
             steps=total_steps,
             batch=f"{config.data.batch_size} x {trainer_params(config.trainer).get('accumulate_grad_batches', 1)} rows",
@@ -108,7 +105,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
                 tracker=tracker,
                 seed=config.seed,
                 save=save,
-                choices=module.logged_metrics,
+                choices=config.monitored,
                 total_steps=total_steps,
             )
             result = fit(trainer, module, train_loader, val_loader)

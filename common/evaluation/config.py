@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from common.schema import GenerateParams, ModelName, NonNegativeInt, PositiveInt, Section, StagePath, WandbSettings
+from common.schema import GenerateParams, ModelName, NonNegativeInt, PositiveInt, RowSettings, Section, StagePath, WandbSettings
 
 
-class EvaluationData(Section):
+class EvaluationData(RowSettings):
     data_dir: StagePath = Field(description="Data file with questions and answers.")
     split: Literal["train", "val", "test"] = Field("test", description="Split that is answered.")
     max_prompt_length: PositiveInt | None = Field(None, description="Prompt tokens at most; null: what the model's positions allow.")
@@ -19,15 +19,7 @@ class EvaluationData(Section):
     )
     padding_side: Literal["left"] = Field("left", description="Side of the padding; generation needs the left one.")
     batch_size: PositiveInt = Field(16, description="Questions answered at once.")
-    columns: dict[str, str] = Field(default_factory=dict, description="Renames columns: our name to the file's name.")
     max_rows: PositiveInt | None = Field(None, description="Only the first rows of the split.")
-    validation_file: StagePath | None = Field(None, description="File whose rows become the validation split.")
-    validation_split_percentage: Annotated[float, Field(ge=0, lt=100)] = Field(
-        5.0, description="Per cent of train questions held out when the data has no `val` split."
-    )
-    unusable_rows: Literal["error", "drop"] = Field(
-        "error", description="A row whose question or answer is empty or whose dialogue does not fit: refuse it, or drop and count it."
-    )
     prompt_format: Literal["qa", "chat"] | None = Field(None, description="Null: what the model's manifest says, else `qa`.")
 
 

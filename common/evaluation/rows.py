@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from common.evaluation.config import EvaluationData
-from common.records import PairRecord, Prompt, PromptRecord, RecordKind, SFTRecord, Splits, read_splits, source_kind
+from common.records import PairRecord, Prompt, PromptRecord, SFTRecord, read_rows, source_kind
 
 
 @dataclass(frozen=True)
@@ -40,30 +39,17 @@ class EvaluationRows:
         return digest.hexdigest()
 
 
-def read_rows(data: EvaluationData, seed: int) -> EvaluationRows:
+def evaluation_rows(data: EvaluationData, seed: int) -> EvaluationRows:
     """The split that `data` names, from files of answers, of pairs (the preferred answer counts) or of questions alone.
 
     Raises UserError with the problems of the data.
     """
     kind = source_kind(data.data_dir, data.columns)
-    splits = _read(data, "sft" if kind == "score" else kind, seed)
+    splits = read_rows(data.data_dir, "sft" if kind == "score" else kind, data, seed=seed, require=(data.split,))
     rows = [EvaluationRow(record.prompt, _answer(record), record.where) for record in splits.split(data.split)]
     if data.max_rows is not None:
         rows = rows[: data.max_rows]
     return EvaluationRows(rows, splits.notes)
-
-
-def _read(data: EvaluationData, kind: RecordKind, seed: int) -> Splits[Any]:
-    return read_splits(
-        data.data_dir,
-        kind,
-        columns=data.columns,
-        validation_file=data.validation_file,
-        validation_split_percentage=data.validation_split_percentage,
-        seed=seed,
-        require=(data.split,),
-        unusable_rows=data.unusable_rows,
-    )
 
 
 def _answer(record: SFTRecord | PairRecord | PromptRecord) -> str:

@@ -24,7 +24,7 @@ from common.evaluation.csv_log import CsvLog
 from common.evaluation.generation_options import generation_options, idle_options
 from common.evaluation.identity import model_identity
 from common.evaluation.report import COLUMNS, differences, differences_table, figures, figures_table
-from common.evaluation.rows import EvaluationRows, read_rows
+from common.evaluation.rows import EvaluationRows, evaluation_rows
 from common.evaluation.text_metrics import METRICS, answer_metrics
 from common.model_source import ModelSource, check_length, check_model_source, check_prompt_format
 from common.prompts import PromptFormat
@@ -63,7 +63,7 @@ def run_generation_test(argv: Sequence[str], *, stage_dir: Path, description: st
     config = invocation.config
     invocation.print_notes()
     subjects = _check_subjects(config, invocation.options.compare)
-    data = read_rows(config.data, config.seed)
+    data = evaluation_rows(config.data, config.seed)
     for note in _notes(config, data):
         print(f"note: {note}")
     if invocation.validate_only:

@@ -8,24 +8,14 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from common.errors import UserError
 from common.runs import CHECKPOINTS_FOLDER, replace_symlink
-from common.schema import CheckpointSettings
+from common.schema import CheckpointSettings, resolve_monitor
 
 SaveFn = Callable[[Path, dict[str, float], int], None]
 """`save(directory, metrics, step)` writes a complete model directory at a path that does not exist yet, all or nothing."""
 
 BEST, LAST = "best", "last"
 _STEP_NAME = re.compile(r"step-(\d+)")
-
-
-def resolve_monitor(monitor: str, choices: Iterable[str]) -> str:
-    """The logged name that `monitor` means (`val_loss` is `val/loss`). Raises UserError with the choices for an unknown one."""
-    names = tuple(choices)
-    for candidate in (monitor, monitor.replace("_", "/", 1)):
-        if candidate in names:
-            return candidate
-    raise UserError(f"trainer.checkpoint.monitor: got {monitor!r}, expected one of: {', '.join(sorted(names))}")
 
 
 class CheckpointKeeper:
@@ -48,7 +38,7 @@ class CheckpointKeeper:
 
     @classmethod
     def from_settings(cls, run_dir: Path, save: SaveFn, settings: CheckpointSettings, choices: Iterable[str]) -> CheckpointKeeper:
-        """Raises UserError for a monitor that is not among `choices`."""
+        """Raises ValueError for a monitor that is not among `choices`."""
         return cls(run_dir, save, monitor=resolve_monitor(settings.monitor, choices), mode=settings.mode, keep_last=settings.keep_last)
 
     def improves(self, metrics: Mapping[str, float]) -> bool:

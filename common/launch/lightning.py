@@ -2,7 +2,7 @@
 
 total_steps = total_optimizer_steps(config.trainer, len(train_loader))
 trainer = build_trainer(config.trainer, run_dir=run_dir, tracker=tracker, seed=config.seed, save=save,
-                        choices=module.logged_metrics, total_steps=total_steps)
+                        choices=config.monitored, total_steps=total_steps)
 result = fit(trainer, module, train_loader, val_loader)
 """
 
@@ -33,7 +33,7 @@ from common.launch.callbacks import (
     TrainingMetrics,
     set_epoch,
 )
-from common.launch.checkpointing import CheckpointKeeper, SaveFn, resolve_monitor
+from common.launch.checkpointing import CheckpointKeeper, SaveFn
 from common.launch.runtime import peak_memory_gib
 from common.launch.signals import StopSignals
 from common.schema import TrainerSettings
@@ -71,10 +71,10 @@ def on_cpu(params: Mapping[str, Any]) -> bool:
     return accelerator == "cpu"
 
 
-def check_trainer(settings: TrainerSettings, choices: Iterable[str] | None = None) -> None:
+def check_trainer(settings: TrainerSettings) -> None:
     """Refuse what Lightning would take silently or fail on late; call it before a model is loaded.
 
-    `choices` are the metrics that validation will log. Raises UserError with every problem found.
+    Raises UserError with every problem found.
     """
     params = trainer_params(settings)
     problems = []
@@ -86,13 +86,9 @@ def check_trainer(settings: TrainerSettings, choices: Iterable[str] | None = Non
         problems.extend(_device_problems(params["devices"]))
     if params.get("max_epochs") == -1 and params.get("max_steps") in (None, -1):
         problems.append("trainer.params.max_epochs: got -1 (no end); the learning-rate schedule needs an end, set max_steps")
-    if choices is not None:
-        try:
-            resolve_monitor(settings.checkpoint.monitor, choices)
-        except UserError as error:
-            problems.extend(error.problems)
     if problems:
         raise UserError(*problems)
+    _lightning_trainer(params)
 
 
 def check_one_process(settings: TrainerSettings) -> None:
@@ -170,10 +166,9 @@ def build_trainer(
 ) -> pl.Trainer:
     """A `pl.Trainer` that logs to `tracker`, saves through `save(directory, metrics, step)` and stops cleanly on signals.
 
-    `choices` are the metrics that validation logs (`module.logged_metrics`). Raises UserError for settings that cannot work.
+    `choices` are the metrics that validation logs. Raises UserError for settings that cannot work.
     """
-    choices = tuple(choices)
-    check_trainer(settings, choices)
+    check_trainer(settings)
     params = trainer_params(settings)
     shows_progress = params.pop("enable_progress_bar", True)
     logger = TrackerLogger(tracker)
@@ -181,21 +176,29 @@ def build_trainer(
     report = ProgressReport(metrics, total_steps, shows_progress)
     keeper = CheckpointKeeper.from_settings(run_dir, save, settings.checkpoint, choices)
     checkpoints = Checkpoints(keeper, settings.checkpoint.every_n_train_steps, total_steps, StopSignals(), report)
-    try:
-        with quiet_lightning():
-            trainer = pl.Trainer(
-                **params,
-                logger=logger,
-                callbacks=[SetEpoch(same_batches=_overfits(settings)), StatelessDropout(seed), metrics, report, checkpoints],
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                use_distributed_sampler=False,  # the batch plan knows the processes
-                default_root_dir=str(run_dir),
-            )
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        raise UserError(f"trainer.params: {' '.join(str(error).split())}") from error
+    trainer = _lightning_trainer(
+        params,
+        logger=logger,
+        callbacks=[SetEpoch(same_batches=_overfits(settings)), StatelessDropout(seed), metrics, report, checkpoints],
+        default_root_dir=str(run_dir),
+    )
     logger.trainer = trainer
     return trainer
+
+
+def _lightning_trainer(params: Mapping[str, Any], **arguments: Any) -> pl.Trainer:
+    """A trainer with what the project settles for all of them. Raises UserError with Lightning's reason where it refuses `params`."""
+    settled: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "use_distributed_sampler": False,  # the batch plan knows the processes
+    }
+    try:
+        with quiet_lightning():
+            return pl.Trainer(**{**params, **settled, **arguments})
+    except (MisconfigurationException, ImportError, RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"trainer.params: {' '.join(str(error).split())}") from error
 
 
 def fit(

@@ -6,13 +6,10 @@ import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 T = TypeVar("T")
 
@@ -37,11 +34,6 @@ class Runtime:
     def local(cls, device: torch.device | str | None = None) -> Runtime:
         """The single process of a plain start."""
         return cls(device=torch.device(device) if device is not None else best_device())
-
-    @classmethod
-    def from_accelerator(cls, accelerator: Accelerator) -> Runtime:
-        """The process that `accelerate launch` or `torchrun` started."""
-        return cls(device=accelerator.device, rank=accelerator.process_index, world_size=accelerator.num_processes)
 
     @property
     def is_main(self) -> bool:

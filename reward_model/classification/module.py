@@ -11,24 +11,12 @@ from torch import Tensor
 
 from common.freezing import freeze_eval
 from common.models.reward import RewardModel
+from common.optim import build_optimizer
 from reward_model.classification.dataset import PairBatch
 from reward_model.classification.losses import bradley_terry_loss, pair_loss
 from reward_model.config import ClassificationParams
-from reward_model.lightning import Gathered, configure_optimizers
+from reward_model.gathered import Gathered
 from reward_model.metrics import wins
-
-# What this stage logs beside the figures of training itself, a line of definition each; `monitor` may name any that starts with val/.
-METRICS = {
-    "train/accuracy": "Share of the micro-batch's pairs whose chosen answer scores higher; ties count half.",
-    "train/margin": "Mean chosen score minus rejected score of the micro-batch.",
-    "val/loss": "Mean of -log sigmoid(chosen - rejected - margin) over the questions of the validation split, in nats.",
-    "val/accuracy": "Share of validation pairs whose chosen answer scores higher; ties count half.",
-    "val/margin": "Mean chosen score minus rejected score over the validation pairs.",
-    "val/score_mean": "Mean score over all answers of the validation pairs; a drift that PPO's normalisation removes.",
-}
-
-CHOICES = tuple(name for name in METRICS if name.startswith("val/"))
-"""What `monitor` may name."""
 
 
 class PairModule(pl.LightningModule):
@@ -40,11 +28,6 @@ class PairModule(pl.LightningModule):
         self.params = params
         self.total_steps = total_steps
         self._validation = Gathered()
-
-    @property
-    def logged_metrics(self) -> tuple[str, ...]:
-        """Names that `monitor` may choose from."""
-        return CHOICES
 
     def describe_rows(self, batch: PairBatch) -> str:
         """Where the rows of a batch stand in the data."""
@@ -89,7 +72,7 @@ class PairModule(pl.LightningModule):
         self.log_dict(pair_metrics(self._validation.rows()), prog_bar=False)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return configure_optimizers(self.model, self.params, self.total_steps)
+        return build_optimizer(self.model, self.params, self.total_steps)
 
 
 def pair_metrics(questions: list[list[list[float]]]) -> dict[str, float]:

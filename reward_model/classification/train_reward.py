@@ -36,12 +36,11 @@ def main(argv: Sequence[str]) -> int:
         return 0
 
     from reward_model.classification.dataset import collate_pairs, encode_pairs
-    from reward_model.classification.module import CHOICES, PairModule
+    from reward_model.classification.module import PairModule
     from reward_model.training import Objective, train
 
     objective = Objective(
         stage="reward_classification",
-        choices=CHOICES,
         texts=lambda record: (render_prompt(record.prompt), *map(answer_text, (record.chosen, *record.rejected))),
         encode=lambda records, encoder, model: encode_pairs(records, encoder, model, config.data.unusable_rows),
         collate=collate_pairs,

@@ -17,11 +17,14 @@ if __name__ == "__main__":
     sys.path[0] = str(STAGE_DIR.parents[1])
 
 from common.config import parse_command_line
-from common.errors import run_main
+from common.errors import UserError, run_main
 from common.prompts import answer_text, render_prompt
+from common.records import ScoreRecord, question_key
+from common.schema import resolve_monitor
 from common.score_transform import ScoreTransform
 from reward_model.config import RegressionConfig
 from reward_model.inputs import check_models, describe, idle_settings, read_training_data
+from reward_model.metrics import group_ids, pairs_within
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,17 +37,17 @@ def main(argv: Sequence[str]) -> int:
     splits = read_training_data(config, "score")
     scores = [record.score for record in splits.train]
     transform = ScoreTransform.fit(config.model_params.score_transform, scores)
+    check_pairs(config, splits.val)
     if invocation.validate_only:
         print(describe(config, splits))
         return 0
 
     from reward_model.regression.dataset import collate_scores, encode_scores
-    from reward_model.regression.module import CHOICES, ScoreModule
+    from reward_model.regression.module import ScoreModule
     from reward_model.training import Objective, train
 
     objective = Objective(
         stage="reward_regression",
-        choices=CHOICES,
         texts=lambda record: (render_prompt(record.prompt), answer_text(record.answer)),
         encode=lambda records, encoder, model: encode_scores(records, encoder, model, transform, config.data.unusable_rows),
         collate=collate_scores,
@@ -60,6 +63,17 @@ def main(argv: Sequence[str]) -> int:
     )
     train(config, splits, objective)
     return 0
+
+
+def check_pairs(config: RegressionConfig, rows: Sequence[ScoreRecord]) -> None:
+    """Raise UserError where pair accuracy is to choose checkpoints and validation has no pair."""
+    groups = group_ids([question_key(row.prompt) for row in rows])
+    chosen = resolve_monitor(config.trainer.checkpoint.monitor, config.monitored)
+    if chosen == "val/pair_accuracy" and not len(pairs_within(groups, [row.score for row in rows])[0]):
+        raise UserError(
+            f"trainer.checkpoint.monitor: got {chosen}, but no question of the validation split has two answers of different score; "
+            "use val/spearman, say"
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from common import closing
 from common.closing import RunResult, closing_lines, finish_run, opening_lines
@@ -20,7 +21,8 @@ def finished(root: Path) -> tuple[Path, RunResult]:
 
 
 def test_the_first_words() -> None:
-    lines = opening_lines(Path("/runs/a"), trainable=1000, parameters=139000, rows={"train": 1200, "val": 60}, steps=90, batch="8 x 2 rows")
+    frozen, trained = torch.empty(138, 1000), torch.empty(1000, requires_grad=True)
+    lines = opening_lines(Path("/runs/a"), parameters=[frozen, trained], rows={"train": 1200, "val": 60}, steps=90, batch="8 x 2 rows")
     assert lines == [
         "model: 139,000 parameters, 1,000 of them train",
         "data: 1,200 train, 60 val rows; 90 optimizer steps of 8 x 2 rows",

@@ -20,6 +20,7 @@ from common.schema import (
     Section,
     StagePath,
     WandbSettings,
+    resolve_monitor,
 )
 from common.schema_docs import settings_table
 from common.schema_types import choices_of, section_of, type_at, type_words, walk_fields
@@ -89,7 +90,7 @@ def test_type_at_walks_sections_lists_mappings_and_unions() -> None:
 
 def test_walk_fields_goes_section_by_section() -> None:
     assert [".".join(path) for path, _ in walk_fields(Outer)] == [
-        "inner", "inner.size", "inner.names", "perhaps", "perhaps.size", "perhaps.names", "parts", "rate", "free",
+        "rate", "inner", "inner.size", "inner.names", "perhaps", "perhaps.size", "perhaps.names", "parts", "free",
     ]  # fmt: skip
 
 
@@ -97,6 +98,7 @@ def test_a_table_has_a_row_for_every_key() -> None:
     assert settings_table(Outer) == (
         "| key | type | default | meaning |\n"
         "|---|---|---|---|\n"
+        "| `rate` | number >= 0 and <= 1 | required | A rate. |\n"
         "| **`inner`** | section | `size: 5` | Inside. |\n"
         "| `inner.size` | whole number >= 1 | `3` | A size. |\n"
         "| `inner.names` | list of texts | `[]` | Names, a \\| b. |\n"
@@ -104,7 +106,6 @@ def test_a_table_has_a_row_for_every_key() -> None:
         "| `perhaps.size` | whole number >= 1 | `3` | A size. |\n"
         "| `perhaps.names` | list of texts | `[]` | Names, a \\| b. |\n"
         "| `parts` | list of sections | `[]` | Parts. |\n"
-        "| `rate` | number >= 0 and <= 1 | required | A rate. |\n"
         "| `free` | mapping | `{}` | Anything. |\n"
     )
 
@@ -175,3 +176,14 @@ def test_paths_keep_no_dots_and_command_line_values_become_plain(tmp_path: Path,
     read = Paths.model_validate({"path": "../a", "text": CommandLineValue("x")}, context={"base_dir": Path("/stage/configs")})
     assert (read.path, type(read.text)) == ("/stage/a", str)
     assert Paths.model_validate({"path": CommandLineValue("b"), "text": ""}, context={"base_dir": Path("/s")}).path == str(tmp_path / "b")
+
+
+@pytest.mark.parametrize("monitor", ["val/loss", "val_loss"])
+def test_monitor_is_found_in_both_spellings(monitor: str) -> None:
+    assert resolve_monitor(monitor, ("val/accuracy", "val/loss")) == "val/loss"
+    assert resolve_monitor("val_token_accuracy", ("val/token_accuracy",)) == "val/token_accuracy"
+
+
+def test_an_unknown_monitor_lists_the_choices() -> None:
+    with pytest.raises(ValueError, match="got 'val_los', expected one of: val/accuracy, val/loss"):
+        resolve_monitor("val_los", ("val/loss", "val/accuracy"))

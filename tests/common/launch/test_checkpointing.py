@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UserError
-from common.launch.checkpointing import CheckpointKeeper, resolve_monitor
+from common.launch.checkpointing import CheckpointKeeper
 
 
 def save(directory: Path, metrics: dict[str, float], step: int) -> None:
@@ -27,17 +26,6 @@ def linked(run: Path, name: str) -> int:
     target = os.readlink(run / name)
     assert target.startswith("checkpoints/step-"), target
     return int((run / name / "step").read_text())
-
-
-@pytest.mark.parametrize("monitor", ["val/loss", "val_loss"])
-def test_monitor_is_found_in_both_spellings(monitor: str) -> None:
-    assert resolve_monitor(monitor, ("val/accuracy", "val/loss")) == "val/loss"
-    assert resolve_monitor("val_token_accuracy", ("val/token_accuracy",)) == "val/token_accuracy"
-
-
-def test_an_unknown_monitor_lists_the_choices() -> None:
-    with pytest.raises(UserError, match="got 'val_los', expected one of: val/accuracy, val/loss"):
-        resolve_monitor("val_los", ("val/loss", "val/accuracy"))
 
 
 def test_best_and_newest_stay(tmp_path: Path) -> None:

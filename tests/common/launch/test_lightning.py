@@ -9,11 +9,12 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import StrategyRegistry
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -23,6 +24,7 @@ from common.closing import RunResult, finish_run
 from common.errors import UserError
 from common.launch.callbacks import TRAINING_METRICS, count_tokens, mixed_seed
 from common.launch.lightning import build_trainer, check_one_process, check_trainer, fit, total_optimizer_steps, trainer_params
+from common.lightning_arguments import Strategy
 from common.schema import CheckpointSettings, TrainerSettings
 from common.tracking import Tracker, read_metrics
 
@@ -322,9 +324,20 @@ def test_more_devices_than_present_are_refused(monkeypatch: pytest.MonkeyPatch, 
             check_trainer(config)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
+def test_what_lightning_refuses_is_refused_before_a_run_directory_is_made() -> None:
+    with pytest.raises(UserError, match=r"^trainer\.params: .*GPU"):
+        check_trainer(settings(accelerator="cpu", strategy="fsdp"))
+
+
+def test_every_name_of_a_strategy_is_one_of_lightning() -> None:
+    assert set(get_args(Strategy)) - {"auto"} <= set(StrategyRegistry.available_strategies())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
 def test_every_problem_is_named_at_once() -> None:
     with pytest.raises(UserError) as refused:
-        check_trainer(settings({"monitor": "loss"}, max_epochs=-1), ("val/loss",))
+        check_trainer(settings(max_epochs=-1, accelerator="gpu"))
     assert len(refused.value.problems) == 2
 
 
@@ -344,8 +357,8 @@ def test_lengths_that_do_not_fit_the_data_are_refused(params: dict[str, Any], me
 
 def test_what_lightning_refuses_is_a_user_error(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path)
-    config = settings(strategy="no_such_strategy")
-    with pytest.raises(UserError, match=r"trainer\.params: .*no_such_strategy"):
+    config = settings(profiler="no_such_profiler")
+    with pytest.raises(UserError, match=r"trainer\.params: .*profiler"):
         build_trainer(config, run_dir=tmp_path, tracker=tracker, seed=0, save=saver(Toy()), choices=("val/loss",), total_steps=1)
 
 

@@ -12,9 +12,10 @@ from common.models.load import build_backbone, train_tokenizer
 from common.models.reward import RewardModel
 from common.schema import ModelInit
 from reward_model.classification.dataset import PairBatch, PairRow, collate_pairs
-from reward_model.classification.module import METRICS, PairModule, pair_metrics
+from reward_model.classification.module import PairModule, pair_metrics
 from reward_model.config import ClassificationParams, RewardData
 from reward_model.loaders import training_loader, validation_loader
+from reward_model.logged import PAIR_METRICS
 
 PAD = 0
 
@@ -113,7 +114,7 @@ def test_validation_metrics_by_hand() -> None:
     assert metrics["val/accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert metrics["val/margin"] == pytest.approx((1 - 1 + 0) / 3)
     assert metrics["val/score_mean"] == pytest.approx((1 + 0 + 2 + 3 + 2) / 5)  # the chosen answer of two pairs is one answer
-    assert set(metrics) == {name for name in METRICS if name.startswith("val/")}
+    assert set(metrics) == set(PAIR_METRICS)
 
 
 def test_errors_can_name_the_rows_of_a_batch(module: PairModule) -> None:

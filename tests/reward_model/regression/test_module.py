@@ -14,8 +14,9 @@ from common.schema import ModelInit
 from common.score_transform import ScoreTransform
 from reward_model.config import RegressionParams, RewardData
 from reward_model.loaders import training_loader
+from reward_model.logged import SCORE_METRICS
 from reward_model.regression.dataset import ScoreBatch, ScoreRow, collate_scores
-from reward_model.regression.module import CHOICES, ScoreModule, score_metrics
+from reward_model.regression.module import ScoreModule, score_metrics
 
 PAD = 0
 TRANSFORM = ScoreTransform(name="standardize", shift=2.0, scale=4.0)
@@ -90,12 +91,12 @@ def test_validation_metrics_are_in_the_datas_units_over_exactly_the_rows() -> No
     assert logged["val/r2"] == pytest.approx(1 - 4 / (25 + 9 + 1 + 1))
     assert logged["val/accuracy"] == 1.0
     assert logged["val/pair_accuracy"] == 1.0
-    assert set(logged) == set(CHOICES)
+    assert set(logged) == set(SCORE_METRICS)
 
 
-def test_pair_accuracy_is_no_choice_where_no_question_has_two_scores() -> None:
-    assert "val/pair_accuracy" in make_module().logged_metrics
-    assert "val/pair_accuracy" not in make_module(rows=ROWS[1:]).logged_metrics
+def test_pair_accuracy_is_left_out_where_no_question_has_two_scores() -> None:
+    assert "val/pair_accuracy" in score_metrics([0.0, 1.0], [1.0, 2.0], ["q", "q"], train_mean=0.0)
+    assert "val/pair_accuracy" not in score_metrics([0.0, 1.0], [1.0, 2.0], ["q", "r"], train_mean=0.0)
 
 
 def test_score_metrics_by_hand() -> None:

@@ -1,23 +1,10 @@
-"""What both LightningModules share: the optimizer, and validation over exactly the rows there are."""
+"""Results of validation over exactly the rows there are, however many processes made them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import distributed
-
-from common.models.reward import RewardModel
-from common.optim import build_adamw, lr_lambda, warmup_steps
-from common.schema import ModelParams
-
-
-def configure_optimizers(model: RewardModel, params: ModelParams, total_steps: int) -> dict[str, Any]:
-    """AdamW with decay groups, and a schedule that moves with every optimizer step."""
-    optimizer = build_adamw(model, params)
-    schedule = lr_lambda(params.lr_scheduler, warmup_steps(params.warmup_steps_per_cent, total_steps), total_steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class Gathered:
