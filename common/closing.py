@@ -22,7 +22,11 @@ SHOWN_BESIDE = 3  # figures beside the best one; summary.json has all
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a training ended with: the best checkpoint by the monitored metric (None where it was never finite), and what it cost."""
+    """What a training ended with, and what it cost.
+
+    model: the best checkpoint by the monitored metric, or the last one where there is no best. best_value: None where the metric was
+    never finite. validated: whether any validation ran. start_value: the metric before training, more being better; None where unknown.
+    """
 
     model: Path
     monitor: str
@@ -31,6 +35,8 @@ class RunResult:
     steps: int = 0
     seconds: float = 0.0
     peak_memory_gib: float = 0.0
+    validated: bool = True
+    start_value: float | None = None
 
 
 def opening_lines(
@@ -73,8 +79,15 @@ def summary_of(run_dir: Path, stage: str, result: RunResult, extra: Mapping[str,
 
 def closing_lines(run_dir: Path, result: RunResult, *, latest: Path | None, curves: Path | None) -> list[str]:
     """A few lines: the best figure, what it took, and the paths."""
-    if result.best_value is None:
+    if not result.validated:
+        best = "no validation ran, so no checkpoint is known to be the best; the last one stands in for it"
+    elif result.best_value is None:
         best = f"{result.monitor} was never a finite number; the last checkpoint stands in for the best"
+    elif result.start_value is not None and result.best_value <= result.start_value:
+        best = (
+            f"no checkpoint is better than the start: {result.monitor} {format_figure(result.start_value)} at the start, at most "
+            f"{format_figure(result.best_value)} after it (see the README's table from symptom to setting)"
+        )
     else:
         beside = [f"{name} {format_figure(value)}" for name, value in result.best_metrics.items() if name != result.monitor]
         others = ", ".join(beside[:SHOWN_BESIDE])

@@ -13,10 +13,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from common.command_line import Parser
 from common.config_keys import apply_override, rename_old_keys
 from common.config_report import problem_lines
 from common.config_secrets import KEY_VARIABLE, move_to_environment, take_key_out, without_secrets
@@ -46,11 +47,6 @@ class Invocation(Generic[C]):
             print(f"note: {note}")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message} (--help lists the options)")
-
-
 def parse_command_line(
     schema: type[C],
     stage_dir: Path,
@@ -61,7 +57,7 @@ def parse_command_line(
     resumable: bool = False,
 ) -> Invocation[C]:
     """Read `--config FILE [section.key=value …]`. Raises UserError with every problem of file and overrides."""
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=description)
     names = ("--config", "--config_file", "--config_path")
     parser.add_argument(*names, dest="config", action="append", metavar="FILE", help="YAML file of settings (one option under three names)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file")

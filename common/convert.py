@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common.command_line import Parser
 from common.errors import UserError, run_main
 from common.json_rows import SPLITS, SplitName
 from common.records import (
@@ -243,11 +244,10 @@ def _renaming(text: str) -> tuple[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name:<17} {', '.join(form.required)}" for name, form in TARGETS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m common.convert",
         description="Convert a data file between the accepted formats.",
         epilog=f"formats and their keys (context goes with every question, margin with every pair):\n{listed}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="IN", help="file, folder of splits, or hf:NAME[:config]; its format is recognised")
     parser.add_argument("destination", metavar="OUT", help=".json (splits) or .jsonl (one split), either with .gz")

@@ -153,8 +153,7 @@ class CalibrationBin(NamedTuple):
 def preference_calibration(margins: ArrayLike, bins: int = 5) -> tuple[list[CalibrationBin], float]:
     """How often the answer that the model prefers is the preferred one, by how sure it is; and the expected calibration error.
 
-    margins: chosen - rejected (N,). Sureness is sigmoid(|margin|), between 0.5 and 1, cut into equal bins. The error is the mean
-    over pairs of |observed - expected| of their bin (Guo et al. 2017).
+    margins: chosen - rejected (N,). Sureness is sigmoid(|margin|), between 0.5 and 1, cut into equal bins.
     """
     values = np.asarray(margins, dtype=np.float64)
     if values.size == 0:
@@ -167,13 +166,32 @@ def preference_calibration(margins: ArrayLike, bins: int = 5) -> tuple[list[Cali
         if rows.any():
             low, high = 0.5 + 0.5 * index / bins, 0.5 + 0.5 * (index + 1) / bins
             table.append(CalibrationBin(low, high, int(rows.sum()), mean(sureness[rows]), mean(wins(values)[rows])))
-    error = sum(entry.count * abs(entry.observed - entry.expected) for entry in table) / values.size
-    return table, error
+    return table, expected_calibration_error(table)
 
 
-def score_calibration(predicted: ArrayLike, target: ArrayLike, parts: int = 5) -> list[CalibrationBin]:
-    """Mean predicted and mean target score among rows of like prediction."""
+def score_calibration(predicted: ArrayLike, target: ArrayLike, parts: int = 5) -> tuple[list[CalibrationBin], float]:
+    """Mean predicted and mean target score among rows of like prediction; and the expected calibration error in score units.
+
+    The rows are cut into `parts` slices of like size by prediction; the error is the mean over rows of |observed - expected| of theirs.
+    """
     p, y = np.asarray(predicted, dtype=np.float64), np.asarray(target, dtype=np.float64)
-    return [
+    table = [
         CalibrationBin(part.low, part.high, len(part.rows), mean(p[part.rows]), mean(y[part.rows])) for part in quantile_slices(p, parts)
     ]
+    return table, expected_calibration_error(table)
+
+
+def expected_calibration_error(table: Sequence[CalibrationBin]) -> float:
+    """Mean over rows of |observed - expected| of their bin (Guo et al. 2017); NaN without rows."""
+    rows = sum(entry.count for entry in table)
+    return sum(entry.count * abs(entry.observed - entry.expected) for entry in table) / rows if rows else float("nan")
+
+
+def fitted_line(x: ArrayLike, y: ArrayLike) -> tuple[float, float]:
+    """(slope, intercept) of the least-squares line y = slope * x + intercept; NaN where x does not vary."""
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if a.size < 2 or np.ptp(a) == 0:
+        return float("nan"), float("nan")
+    centred = a - a.mean()
+    slope = float(centred @ b / (centred @ centred))
+    return slope, float(b.mean() - slope * a.mean())

@@ -3,7 +3,7 @@
 Reads any format with answers (question/answer, with or without scores, preference pairs, dialogues; all splits), writes one line per
 answer with its score and prints how the scores are distributed. It compares nothing: `test_reward.py` says how good the scores are.
 
-    python reward_model/score.py MODEL FILE [--output scores.jsonl | scores.csv] [--batch-size 32] [--unusable-rows drop] [--cuda]
+    python reward_model/score.py MODEL FILE [--output scores.jsonl | scores.csv] [--batch_size 32] [--unusable_rows drop] [--cuda]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.command_line import Parser
 from common.errors import UserError, run_main
 from common.model_source import check_model_source
 from common.records import PairRecord, Prompt, ScoreRecord, SFTRecord, read_splits
@@ -67,19 +68,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("model", help="reward model directory")
     parser.add_argument("file", help="data file, folder of splits, or hf:NAME")
     parser.add_argument("--output", help="where the scores go, .jsonl or .csv; default: FILE.scores.jsonl in the working directory")
-    parser.add_argument("--batch-size", type=int, default=32, help="answers scored at once")
+    parser.add_argument("--batch_size", type=int, default=32, help="answers scored at once")
     parser.add_argument(
-        "--unusable-rows", choices=("error", "drop"), default="error", help="refuse rows without an answer, or leave them out"
+        "--unusable_rows", choices=("error", "drop"), default="error", help="refuse rows without an answer, or leave them out"
     )
     parser.add_argument("--cuda", action="store_true", help="use the GPU")
-    parser.add_argument("--trust-remote-code", action="store_true", help="allow the model to run code of its own")
+    parser.add_argument("--trust_remote_code", action="store_true", help="allow the model to run code of its own")
     options = parser.parse_args(argv)
     if options.batch_size < 1:
-        parser.error(f"--batch-size: got {options.batch_size}, expected at least 1")
+        parser.error(f"--batch_size: got {options.batch_size}, expected at least 1")
     return options
 
 

@@ -11,22 +11,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # modules have one import name, whichever folder this runs from
 
-from common.errors import UserError, run_main
+from common.command_line import Parser
+from common.errors import run_main
 from common.model_source import ModelSource, check_model_source
 from common.prompts import PromptFormat
 from common.schema import GenerateParams
 
 QUIT = "/quit"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message} (--help lists the options)")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,7 +78,7 @@ def _next_question(lines: TextIO, out: TextIO, interactive: bool) -> str | None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="model directory or hub name")
     parser.add_argument("model2", metavar="MODEL2", nargs="?", help="a second one, asked the same")
     parser.add_argument(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from common.schema import GenerateParams, ModelName, NonNegativeInt, PositiveInt, RowSettings, Section, StagePath, WandbSettings
 
@@ -21,6 +21,13 @@ class EvaluationData(RowSettings):
     batch_size: PositiveInt = Field(16, description="Questions answered at once.")
     max_rows: PositiveInt | None = Field(None, description="Only the first rows of the split.")
     prompt_format: Literal["qa", "chat"] | None = Field(None, description="Null: what the model's manifest says, else `qa`.")
+
+    @field_validator("padding_side", mode="before")
+    @classmethod
+    def _left(cls, side: Any) -> Any:
+        if side != "left":
+            raise ValueError(f"got {side!r}: an answer goes on where its prompt ends, so padding comes first; set left, or remove the key")
+        return side
 
 
 class TestParams(Section):

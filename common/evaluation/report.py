@@ -20,7 +20,7 @@ MEANINGS = {
     "rougeL_fmeasure": "mean ROUGE-L F-measure, 0-1",
     "exact_match": "share of answers equal to the original one, 0-1",
     "answer_words": "mean words per answer",
-    "empty_answer_rate": "share of answers without a word, 0-1",
+    "empty_answer_rate": "share of answers without a word or number (blank, or nothing but marks such as ...), 0-1",
     "commonest_answer_share": "share of the answer given most often, 0-1",
 }
 

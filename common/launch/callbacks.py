@@ -282,6 +282,7 @@ class Checkpoints(pl.Callback):
         self.total_steps = total_steps
         self.stop = stop
         self.report = report
+        self.validated = False
         self._step = 0
         self._due = False
 
@@ -320,6 +321,7 @@ class Checkpoints(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             return
+        self.validated = True
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("train/")}
         if self.keeper.monitor not in metrics:
             raise UserError(

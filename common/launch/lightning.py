@@ -220,6 +220,7 @@ def fit(
         monitor=keeper.monitor,
         best_value=keeper.best_value,
         best_metrics=dict(keeper.best_metrics),
+        validated=checkpoints.validated,
         steps=trainer.global_step,
         seconds=time.monotonic() - started,
         peak_memory_gib=peak_memory_gib(trainer.strategy.root_device),  # the module is back on the CPU by now

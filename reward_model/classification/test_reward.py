@@ -39,8 +39,9 @@ def main(argv: Sequence[str]) -> int:
     records: list[PairRecord] = splits.split(config.data.split)
     pairs = [(record, rejected) for record in records for rejected in record.rejected]
     title = f"{tested_model(config)}: {len(pairs)} pairs, {config.data.split} split of {config.data.data_dir}"
-    print("\n".join([title, *splits.notes]))
+    print("\n".join(splits.notes), end="\n" if splits.notes else "")
     if invocation.validate_only:
+        print(f"{title}; config and data are in order")
         return 0
 
     from reward_model import evaluation

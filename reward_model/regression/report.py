@@ -10,6 +10,7 @@ import numpy as np
 from reward_model.metrics import (
     Floats,
     bootstrap_ratio,
+    fitted_line,
     group_ids,
     mean,
     pairs_within,
@@ -26,6 +27,8 @@ from reward_model.report import Breakdown, Check, Figure, Report, calibration_br
 # Scores may go with length this far, or a little further than the target scores themselves do; beyond, length is what was learnt.
 LENGTH_CORRELATION = 0.5
 LENGTH_SLACK = 0.1
+# An expected calibration error up to this share of the target scores' standard deviation is called calibrated.
+CALIBRATED = 0.25
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,9 @@ def score_report(
     pair_interval = bootstrap_ratio(ordered, np.ones(len(ordered)), pair_groups, samples, seed)
     length_correlation, target_length_correlation = pearson(predicted, length), pearson(target, length)
     length_limit = max(LENGTH_CORRELATION, abs(target_length_correlation) + LENGTH_SLACK)
+    calibration, calibration_error = score_calibration(predicted, target)
+    calibration_limit = CALIBRATED * float(target.std())
+    slope, intercept = fitted_line(predicted, target)
     mean_name = "always the mean training score"
     figures = [
         Figure("MSE", mean(squared), bootstrap_ratio(squared, ones, groups, samples, seed), mean(total), mean_name),
@@ -79,6 +85,9 @@ def score_report(
         Figure("pair accuracy within a question", mean(ordered), pair_interval, mean(longer), "the longer answer wins"),
         Figure("correlation of score with length", length_correlation, None, target_length_correlation, "target scores"),
         Figure("mean predicted score", mean(predicted), baseline=mean(target), baseline_name="mean target score"),
+        Figure("calibration slope (of target on prediction)", slope, baseline=1.0, baseline_name="calibrated"),
+        Figure("calibration intercept", intercept, baseline=0.0, baseline_name="calibrated"),
+        Figure("expected calibration error (score units)", calibration_error),
     ]
     checks = [
         Check(r2_interval.low > 0, f"better than the mean: R2 {shown(r2_value)}, lower end of its interval {shown(r2_interval.low)}"),
@@ -91,15 +100,18 @@ def score_report(
             not abs(length_correlation) > length_limit,
             f"no length meter: correlation of score with length {shown(length_correlation)} (limit {shown(length_limit)})",
         ),
+        Check(
+            calibration_error <= calibration_limit,
+            f"predicts what comes true: expected calibration error {shown(calibration_error)} (limit {shown(calibration_limit)}, a quarter "
+            f"of the target scores' standard deviation), slope {shown(slope)}",
+        ),
         invariance_check(differences),
     ]
     return Report(
         title=title,
         figures=figures,
         breakdowns=[
-            calibration_breakdown(
-                "mean predicted (expected) and mean target (observed), by predicted score", score_calibration(predicted, target)
-            ),
+            calibration_breakdown("mean predicted (expected) and mean target (observed), by predicted score", calibration),
             sliced("by length of the answer (characters)", length, squared, total),
             sliced("by length of the prompt (characters)", column(answers, "prompt_length"), squared, total),
         ],

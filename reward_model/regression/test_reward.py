@@ -38,10 +38,11 @@ def main(argv: Sequence[str]) -> int:
     source, splits = read_test_data(config, "score")
     records: list[ScoreRecord] = splits.split(config.data.split)
     title = f"{tested_model(config)}: {len(records)} answers, {config.data.split} split of {config.data.data_dir}"
-    print("\n".join([title, *splits.notes]))
+    print("\n".join(splits.notes), end="\n" if splits.notes else "")
     if not splits.train:
         print("no train split: the baseline is the mean of the scored split itself, which no model could have known")
     if invocation.validate_only:
+        print(f"{title}; config and data are in order")
         return 0
 
     from reward_model import evaluation

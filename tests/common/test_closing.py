@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,15 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(
     assert captured.err == "warning: no curves were drawn: no fonts\n"
     assert f"model:   {run / 'best'}" in captured.out.splitlines()
     assert not (tmp_path / "latest").exists()
+
+
+def test_a_run_without_validation_or_without_progress_says_so(tmp_path: Path) -> None:
+    def best(**facts: Any) -> str:
+        return closing_lines(tmp_path, RunResult(tmp_path / "step-1", "eval/score", **facts), latest=None, curves=None)[1]
+
+    assert best(best_value=None, validated=False).startswith("no validation ran, so no checkpoint is known to be the best; the last one")
+    assert "no checkpoint is better than the start: eval/score 0.5 at" in best(best_value=0.25, start_value=0.5)
+    assert best(best_value=0.75, start_value=0.5) == "best eval/score 0.75, step-1"
 
 
 def test_a_run_without_a_finite_figure_says_so(tmp_path: Path) -> None:

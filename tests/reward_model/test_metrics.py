@@ -77,5 +77,11 @@ def test_a_calibrated_model_has_no_calibration_error() -> None:
 
 
 def test_score_calibration_compares_means_of_like_predictions() -> None:
-    table = metrics.score_calibration([0.0, 0.0, 1.0, 1.0], [1.0, 3.0, 5.0, 7.0], parts=2)
+    table, error = metrics.score_calibration([0.0, 0.0, 1.0, 1.0], [1.0, 3.0, 5.0, 7.0], parts=2)
     assert [(entry.expected, entry.observed, entry.count) for entry in table] == [(0.0, 2.0, 2), (1.0, 6.0, 2)]
+    assert error == (2 * 2.0 + 2 * 5.0) / 4
+
+
+def test_fitted_line_by_hand() -> None:
+    assert metrics.fitted_line([0.0, 1.0, 2.0], [1.0, 2.0, 6.0]) == pytest.approx((2.5, 0.5))
+    assert all(math.isnan(value) for value in metrics.fitted_line([1.0, 1.0], [0.0, 2.0]))

@@ -31,6 +31,17 @@ def test_figures_by_hand() -> None:
     assert figures["pair accuracy within a question"].baseline == 0.5  # question 0: the shorter is better; question 1: the longer
 
 
+def test_calibration_by_hand() -> None:
+    """Twice too wide: target = 0.5 * prediction + 1. Each prediction is a slice of its own."""
+    result = report([(number, 0.5 * p + 1.0, p, 10) for number, p in enumerate([-4.0, 0.0, 2.0, 6.0])])
+    figures = {figure.name: figure.value for figure in result.figures}
+    assert figures["calibration slope (of target on prediction)"] == pytest.approx(0.5)
+    assert figures["calibration intercept"] == pytest.approx(1.0)
+    assert figures["expected calibration error (score units)"] == pytest.approx((3 + 1 + 0 + 2) / 4)
+    [check] = [check for check in result.checks if "calibration" in check.text]
+    assert not check.passed  # 1.5, and a quarter of the targets' deviation is 0.45
+
+
 def test_pairs_never_cross_questions() -> None:
     result = report([(0, 1.0, 0.0, 1), (1, 2.0, -5.0, 1)])
     assert result.facts["pairs"] == 0
