@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,28 @@ def is_lora(model: Any) -> bool:
 
 
 def merged_copy(model: Any) -> Any:
-    """A copy with the adapters merged into the weights; the model in training stays untouched."""
-    from peft import PeftModel
+    """A copy to save, with the adapters merged into the weights; the model in training stays untouched, bit for bit.
 
-    if isinstance(model, PeftModel):
-        return copy.deepcopy(model).merge_and_unload()
-    merged = copy.deepcopy(model)
-    merged.backbone = merged.backbone.merge_and_unload()
-    return merged
+    Weights without an adapter are shared with `model`. Merged ones are made one at a time and lie in the CPU's memory, so a GPU holds
+    no second model. (Merging in place and taking it back afterwards would change the weights by rounding.)
+    """
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    copies: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            adapted: Any = layer  # each kind of layer has its own `get_delta_weight`
+            weight = adapted.get_base_layer().weight
+            merged = weight.detach()
+            for adapter in adapted.active_adapters:
+                merged = (merged + adapted.get_delta_weight(adapter).detach()).to(weight.dtype)
+            copies[id(weight)] = nn.Parameter(merged.cpu(), requires_grad=False)
+    copied = copy.deepcopy(model, copies)
+    if isinstance(copied, PeftModel):
+        return copied.unload()
+    copied.backbone = copied.backbone.unload()
+    return copied
 
 
 def save_adapter(model: Any, folder: Path) -> None:

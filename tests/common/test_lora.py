@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,24 @@ def test_saved_model_is_merged_and_the_one_in_training_is_not(model_type: str, t
     after = dict(adapted.named_parameters())
     assert weights.keys() == after.keys() and all(torch.equal(weights[name], after[name]) for name in weights)
     assert not any("lora" in name for name, _ in merged_copy(adapted).named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", SIZES)
+def test_a_merged_copy_has_the_bits_of_peft_and_shares_what_has_no_adapter(model_type: str, dtype: torch.dtype, tokenizer: Any) -> None:
+    adapted = trained(add_lora(build(model_type, tokenizer).to(dtype), LoraSettings(r=2)))
+    before = {name: parameter.clone() for name, parameter in adapted.named_parameters()}
+    training = [parameter.requires_grad for parameter in adapted.parameters()]
+    merged = merged_copy(adapted)
+    assert training == [parameter.requires_grad for parameter in adapted.parameters()]
+    assert all(torch.equal(before[name], parameter) for name, parameter in adapted.named_parameters())
+    theirs = copy.deepcopy(adapted).merge_and_unload().state_dict()
+    ours = merged.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    shared = {parameter.data_ptr() for parameter in adapted.parameters()}
+    copied = {name for name, parameter in merged.named_parameters() if parameter.data_ptr() not in shared}
+    with_adapter = {name.removesuffix(".lora_A.default.weight") for name in before if ".lora_A." in name}
+    assert copied == {f"{name.removeprefix('base_model.model.')}.weight" for name in with_adapter}
 
 
 def test_adapters_depend_on_the_seed_alone(tokenizer: Any) -> None:
