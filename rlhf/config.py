@@ -45,7 +45,10 @@ class PPOParams(Section):
     """The classic trainer's settings."""
 
     model_name: ModelName = Field(description="Policy (and reference) to start from: an SFT run, or a hub name.")
-    model_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type the weights are loaded in.")
+    model_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="Type the weights are loaded in. Weights that train are float32: the shorter types need `lora`, whose adapters are.",
+    )
     seed: NonNegativeInt | None = Field(None, description="Seed; default: the top-level `seed`.")
     steps: PositiveInt | None = Field(None, description="PPO steps (batches) at most; null: as many as `global_epochs` gives.")
     batch_size: PositiveInt = Field(64, description="Prompts per step and process.")
@@ -101,6 +104,11 @@ class PPOParams(Section):
             raise ValueError(
                 f"batch_size {self.batch_size} is not divisible by mini_batch_size {self.minibatch} "
                 f"x gradient_accumulation_steps {self.gradient_accumulation_steps} = {backward}"
+            )
+        if self.model_dtype != "float32" and self.lora is None:
+            raise ValueError(
+                f"model_dtype: got {self.model_dtype}, in which small updates of the weights are lost to rounding; use float32, or "
+                f"{self.model_dtype} with lora, whose adapters stay float32"
             )
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("use_score_norm has no effect without use_score_scaling: true")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.record_types import PromptRecord
 from common.schema import GenerateParams
 from rlhf.ppo.rollout import Rollout
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.reward_pipelines.build import RewardPipeline
+from rlhf.reward_pipelines.part import RewardResult
 
 NOISE_STREAM = 1 << 40
 """The `step` of evaluation's sampling noise, far from any training step."""
@@ -40,23 +42,25 @@ class Evaluator:
         prompt_ids: Sequence[list[int]],
         params: GenerateParams,
         *,
+        penalise: Callable[[Sequence[float], Rollout], Tensor],
         seed: int,
-        batch_size: int,
         samples: int,
-        use_cache: bool = True,
+        **decoding: Any,
     ) -> None:
+        """`penalise`: scores (B,) of a rollout as training sees them; `decoding`: further arguments of `collect_rollout`."""
         self.trainer, self.pipeline, self.records, self.prompt_ids = trainer, pipeline, records, prompt_ids
-        self.params, self.seed, self.batch_size, self.samples, self.use_cache = params, seed, batch_size, samples, use_cache
+        self.params, self.penalise, self.seed, self.samples, self.decoding = params, penalise, seed, samples, decoding
 
     def __call__(self) -> Evaluation:
-        rollout = self.trainer.rollout(
-            self.prompt_ids, self.params, seed=self.seed, step=NOISE_STREAM, batch_size=self.batch_size, use_cache=self.use_cache
-        )
-        scores = score_rollout(self.pipeline, self.records, rollout).scores
+        rollout = self.trainer.rollout(self.prompt_ids, self.params, seed=self.seed, step=NOISE_STREAM, **self.decoding)
+        result = score_rollout(self.pipeline, self.records, rollout)
+        scores = result.scores
         kl = self.trainer.sampled_kl(rollout, self.params.temperature)
         texts = Counter(rollout.texts)
         figures = {
             "eval/score": fmean(scores),
+            "eval/penalised_score": float(self.penalise(scores, rollout).mean()),
+            **{f"eval/reward/{name}": fmean(values) for name, values in result.components.items()},
             "eval/kl": fmean(kl),
             "eval/eos_rate": fmean(rollout.ended),
             "eval/length": fmean(map(len, rollout.responses)),
@@ -71,7 +75,7 @@ class Evaluator:
         return Evaluation(figures, rows)
 
 
-def score_rollout(pipeline: RewardPipeline, records: Sequence[PromptRecord], rollout: Rollout) -> Any:
+def score_rollout(pipeline: RewardPipeline, records: Sequence[PromptRecord], rollout: Rollout) -> RewardResult:
     """What the reward pipeline says about a rollout's texts."""
     return pipeline.score([record.prompt for record in records], rollout.texts, [record.columns for record in records], rollout.ended)
 

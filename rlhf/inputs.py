@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.errors import UserError
-from common.model_source import ModelSource, check_joinable, check_length, check_model_source
+from common.model_source import ModelSource, check_joinable, check_length, check_model_source, check_same_vocabulary
 from common.record_types import PromptRecord, question_key
 from common.records import Splits, read_rows
 from rlhf.config import PPOData, PPORunConfig
@@ -67,11 +67,7 @@ def _check_critic(config: PPORunConfig, policy: ModelSource, judges: Sequence[Mo
     if not judges:
         raise UserError("ppo_config.critic: got model, but reward_config has no reward model to start it from; use head")
     judge = judges[0]
-    if judge.manifest and policy.manifest and judge.manifest.tokenizer_fingerprint != policy.manifest.tokenizer_fingerprint:
-        raise UserError(
-            f"ppo_config.critic: got model, but {judge.setting} {judge.name} has another tokenizer than the policy; use head, "
-            "or train the reward model from the policy's SFT directory"
-        )
+    check_same_vocabulary(policy, judge)
     if judge.config is not None and policy.config is not None and judge.is_encoder_decoder != policy.is_encoder_decoder:
         raise UserError(f"ppo_config.critic: got model, but {judge.name} and the policy {policy.name} are of different kinds; use head")
     length = prompt_limit(config, policy.positions, policy.is_encoder_decoder) + config.generation_config.max_new_tokens

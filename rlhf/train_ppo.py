@@ -20,6 +20,7 @@ from common.config import parse_command_line
 from common.errors import run_main
 from rlhf.config import PPORunConfig
 from rlhf.inputs import check_models, read_prompts, total_steps, training_prompts
+from rlhf.notes import idle_settings, lengths_beyond_a_judge
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,10 +29,10 @@ def main(argv: Sequence[str]) -> int:
     invocation.print_notes()
     sources = check_models(config)
     splits = read_prompts(config)
-    for note in splits.notes:
-        print(f"note: {note}")
     prompts = training_prompts(splits, config.data_config)
     steps = total_steps(config, len(prompts))
+    for note in [*splits.notes, *idle_settings(config, steps), *lengths_beyond_a_judge(config, sources)]:
+        print(f"note: {note}")
     if invocation.validate_only:
         print(f"valid: {invocation.config_path}; {len(prompts):,} training prompts, {len(splits.val):,} val; {steps:,} PPO steps")
         return 0

@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from common.checkpoint import new_manifest, save_model_directory, tokenizer_fingerprint
+from common.checkpoint import new_manifest, save_model_directory
 from common.closing import RunResult, finish_run, opening_lines
 from common.config import resolved_dict
-from common.errors import UserError
 from common.freezing import apply_freezing
 from common.launch.checkpointing import CheckpointKeeper
 from common.launch.runtime import Runtime, peak_memory_gib
 from common.launch.signals import StopSignals
 from common.lora import add_lora
-from common.models.kinds import backbone_kind
 from common.models.load import check_vocabulary, load_generator, load_tokenizer
 from common.models.modes import recompute_activations
 from common.optim import lr_lambda
@@ -32,18 +31,19 @@ from common.schema import WandbSettings
 from common.tokenization import Encoder
 from common.tracking import Tracker
 from rlhf.config import PPORunConfig
+from rlhf.critic_start import start_critic
 from rlhf.evaluation import SAMPLE_COLUMNS, Evaluator, choose_evaluation_prompts, score_rollout
 from rlhf.inputs import Sources, prompt_limit, total_steps, training_prompts, unique
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.metrics import METRICS
-from rlhf.ppo.models import Critic, ModelWithValueHead, with_value_head
+from rlhf.ppo.models import ModelWithValueHead, with_value_head
 from rlhf.ppo.rewards import penalised_scores
+from rlhf.ppo.rollout import Rollout, collect_rollout
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.prompt_order import PromptOrder
 from rlhf.reward_pipelines.build import RewardPipeline, build_pipeline
-from rlhf.reward_pipelines.model import TrainedRewardModel
 
-MONITOR = "eval/score"
+MONITOR = "eval/penalised_score"
 
 
 def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) -> Path:
@@ -51,14 +51,11 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
     params, generation, runtime = config.ppo_config, config.generation_config, Runtime.local()
     seed = config.seed if params.seed is None else params.seed
 
-    # 1. policy, reward pipeline, perhaps a critic
+    # 1. policy, reward pipeline
     tokenizer = load_tokenizer(params.model_name, trust_remote_code=config.trust_remote_code)
     model, table = load_policy(config, tokenizer, seed)
     model.to(runtime.device)
     pipeline = build_pipeline(config.reward_config, device=runtime.device, trust_remote_code=config.trust_remote_code)
-    critic = start_critic(config, model, tokenizer, pipeline)
-    settings = PPOConfig.from_params(params, seed)
-    trainer = PPOTrainer(settings, model, tokenizer=tokenizer, critic=critic, runtime=runtime)
 
     # 2. prompts -> ids
     limit = prompt_limit(config, positions_of(model.config), bool(model.config.is_encoder_decoder))
@@ -72,25 +69,40 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
     records = training_prompts(splits, config.data_config)
     prompt_ids = encode(encoder, records, "train")
     held_out = choose_evaluation_prompts(unique(splits.val), config.evaluation.num_prompts, seed)
-    evaluate = Evaluator(
-        trainer,
-        pipeline,
-        held_out,
-        encode(encoder, held_out, "val"),
-        generation,
-        seed=seed,
-        batch_size=max(params.batch_size, config.evaluation.num_prompts),
-        samples=config.evaluation.num_samples_logged,
-        use_cache=params.use_cache,
-    )
+    held_out_ids = encode(encoder, held_out, "val")
+    padding = config.data_config.padding
+    decoding: dict[str, Any] = {
+        "pad_to": limit if padding == "max_length" else None,
+        "batch_size": 1 if padding is False else params.batch_size,  # without padding prompts are answered one by one
+        "use_cache": params.use_cache,
+    }
+
+    # 3. the trainer; a critic needs the reward's scale, which the starting policy's answers may have to tell
+    if pipeline.needs_calibration:
+        count = min(len(records), max(params.batch_size, config.evaluation.num_prompts))
+        rollout = collect_rollout(model, tokenizer, prompt_ids[:count], generation, seed=seed, **decoding)
+        calibrate(pipeline, records[:count], rollout)
+    critic = start_critic(model, tokenizer, pipeline) if params.critic == "model" else None
+    trainer = PPOTrainer(PPOConfig.from_params(params, seed), model, tokenizer=tokenizer, critic=critic, runtime=runtime)
+
+    def penalise(scores: Sequence[float], rollout: Rollout) -> Tensor:
+        return penalised_scores(
+            torch.tensor(scores),
+            torch.tensor([len(response) for response in rollout.responses]),
+            torch.tensor(rollout.ended),
+            missing_eos_penalty=params.missing_eos_penalty,
+            missing_eos_score=params.missing_eos_score,
+            length_penalty=params.length_penalty,
+        )
+
+    samples = config.evaluation.num_samples_logged
+    evaluate = Evaluator(trainer, pipeline, held_out, held_out_ids, generation, penalise=penalise, seed=seed, samples=samples, **decoding)
     steps = total_steps(config, len(records), runtime.world_size)
     order = PromptOrder(len(records), params.batch_size, seed=seed, world_size=runtime.world_size, rank=runtime.rank)
     if params.lr_schedule != "constant":
         trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lr_lambda(params.lr_schedule, 0, steps))
-    pad_to = limit if config.data_config.padding == "max_length" else None
-    decode_batch = 1 if config.data_config.padding is False else None  # without padding prompts are answered one by one
 
-    # 3. a run directory, from here on things are written
+    # 4. a run directory, from here on things are written
     root = stage_runs_root(config.save_config.checkpoint_dir, config.results_root, "rlhf")
     run_dir = create_run_directory(root, config.desc, config.index)
     resolved = resolved_dict(config)
@@ -125,40 +137,24 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
         ):
             print(line)
         started = time.perf_counter()
-        if pipeline.needs_calibration:
-            calibrate(pipeline, trainer, records, prompt_ids, config, seed)
         progress = Progress(steps, label="PPO")
         evaluation = evaluate()
         first_score = evaluation.figures[MONITOR]
         tracker.log(evaluation.figures, 0)
         tracker.table("eval/samples", SAMPLE_COLUMNS, evaluation.samples, 0)
 
-        # 4. the loop
+        # 5. the loop
         for step in range(1, steps + 1):
             begun = time.perf_counter()
             rows, numbers = order.batch(step - 1)
             batch = [records[row] for row in rows]
-            rollout = trainer.rollout(
-                [prompt_ids[row] for row in rows],
-                generation,
-                seed=seed,
-                step=step,
-                rows=numbers,
-                pad_to=pad_to,
-                batch_size=decode_batch,
-                use_cache=params.use_cache,
-            )
+            ids = [prompt_ids[row] for row in rows]
+            rollout = trainer.rollout(ids, generation, seed=seed, step=step, rows=numbers, **decoding)
             sampled = time.perf_counter()
+            cut_before = pipeline.texts_cut
             result = score_rollout(pipeline, batch, rollout)
             scored = time.perf_counter()
-            scores = penalised_scores(
-                torch.tensor(result.scores),
-                torch.tensor([len(response) for response in rollout.responses]),
-                torch.tensor(rollout.ended),
-                missing_eos_penalty=params.missing_eos_penalty,
-                missing_eos_score=params.missing_eos_score,
-                length_penalty=params.length_penalty,
-            )
+            scores = penalise(result.scores, rollout)
             stats = trainer.step(rollout.queries, rollout.responses, scores, temperature=generation.temperature, sampled=rollout)
             ended = time.perf_counter()
 
@@ -168,6 +164,7 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
                 "train/score": float(plain.mean()),
                 "train/score_std": float(plain.std()) if len(plain) > 1 else 0.0,
                 "train/eos_rate": sum(rollout.ended) / len(rollout),
+                "train/judge_texts_cut": pipeline.texts_cut - cut_before,
                 "train/epoch": step * params.batch_size * runtime.world_size / len(records),
                 **{f"reward/{name}": sum(values) / len(values) for name, values in result.components.items()},
                 "perf/rollout_seconds": sampled - begun,
@@ -181,7 +178,8 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
                 step, {"score": figures["train/score"], "kl": figures["objective/kl"], "length": stats["tokens/responses_len_mean"]}
             )
             if stats["ppo/early_stopped"]:
-                progress.note(f"step {step}: early stop, the policy moved {stats['ppo/policy/policykl']:.3g} nats per token")
+                moved, limit_of_kl = stats["ppo/policy/last_policykl"], 1.5 * params.target_kl
+                progress.note(f"step {step}: early stop, an update moved {moved:.3g} nats per token (1.5 x target_kl = {limit_of_kl:.3g})")
             if stats["ppo/skipped_minibatches"]:
                 progress.note(f"step {step}: {int(stats['ppo/skipped_minibatches'])} updates skipped, their ratio exceeded the threshold")
             evaluated = None
@@ -204,14 +202,11 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
             monitor=MONITOR,
             best_value=keeper.best_value,
             best_metrics=keeper.best_metrics,
+            start_value=first_score,
             steps=steps,
             seconds=time.perf_counter() - started,
             peak_memory_gib=peak_memory_gib(runtime.device),
         )
-        if keeper.best_value is not None and keeper.best_value <= first_score:
-            print(
-                f"note: no checkpoint scores above the starting policy ({first_score:.4g}); see the README's table from symptom to setting"
-            )
         finish_run(tracker, result_of_run, runs_root=root, extra={"first_score": first_score}, log_model=config.wandb.log_model)
         if config.hf_hub_name:
             push_to_hub(keeper.best, config.hf_hub_name)
@@ -231,24 +226,6 @@ def load_policy(config: PPORunConfig, tokenizer: PreTrainedTokenizerBase, seed: 
     return model, apply_freezing(model, config.freeze_config, always_train=("v_head",))
 
 
-def start_critic(
-    config: PPORunConfig, model: ModelWithValueHead, tokenizer: PreTrainedTokenizerBase, pipeline: RewardPipeline
-) -> Critic | None:
-    """`critic: model` copies the first reward model of the pipeline; None for a value head on the policy."""
-    if config.ppo_config.critic == "head":
-        return None
-    part = next((part for part in pipeline.root.walk() if isinstance(part, TrainedRewardModel)), None)
-    assert part is not None, "checked before"
-    scorer: Any = part.scorer
-    if tokenizer_fingerprint(scorer.tokenizer) != tokenizer_fingerprint(tokenizer):
-        raise UserError(f"ppo_config.critic: got model, but the tokenizer of reward part {part.name} is not the policy's; use head")
-    if backbone_kind(scorer.model.config) != backbone_kind(model.config):
-        raise UserError(f"ppo_config.critic: got model, but reward part {part.name} is of another kind than the policy; use head")
-    raw = scorer.transform.name == "none" and part.normalise == "manifest"
-    mean, scale = (scorer.score_mean, scorer.score_scale) if raw else (0.0, 1.0)
-    return Critic.from_reward_model(scorer.model, mean=mean, scale=scale).to(model.device)
-
-
 def positions_of(config: Any) -> int | None:
     """Positions of a loaded model; None where they are relative."""
     positions = getattr(config, "max_position_embeddings", None)
@@ -265,19 +242,10 @@ def encode(encoder: Encoder, records: Sequence[PromptRecord], split: str) -> lis
     return ids
 
 
-def calibrate(
-    pipeline: RewardPipeline,
-    trainer: PPOTrainer,
-    records: Sequence[PromptRecord],
-    prompt_ids: Sequence[list[int]],
-    config: PPORunConfig,
-    seed: int,
-) -> None:
-    """Show the pipeline what the starting policy, which is the reference, answers to the first training prompts."""
-    count = min(len(records), max(config.ppo_config.batch_size, config.evaluation.num_prompts))
-    rollout = trainer.rollout(prompt_ids[:count], config.generation_config, seed=seed, step=0, use_cache=config.ppo_config.use_cache)
-    some = records[:count]
-    pipeline.calibrate([record.prompt for record in some], rollout.texts, [record.columns for record in some], rollout.ended)
+def calibrate(pipeline: RewardPipeline, records: Sequence[PromptRecord], rollout: Rollout) -> None:
+    """Show the pipeline what the starting policy, which is the reference, answers to training prompts."""
+    columns = [record.columns for record in records]
+    pipeline.calibrate([record.prompt for record in records], rollout.texts, columns, rollout.ended)
 
 
 def start_tracker(config: PPORunConfig, run_dir: Path, resolved: dict[str, Any]) -> Tracker:

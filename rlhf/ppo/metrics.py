@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 METRICS: dict[str, str] = {
-    "eval/score": "Mean score of the reward pipeline on the fixed evaluation prompts, before penalties; chooses the best checkpoint.",
+    "eval/score": "Mean score of the reward pipeline on the fixed evaluation prompts, before penalties.",
+    "eval/penalised_score": "Mean of the same scores after missing-EOS and length penalties, as training maximises them (KL, scaling and "
+    "clipping left out, which change along a run); chooses the best checkpoint.",
     "eval/kl": "KL from the reference per evaluation answer (nats): mean over answers of sum(log p - log p_ref) over their tokens.",
     "eval/eos_rate": "Share of evaluation answers that ended by EOS or a stop string.",
     "eval/length": "Mean tokens of an evaluation answer, EOS included.",
     "eval/distinct_share": "Different answer texts divided by evaluation answers.",
     "eval/commonest_share": "Share of the evaluation answers that are the commonest answer text.",
+    "eval/reward/NAME": "Mean of each part of the reward pipeline on the evaluation answers, by the part's name.",
     "train/score": "Mean score of the reward pipeline on the step's answers, before penalties.",
     "train/score_std": "Standard deviation of those scores.",
     "train/eos_rate": "Share of the step's answers that ended by EOS or a stop string.",
+    "train/judge_texts_cut": "Prompts and answers that a reward model could not read whole, for its maximum length, in this step.",
     "train/epoch": "Passes over the training prompts so far (fractional).",
-    "reward/NAME": "Mean of each part of the reward pipeline on the step's answers, by the part's name.",
+    "reward/NAME": "Mean of each part of the reward pipeline on the step's answers, by the part's name; also `NAME_raw`, a reward model's "
+    "score before normalising, and `NAME_std`, the spread in an ensemble.",
     "objective/kl": "KL from the reference per answer (nats) by the estimator `kl_penalty`, summed over tokens, mean over answers.",
     "objective/kl_coef": "KL coefficient used in this step.",
     "objective/entropy": "Mean over answers of -log p of the sampled answer (nats).",
@@ -37,6 +42,7 @@ METRICS: dict[str, str] = {
     "ppo/gradient_norm": "Euclidean norm of the gradient before clipping.",
     "ppo/learning_rate": "Learning rate of the step.",
     "ppo/skipped_minibatches": "Updates skipped because their mean ratio exceeded `ratio_threshold`.",
+    "ppo/empty_minibatches": "Updates left out because no token of theirs counts: every answer is empty or masked.",
     "ppo/early_stopped": "1 where `early_stopping` ended the step's updates early.",
     "tokens/queries_len_mean": "Mean tokens of a prompt.",
     "tokens/responses_len_mean": "Mean tokens of an answer, EOS included.",

@@ -128,7 +128,7 @@ class Critic(nn.Module):
 
     Started from a reward model it takes its backbone and, where that model reads the last token, its head too. The value before
     token t reads prompt and tokens before t, so at the start it is the reward model's score of the answer as far as it is written
-    there, on the scale (`mean`, `scale`) that PPO sees.
+    there, on the scale (`mean`, `scale`, `weight`) that PPO sees.
     """
 
     def __init__(self, trunk: PreTrainedModel) -> None:
@@ -137,13 +137,13 @@ class Critic(nn.Module):
         self.v_head = ValueHead(hidden_size(trunk.config))
 
     @classmethod
-    def from_reward_model(cls, reward: RewardModel, *, mean: float = 0.0, scale: float = 1.0) -> Critic:
-        """Copy a reward model; `reward` itself stays as it is."""
+    def from_reward_model(cls, reward: RewardModel, *, mean: float = 0.0, scale: float = 1.0, weight: float = 1.0) -> Critic:
+        """Copy a reward model; values are weight * (score - mean) / scale. `reward` itself stays as it is."""
         critic = cls(copy.deepcopy(reward.backbone))
         if isinstance(reward.readout, LastToken):
             with torch.no_grad():
-                critic.v_head.summary.weight.copy_(reward.readout.score.weight / scale)
-                critic.v_head.summary.bias.fill_(-mean / scale)
+                critic.v_head.summary.weight.copy_(reward.readout.score.weight * (weight / scale))
+                critic.v_head.summary.bias.fill_(-mean * weight / scale)
         return critic
 
     @property

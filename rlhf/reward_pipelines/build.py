@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     import torch
 
 
+_EXTRA_FIGURES: dict[str, dict[str, str]] = {
+    "model": {"_raw": "the score before normalising"},
+    "ensemble": {"_std": "the spread of the members"},
+}
+"""What some parts log beside their value, by the suffix to their name."""
+
+
 class RewardPipeline:
     """Scores answers given as text. `pipeline(prompts, responses, **columns)` gives the scores alone, `score` the parts too."""
 
@@ -59,6 +66,11 @@ class RewardPipeline:
     def needs_calibration(self) -> bool:
         """Whether a part is normalised by reference answers that it has not seen yet."""
         return any(part.needs_calibration for part in self.root.walk())
+
+    @property
+    def texts_cut(self) -> int:
+        """Prompts and answers that some reward model could not read whole, so far."""
+        return sum(part.texts_cut for part in self.root.walk())
 
     def calibrate(
         self,
@@ -100,7 +112,12 @@ def check_pipeline(settings: RewardSettings, *, trust_remote_code: bool = False)
     for name, count in Counter(names.values()).items():
         if count > 1:
             problems.append(f"reward_config.pipeline: {count} parts are named {name}; give each its own name")
-    for setting, component in _walk(root, settings):
+    walked = list(_walk(root, settings))
+    for _, component in walked:
+        for suffix, what in _EXTRA_FIGURES.get(component.type, {}).items():
+            if (taken := f"{names[id(component)]}{suffix}") in names.values():
+                problems.append(f"reward_config.pipeline: a part is named {taken}, as is {what} of {names[id(component)]}; rename it")
+    for setting, component in walked:
         try:
             if component.type == "model":
                 assert component.model_name is not None

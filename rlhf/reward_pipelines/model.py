@@ -20,6 +20,8 @@ class Scorer(Protocol):
     def score_mean(self) -> float: ...
     @property
     def score_scale(self) -> float: ...
+    @property
+    def encoder(self) -> Any: ...
     def score(self, prompts: Sequence[Prompt | str], responses: Sequence[str], ended: Sequence[bool] | None = None) -> list[float]: ...
 
 
@@ -42,12 +44,31 @@ class TrainedRewardModel(RewardPart):
             self._mean, self._scale = 0.0, 1.0
 
     def values(self, answers: Answers, components: dict[str, list[float]]) -> list[float]:
-        if self._mean is None or self._scale is None:
-            raise ValueError(f"reward {self.name} is normalised by reference answers: calibrate the pipeline before it scores")
+        mean, scale = self.mean, self.scale
         raw = self._raw(answers)
         if self.normalise != "none":
             components[f"{self.name}_raw"] = raw
-        return [(score - self._mean) / self._scale for score in raw]
+        return [(score - mean) / scale for score in raw]
+
+    @property
+    def mean(self) -> float:
+        """What is subtracted from scores. Raises ValueError before a calibration that is needed."""
+        return self._known(self._mean)
+
+    @property
+    def scale(self) -> float:
+        """What scores are divided by. Raises ValueError before a calibration that is needed."""
+        return self._known(self._scale)
+
+    def _known(self, number: float | None) -> float:
+        if number is None:
+            raise ValueError(f"reward {self.name} is normalised by reference answers: calibrate the pipeline before it scores")
+        return number
+
+    @property
+    def texts_cut(self) -> int:
+        counts = self.scorer.encoder.counts
+        return int(counts["prompts cut"] + counts["answers cut"])
 
     def _raw(self, answers: Answers) -> list[float]:
         return self.scorer.score(answers.prompts, answers.responses, answers.ended)

@@ -63,6 +63,11 @@ class RewardPart(ABC):
         return ()
 
     @property
+    def texts_cut(self) -> int:
+        """Prompts and answers that were too long to be read whole, so far."""
+        return 0
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether `calibrate` must see the reference's answers before the first `score`."""
         return False

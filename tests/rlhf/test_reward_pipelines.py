@@ -280,6 +280,18 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
 # --- checks before anything is loaded ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("kind", "suffix", "what"), [("model", "_raw", "the score before normalising"), ("ensemble", "_std", "the spread of the members")]
+)
+def test_a_name_that_another_part_logs_beside_its_value_is_refused(kind: str, suffix: str, what: str, reward_dir: Path) -> None:
+    judge = {"type": "model", "name": "judge", "model_name": str(reward_dir)}
+    part = judge if kind == "model" else {"type": "ensemble", "name": "judge", "members": [{"type": "repetition"}]}
+    rule = {"type": "length", "max_words": 3}
+    assert check_pipeline(settings(type="sum", members=[part, {**rule, "name": "judge_other"}])) is not None
+    with pytest.raises(UserError, match=f"a part is named judge{suffix}, as is {what} of judge; rename it"):
+        check_pipeline(settings(type="sum", members=[part, {**rule, "name": f"judge{suffix}"}]))
+
+
 def test_all_problems_of_a_pipeline_are_found_at_once(tmp_path: Path) -> None:
     wrong_name = written(tmp_path, "def rewrd(responses):\n    return []\n")
     (tmp_path / "broken.py").write_text("def f(:\n")

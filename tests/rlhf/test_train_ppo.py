@@ -15,14 +15,21 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from common.checkpoint import read_manifest, verify_directory
+from common.checkpoint import new_manifest, read_manifest, save_model_directory, verify_directory
 from common.errors import UserError
 from common.launch.signals import Stopped
-from common.models.reward import RewardScorer
+from common.models.reward import RewardModel, RewardScorer
 from common.record_types import Prompt
+from common.score_transform import ScoreTransform
 from common.tracking import read_metrics
+from rlhf import training
+from rlhf.critic_start import start_critic
 from rlhf.ppo.metrics import METRICS
+from rlhf.ppo.models import with_value_head
+from rlhf.ppo.rollout import _Decoder
 from rlhf.prompt_order import PromptOrder
+from rlhf.reward_pipelines.build import RewardPipeline
+from rlhf.reward_pipelines.model import TrainedRewardModel
 from rlhf.train_ppo import main
 
 QUESTIONS = [f"Is {number} a number?" for number in range(20)]
@@ -80,9 +87,11 @@ def test_two_steps_end_to_end(run: Any, tmp_path: Path, policy_dir: Path, capsys
     steps = [line for line in lines if "objective/kl" in line]
     assert [line["step"] for line in steps] == [1, 2]
     assert [line["step"] for line in lines if "eval/score" in line] == [0, 1, 2]
+    assert [line["train/judge_texts_cut"] for line in steps] == [0, 0]
     assert abs(steps[0]["objective/kl"]) < 1e-4 and lines[0]["eval/kl"] == pytest.approx(0.0, abs=1e-4)
     logged = {name for line in lines for name in line} - {"step", "time"}
-    assert logged - {"reward/model", "reward/model_raw"} == set(METRICS) - {"reward/NAME"}
+    parts = {f"{prefix}{name}" for prefix in ("reward/", "eval/reward/") for name in ("model", "model_raw")}
+    assert parts <= logged and logged - parts == set(METRICS) - {"reward/NAME", "eval/reward/NAME"}
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
     latest = tmp_path / "models" / "latest"
@@ -100,7 +109,7 @@ def test_two_steps_end_to_end(run: Any, tmp_path: Path, policy_dir: Path, capsys
     assert len(samples) == 3 and set(samples[0]) == {"prompt", "answer", "score", "kl", "ended"}
     assert (folder / "curves.png").stat().st_size > 1000
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["monitor"] == "eval/score" and summary["steps"] == 2
+    assert summary["monitor"] == "eval/penalised_score" and summary["steps"] == 2
     assert "14 train, 4 evaluation rows; 2 PPO steps of 8 answers" in capsys.readouterr().out  # the repeated question counts once
 
 
@@ -136,6 +145,31 @@ def test_a_critic_starts_from_the_reward_model(run: Any, capsys: pytest.CaptureF
     assert steps[0]["ppo/val/mean"] != 0.0
     assert steps[1]["objective/kl"] == pytest.approx(0.0, abs=1e-4)  # the first step trained the critic alone
     assert not (folder / "best" / "value_head.safetensors").exists()
+
+
+def test_a_critic_starts_on_the_scale_that_ppo_sees(run: Any, reward_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured on the reference and weighed in a sum: what the reward model adds to a score is what its copy says first."""
+    seen: list[tuple[float, float]] = []
+    original = training.start_critic
+
+    def start(model: Any, tokenizer: Any, pipeline: RewardPipeline) -> Any:
+        critic: Any = original(model, tokenizer, pipeline)
+        part = next(part for part in pipeline.root.walk() if part.name == "model")
+        assert isinstance(part, TrainedRewardModel) and part.scale not in (1.0, 2.0)
+        scorer: Any = part.scorer
+        encoded = scorer.encoder.pair(Prompt(QUESTIONS[0]), "Yes")
+        ids = torch.tensor([[*encoded.prompt_ids, *encoded.answer_ids]])
+        with torch.no_grad():
+            score, value = scorer.model(ids, torch.ones_like(ids)), critic.v_head(critic.trunk(ids).last_hidden_state[0, -1])
+        seen.append((float(value), -0.5 * (float(score) - part.mean) / part.scale))
+        return critic
+
+    monkeypatch.setattr(training, "start_critic", start)
+    judge = {"type": "model", "model_name": str(reward_dir), "normalise": "reference", "weight": 0.25}
+    inner = {"type": "sum", "name": "inner", "members": [judge], "weight": -2.0}
+    run(ppo_config__critic="model", reward_config={"pipeline": {"type": "sum", "members": [{"type": "repetition"}, inner]}})
+    [(value, expected)] = seen
+    assert value == pytest.approx(expected, abs=1e-5) and abs(value) > 1e-3
 
 
 def test_every_other_setting_runs(run: Any) -> None:
@@ -177,6 +211,83 @@ def test_reference_normalisation_is_measured_on_the_starting_answers(run: Any, r
     part = {"type": "model", "model_name": str(reward_dir), "normalise": "reference"}
     folder = run(reward_config={"pipeline": part}, data_config__padding=False)
     assert abs(read_metrics(folder)[0]["eval/score"]) < 3
+
+
+def test_10_the_temperature_of_sampling_is_that_of_step_and_evaluation(run: Any) -> None:
+    lines = read_metrics(run(generation_config__temperature=2.0, ppo_config__mini_batch_size=8, ppo_config__ppo_epochs=1))
+    assert lines[0]["eval/kl"] == pytest.approx(0.0, abs=1e-4)
+    first = next(line for line in lines if "objective/kl" in line)
+    assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert first["ppo/policy/ratio"] == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("padding", "expected"), [(False, [1] * 8), (True, [8]), ("max_length", [8])])
+def test_padding_decides_how_answers_are_decoded_everywhere(
+    run: Any, reward_dir: Path, padding: Any, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int | None]] = []
+    original = _Decoder.run
+
+    def decode(self: Any, queries: list[list[int]], rows: Any, pad_to: int | None) -> Any:
+        seen.append((len(queries), pad_to))
+        return original(self, queries, rows, pad_to)
+
+    monkeypatch.setattr(_Decoder, "run", decode)
+    part = {"type": "model", "model_name": str(reward_dir), "normalise": "reference"}
+    evaluation = {"num_prompts": 4, "every_n_steps": 1}
+    run(data_config__padding=padding, reward_config={"pipeline": part}, evaluation=evaluation, ppo_config__steps=1)
+    four = [1] * 4 if padding is False else [4]
+    assert [count for count, _ in seen] == [*expected, *four, *expected, *four]  # calibration, evaluation, step, evaluation
+    assert {pad_to for _, pad_to in seen} == {40 if padding == "max_length" else None}
+
+
+def test_the_best_checkpoint_is_chosen_after_penalties(run: Any) -> None:
+    ends = [1, *range(20, 60)]
+    folder = run(
+        ppo_config__missing_eos_penalty=100.0,
+        ppo_config__length_penalty=0.5,
+        generation_config__eos_token_id=ends,
+        evaluation__num_prompts=6,
+    )
+    lines = [line for line in read_metrics(folder) if "eval/score" in line]
+    assert any(0 < line["eval/eos_rate"] < 1 for line in lines)
+    for line in lines:
+        expected = line["eval/score"] - 100.0 * (1 - line["eval/eos_rate"]) - 0.5 * line["eval/length"]
+        assert line["eval/penalised_score"] == pytest.approx(expected, rel=1e-5)
+    saved = [line for line in lines if line["step"] > 0]
+    best = max(saved, key=lambda line: line["eval/penalised_score"])
+    assert json.loads((folder / "summary.json").read_text())["best_value"] == pytest.approx(best["eval/penalised_score"])
+
+
+def test_evaluation_tells_the_reward_which_answers_did_not_end(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "ended.py").write_text("def reward(responses, ended):\n    return [float(end) for end in ended]\n")
+    part = {"type": "function", "name": "ended", "path": f"{tmp_path / 'ended.py'}:reward"}
+    folder = run(reward_config={"pipeline": part}, generation_config__eos_token_id=[1, *range(20, 60)], evaluation__num_prompts=6)
+    lines = [line for line in read_metrics(folder) if "eval/score" in line]
+    assert any(0 < line["eval/eos_rate"] < 1 for line in lines)
+    assert all(line["eval/score"] == line["eval/reward/ended"] == pytest.approx(line["eval/eos_rate"]) for line in lines)
+
+
+def test_low_precision_trains_adapters_alone(run: Any) -> None:
+    for dtype in ("bfloat16", "float16"):
+        with pytest.raises(UserError, match=f"model_dtype: got {dtype}, .* use float32, or {dtype} with lora"):
+            run(ppo_config__model_dtype=dtype)
+    folder = run(ppo_config__model_dtype="bfloat16", ppo_config__lora={"r": 2}, desc="adapters")
+    assert AutoModelForCausalLM.from_pretrained(folder / "best", dtype="auto").dtype == torch.bfloat16
+
+
+def test_texts_too_long_for_a_judge_are_foretold_and_counted(
+    run: Any, tmp_path: Path, make_model: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("--validate")
+    assert "judge cut texts" not in capsys.readouterr().out  # 40 + 6 tokens, the judge reads 64
+    short = tmp_path / "short"
+    model = RewardModel.from_backbone(make_model("gpt_neo", 2).transformer, seed=3)
+    save_model_directory(short, model, tokenizer, new_manifest("reward_classification", tokenizer, max_length=12))
+    folder = run(reward_config__reward_model_name=str(short), desc="short")
+    assert f"{short} reads 12 tokens, a prompt of 40 and an answer of 6 have more" in capsys.readouterr().out
+    cuts = [line["train/judge_texts_cut"] for line in read_metrics(folder) if "train/judge_texts_cut" in line]
+    assert len(cuts) == 2 and all(8 <= cut <= 16 for cut in cuts)
 
 
 def test_a_signal_saves_and_leaves_with_its_code(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +338,33 @@ def test_validate_trains_nothing(run: Any, tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "models").exists()
 
 
+def test_settings_that_never_act_are_told_in_a_line_each(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def notes(**changes: Any) -> str:
+        run("--validate", **changes)
+        return capsys.readouterr().out
+
+    assert "no effect" not in notes(ppo_config__adap_kl_ctrl=False)
+    text = notes(
+        ppo_config__adap_kl_ctrl=False,
+        ppo_config__target=3.0,
+        ppo_config__horizon=10.0,
+        ppo_config__target_kl=0.5,
+        ppo_config__lora={"lora_dropout": 0.1},
+        ppo_config__tracker_project_name="x",
+        ppo_config__tracker_kwargs={"name": "x"},
+        wandb={"project_name": "x", "mode": "offline"},
+    )
+    assert "ppo_config.target, ppo_config.horizon have no effect: adap_kl_ctrl is false" in text
+    assert "ppo_config.target_kl has no effect: early_stopping is false" in text
+    assert "ppo_config.lora.lora_dropout has no effect" in text
+    trackers = "ppo_config.tracker_project_name, ppo_config.tracker_kwargs, wandb.project_name, wandb.mode"
+    assert f"{trackers} have no effect: ppo_config.log_with is null, not wandb" in text
+    text = notes(ppo_config__init_kl_coef=0.0, ppo_config__critic="model", freeze_config={"freeze_emb": True}, ppo_config__log_with="wandb")
+    assert "ppo_config.adap_kl_ctrl has no effect" in text and "freeze_config freezes the policy alone" in text
+    with pytest.raises(UserError, match="critic_warmup_steps 2 leaves none of the run's 2 PPO steps"):
+        run(ppo_config__critic_warmup_steps=2)
+
+
 def test_a_critic_without_a_reward_model_is_refused(run: Any) -> None:
     with pytest.raises(UserError, match="no reward model to start it from"):
         run(ppo_config__critic="model", reward_config={"pipeline": {"type": "repetition"}})
@@ -262,3 +400,19 @@ def test_14_penalties_reach_the_scores_that_are_trained_on(run: Any) -> None:
         assert 0.0 < line["train/eos_rate"] < 1.0
         expected = line["train/score"] - 100.0 * (1 - line["train/eos_rate"]) - 0.5 * line["tokens/responses_len_mean"]
         assert line["ppo/mean_scores"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["none", "standardize", "log1p"])
+def test_a_critics_start_undoes_the_score_transform_where_it_is_linear(name: Any, make_model: Any, tokenizer: Any) -> None:
+    reward = RewardModel.from_backbone(make_model("gpt_neo", 2).transformer, seed=3).eval()
+    transform = ScoreTransform.fit(name, [1.0, 5.0])  # standardize: mean 3, standard deviation 2
+    manifest = new_manifest("reward_regression", tokenizer, max_length=64, score_mean=0.5, score_scale=4.0, score_transform=transform)
+    scorer = RewardScorer(reward, tokenizer=tokenizer, manifest=manifest)
+    pipeline = RewardPipeline(TrainedRewardModel("model", scorer))
+    critic = start_critic(with_value_head(make_model()), tokenizer, pipeline)
+    encoded = scorer.encoder.pair(Prompt("Is water wet?"), "Yes")
+    ids = torch.tensor([[*encoded.prompt_ids, *encoded.answer_ids]])
+    with torch.no_grad():
+        raw, value = float(reward(ids, torch.ones_like(ids))), float(critic.v_head(critic.trunk(ids).last_hidden_state[0, -1]))
+    [score] = pipeline(["Is water wet?"], ["Yes"])
+    assert value == pytest.approx(raw if name == "log1p" else score, abs=1e-5)
