@@ -3,13 +3,15 @@
     python examples/real_data.py DATA [--output results/real_data] [--ppo_steps 40] [section.key=value for every SFT and reward run]
 
 DATA is a folder with `cqa_sft.json`, `cqa_classification.json`, `cqa_regression.json`, and the same for `gpt4_rated` and `oasst_ranked`
-as far as they are there. Runs the same scripts as the README; writes `real_data.json` and prints the table that the README shows.
+as far as they are there. Runs the same scripts as the README on copies with a `Domain` column, guessed from a question's words; writes
+`real_data.json` and prints the tables that the README shows.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -18,10 +20,38 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+from common.runs import write_text_atomically
+from examples.real_results import RealResults, markdown
+
 REWARD_DATA = {
     "classification": ("cqa_classification.json", "gpt4_rated_classification.json", "oasst_ranked_classification.json"),
     "regression": ("cqa_regression.json", "gpt4_rated_regression.json"),
 }
+# What a question is about: the first pattern that its words match. The rest of the community's questions are about artificial intelligence.
+DOMAINS = {
+    "programming": r"airflow|\bpython\b|\bdags?\b|`|\bdocker|\bsql\b|\bdjango\b|\bdef\b|\bimport\b",
+    "beer": r"\b(beers?|ales?|lagers?|brew\w*|ipas?|stouts?|wines?|whisk\w*|hops|ciders?|alcohol\w*|bottles?|kegs?)\b",
+    "coffee": r"\b(coffee|espresso\w*|caffein\w*|grind\w*|roast\w*|cappuc\w*|latte)\b",
+    "teaching mathematics": r"\b(students?|teach\w*|calculus|math\w*|algebra\w*|courses?|exams?|geometry|homework)\b",
+}
+OTHER_DOMAIN = "artificial intelligence"
+
+
+def domain(question: str) -> str:
+    """The subject of a community question, guessed from its words."""
+    return next((name for name, words in DOMAINS.items() if re.search(words, question, re.IGNORECASE)), OTHER_DOMAIN)
+
+
+def copy_with_domains(source: Path, target: Path) -> Path:
+    """A copy of a file of splits whose rows have a `Domain`."""
+    splits = json.loads(source.read_text(encoding="utf-8"))
+    rows = {name: [{**row, "Domain": domain(row["Question"])} for row in split] for name, split in splits.items()}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(target, json.dumps(rows, ensure_ascii=False) + "\n")
+    return target
 
 
 def stage(script: str, config: str, *overrides: str) -> None:
@@ -47,55 +77,55 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(list(argv))
     data, output = options.data.absolute(), options.output.absolute()
     started = time.monotonic()
-    results: dict[str, Any] = {}
+    results: RealResults = {}
 
-    sft = output / "sft"
+    sft_data, sft = data / "cqa_sft.json", output / "sft"
     stage(
-        "sft/train_sft.py",
-        "community_qa.yaml",
-        f"data.data_dir={data / 'cqa_sft.json'}",
-        f"trainer.checkpoint.dirpath={sft}",
-        *options.overrides,
-    )
+        "sft/train_sft.py", "community_qa.yaml", f"data.data_dir={sft_data}", f"trainer.checkpoint.dirpath={sft}", *options.overrides
+    )  # fmt: skip
     stage(
-        "sft/test_sft.py", "test_config.yaml", f"data.data_dir={data / 'cqa_sft.json'}", f"model_name={sft / 'latest'}",
+        "sft/test_sft.py", "test_config.yaml", f"data.data_dir={sft_data}", f"model_name={sft / 'latest'}",
         "data.max_prompt_length=128", "generate_params.max_new_tokens=128", f"test_params.log_file={output / 'sft.csv'}",
     )  # fmt: skip
-    results["sft"] = {
-        "training": summary((sft / "latest").resolve().parents[1] / "summary.json"),
-        "test": summary(output / "sft.summary.json"),
-    }
+    results["sft"] = {"training": training_summary(sft), "test": summary(output / "sft.summary.json")}
 
     for kind, files in REWARD_DATA.items():
         for file in files:
             if not (data / file).exists():
                 print(f"left out: {data / file} is not there")
                 continue
-            name = Path(file).stem
+            name, folder = Path(file).stem, f"reward_model/{kind}"
             runs = output / name
-            folder = f"reward_model/{kind}"
+            community = name.startswith("cqa")
+            rows = copy_with_domains(data / file, output / "data" / file) if community else data / file
             stage(
-                f"{folder}/train_reward.py", "community_qa.yaml", f"data.data_dir={data / file}", f"model_name={sft / 'latest'}",
+                f"{folder}/train_reward.py", "community_qa.yaml", f"data.data_dir={rows}", f"model_name={sft / 'latest'}",
                 f"trainer.checkpoint.dirpath={runs}", *options.overrides,
             )  # fmt: skip
             stage(
-                f"{folder}/test_reward.py", "test_config.yaml", f"data.data_dir={data / file}", f"model_name={runs / 'latest'}",
+                f"{folder}/test_reward.py", "test_config.yaml", f"data.data_dir={rows}", f"model_name={runs / 'latest'}",
                 "data.max_prompt_length=128", f"test_params.log_file={output / (name + '.csv')}",
+                *(["test_params.breakdown_by=[Domain]"] if community else []),
             )  # fmt: skip
             results[name] = summary(output / f"{name}.summary.json")
 
     if options.ppo_steps:
         ppo = output / "ppo"
         stage(
-            "rlhf/train_ppo.py", "community_qa.yaml", f"data_config.data_file_path={data / 'cqa_sft.json'}",
-            f"ppo_config.model_name={sft / 'latest'}", f"reward_config.reward_model_name={output / 'cqa_classification' / 'latest'}",
-            f"save_config.checkpoint_dir={ppo}", f"ppo_config.steps={options.ppo_steps}",
+            "rlhf/train_ppo.py", "community_qa.yaml", f"data_config.data_file_path={sft_data}", f"ppo_config.model_name={sft / 'latest'}",
+            f"reward_config.reward_model_name={output / 'cqa_classification' / 'latest'}", f"save_config.checkpoint_dir={ppo}",
+            f"ppo_config.steps={options.ppo_steps}",
         )  # fmt: skip
-        results["ppo"] = summary((ppo / "latest").resolve().parents[1] / "summary.json")
+        results["ppo"] = training_summary(ppo)
     results["seconds"] = round(time.monotonic() - started)
-    (output / "real_data.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"\nfigures: {output / 'real_data.json'}")
+    write_text_atomically(output / "real_data.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    print(f"\n{markdown(results)}\nfigures: {output / 'real_data.json'}")
     return 0
+
+
+def training_summary(runs: Path) -> dict[str, Any]:
+    """`summary.json` of the newest finished run."""
+    return summary((runs / "latest").resolve().parents[1] / "summary.json")
 
 
 if __name__ == "__main__":

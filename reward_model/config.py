@@ -103,6 +103,10 @@ class RewardTestParams(Section):
     table_name: str = Field("scores", description="Name of the table in wandb.")
     save_steps: PositiveInt = Field(200, description="Rows between two appends to the CSV.")
     bootstrap_samples: NonNegativeInt = Field(1000, description="Resamples (by question) behind each interval; 0: none.")
+    breakdown_by: list[str] = Field(
+        default_factory=list,
+        description="Further columns of the rows, a subject or a source, say: the main figure for each of their values.",
+    )
 
 
 class RewardTestConfig(Section):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
+from common.errors import UserError
 from common.model_source import ModelSource, check_length, check_model_source, check_prompt_format
-from common.records import Prompt, Splits, read_rows
+from common.records import PairRecord, Prompt, ScoreRecord, Splits, read_rows
 from reward_model.config import RewardConfig, RewardTestConfig
 
 Kind = Literal["pair", "score"]
@@ -50,6 +52,18 @@ def read_test_data(config: RewardTestConfig, kind: Kind) -> tuple[ModelSource, S
     setting = "test_params.test_model_path" if config.test_params.test_model_path else "model_name"
     source = check_model_source(name, setting=setting, role="reward", trust_remote_code=config.trust_remote_code)
     return source, read_rows(data.data_dir, kind, data, seed=config.seed, require=(data.split,))
+
+
+def breakdown_values(records: Sequence[PairRecord | ScoreRecord], names: Sequence[str]) -> list[tuple[str, ...]]:
+    """The values, as text, of the columns that figures are broken down by, for each row. Raises UserError where a row lacks one."""
+    for name in names:
+        if lacking := [record for record in records if name not in record.columns]:
+            known = ", ".join(sorted({column for record in records for column in record.columns})) or "none"
+            raise UserError(
+                f"{lacking[0].where}: no column {name}, which test_params.breakdown_by names "
+                f"({len(lacking)} of {len(records)} rows lack it; further columns of these rows: {known})"
+            )
+    return [tuple(str(record.columns[name]) for name in names) for record in records]
 
 
 def tested_model(config: RewardTestConfig) -> str:

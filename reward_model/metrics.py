@@ -5,6 +5,7 @@ N rows or pairs. A figure that cannot be computed (no rows, no variation) is NaN
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -138,6 +139,15 @@ def quantile_slices(values: ArrayLike, parts: int = 4) -> list[Slice]:
         rows = np.flatnonzero(np.searchsorted(edges, array, side="left") == number)
         slices.append(Slice(float(array[rows].min()), float(array[rows].max()), rows))
     return slices
+
+
+def value_slices(values: Sequence[str], most: int = 20) -> list[tuple[str, Ints]]:
+    """(value, its rows), the commonest first; values beyond the `most` commonest stand together as `(others)`."""
+    counts = Counter(values).most_common()
+    kept = {value for value, _ in counts[:most]}
+    names = np.array([value if value in kept else "(others)" for value in values], dtype=object)
+    order = [value for value, _ in counts[:most]] + (["(others)"] if len(counts) > most else [])
+    return [(value, np.flatnonzero(names == value)) for value in order]
 
 
 class CalibrationBin(NamedTuple):

@@ -16,6 +16,7 @@ from reward_model.metrics import (
     preference_calibration,
     quantile_slices,
     spearman,
+    value_slices,
     wins,
 )
 from reward_model.report import Breakdown, Check, Figure, Report, calibration_breakdown, edges, invariance_check, shown
@@ -35,12 +36,15 @@ class ScoredPair:
     chosen_length: int
     rejected_length: int
     prompt_length: int
+    values: tuple[str, ...] = ()  # of the columns that the report is broken down by
 
 
-def pair_report(pairs: Sequence[ScoredPair], differences: dict[str, float], samples: int, seed: int, title: str) -> Report:
+def pair_report(
+    pairs: Sequence[ScoredPair], differences: dict[str, float], samples: int, seed: int, title: str, breakdown_by: Sequence[str] = ()
+) -> Report:
     """Accuracy and margin with intervals by question, the longer-wins baseline, calibration, and accuracy in slices.
 
-    differences: what `invariance` measured. samples, seed: of the bootstrap.
+    differences: what `invariance` measured. samples, seed: of the bootstrap. breakdown_by: names of the pairs' `values`.
     """
     groups = group_ids([pair.question for pair in pairs])
     chosen, rejected = column(pairs, "chosen_score"), column(pairs, "rejected_score")
@@ -87,6 +91,7 @@ def pair_report(pairs: Sequence[ScoredPair], differences: dict[str, float], samp
             sliced("by margin |chosen - rejected|", np.abs(margins), right, longer),
             sliced("by length difference (chosen - rejected, characters)", length_difference, right, longer),
             sliced("by length of the prompt (characters)", column(pairs, "prompt_length"), right, longer),
+            *(by_value(name, [pair.values[i] for pair in pairs], right, longer) for i, name in enumerate(breakdown_by)),
         ],
         checks=checks,
         facts={"pairs": len(pairs), "questions": int(groups.max()) + 1 if len(groups) else 0},
@@ -103,3 +108,9 @@ def sliced(name: str, values: Floats, right: Floats, longer: Floats) -> Breakdow
         (*edges(part.low, part.high), len(part.rows), mean(right[part.rows]), mean(longer[part.rows])) for part in quantile_slices(values)
     ]
     return Breakdown(name, ("from", "to", "pairs", "accuracy", "longer wins"), rows)
+
+
+def by_value(name: str, values: Sequence[str], right: Floats, longer: Floats) -> Breakdown:
+    """Accuracy of the model and of longer-wins for each value of a column."""
+    rows = [(value, len(part), mean(right[part]), mean(longer[part])) for value, part in value_slices(values)]
+    return Breakdown(f"by {name}", (name, "pairs", "accuracy", "longer wins"), rows)

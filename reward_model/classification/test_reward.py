@@ -23,7 +23,7 @@ from common.errors import run_main
 from common.records import PairRecord, question_key
 from reward_model.classification.report import ScoredPair, pair_report
 from reward_model.config import RewardTestConfig
-from reward_model.inputs import prompt_length, read_test_data, tested_model
+from reward_model.inputs import breakdown_values, prompt_length, read_test_data, tested_model
 
 if TYPE_CHECKING:
     from common.models.reward import RewardScorer
@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     source, splits = read_test_data(config, "pair")
     records: list[PairRecord] = splits.split(config.data.split)
     pairs = [(record, rejected) for record in records for rejected in record.rejected]
+    values = breakdown_values([record for record, _ in pairs], config.test_params.breakdown_by)
     title = f"{tested_model(config)}: {len(pairs)} pairs, {config.data.split} split of {config.data.data_dir}"
     print("\n".join(splits.notes), end="\n" if splits.notes else "")
     if invocation.validate_only:
@@ -60,11 +61,12 @@ def main(argv: Sequence[str]) -> int:
             chosen_length=len(record.chosen),
             rejected_length=len(rejected),
             prompt_length=prompt_length(record.prompt),
+            values=row_values,
         )
-        for (record, rejected), row in zip(pairs, log.rows, strict=True)
+        for (record, rejected), row, row_values in zip(pairs, log.rows, values, strict=True)
     ]
     differences = evaluation.invariance(scorer, [(record.prompt, record.chosen) for record in records], config.seed)
-    report = pair_report(scored, differences, config.test_params.bootstrap_samples, config.seed, title)
+    report = pair_report(scored, differences, config.test_params.bootstrap_samples, config.seed, title, config.test_params.breakdown_by)
     evaluation.publish(report, log, config, "reward_classification")
     return 0
 

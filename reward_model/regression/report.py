@@ -20,6 +20,7 @@ from reward_model.metrics import (
     same_sign,
     score_calibration,
     spearman,
+    value_slices,
     wins,
 )
 from reward_model.report import Breakdown, Check, Figure, Report, calibration_breakdown, edges, invariance_check, shown
@@ -40,15 +41,22 @@ class ScoredAnswer:
     predicted: float
     length: int
     prompt_length: int
+    values: tuple[str, ...] = ()  # of the columns that the report is broken down by
 
 
 def score_report(
-    answers: Sequence[ScoredAnswer], train_mean: float, differences: dict[str, float], samples: int, seed: int, title: str
+    answers: Sequence[ScoredAnswer],
+    train_mean: float,
+    differences: dict[str, float],
+    samples: int,
+    seed: int,
+    title: str,
+    breakdown_by: Sequence[str] = (),
 ) -> Report:
     """Errors, correlations and order within a question, with intervals by question and the baselines of always predicting
     `train_mean` and of preferring the longer answer.
 
-    differences: what `invariance` measured. samples, seed: of the bootstrap.
+    differences: what `invariance` measured. samples, seed: of the bootstrap. breakdown_by: names of the answers' `values`.
     """
     groups = group_ids([answer.question for answer in answers])
     predicted, target, length = column(answers, "predicted"), column(answers, "target"), column(answers, "length")
@@ -114,6 +122,7 @@ def score_report(
             calibration_breakdown("mean predicted (expected) and mean target (observed), by predicted score", calibration),
             sliced("by length of the answer (characters)", length, squared, total),
             sliced("by length of the prompt (characters)", column(answers, "prompt_length"), squared, total),
+            *(by_value(name, [answer.values[i] for answer in answers], squared, total) for i, name in enumerate(breakdown_by)),
         ],
         checks=checks,
         facts={"answers": len(answers), "questions": int(groups.max()) + 1 if len(groups) else 0, "pairs": len(ordered)},
@@ -130,3 +139,9 @@ def sliced(name: str, values: Floats, squared: Floats, total: Floats) -> Breakdo
         (*edges(part.low, part.high), len(part.rows), mean(squared[part.rows]), mean(total[part.rows])) for part in quantile_slices(values)
     ]
     return Breakdown(name, ("from", "to", "answers", "MSE", "MSE of the mean"), rows)
+
+
+def by_value(name: str, values: Sequence[str], squared: Floats, total: Floats) -> Breakdown:
+    """MSE of the model and of the mean for each value of a column."""
+    rows = [(value, len(part), mean(squared[part]), mean(total[part])) for value, part in value_slices(values)]
+    return Breakdown(f"by {name}", (name, "answers", "MSE", "MSE of the mean"), rows)

@@ -22,7 +22,7 @@ from common.config import parse_command_line
 from common.errors import run_main
 from common.records import ScoreRecord, question_key
 from reward_model.config import RewardTestConfig
-from reward_model.inputs import prompt_length, read_test_data, tested_model
+from reward_model.inputs import breakdown_values, prompt_length, read_test_data, tested_model
 from reward_model.regression.report import ScoredAnswer, score_report
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     invocation.print_notes()
     source, splits = read_test_data(config, "score")
     records: list[ScoreRecord] = splits.split(config.data.split)
+    values = breakdown_values(records, config.test_params.breakdown_by)
     title = f"{tested_model(config)}: {len(records)} answers, {config.data.split} split of {config.data.data_dir}"
     print("\n".join(splits.notes), end="\n" if splits.notes else "")
     if not splits.train:
@@ -60,13 +61,16 @@ def main(argv: Sequence[str]) -> int:
             predicted=float(row["pred_score"]),
             length=len(record.answer),
             prompt_length=prompt_length(record.prompt),
+            values=row_values,
         )
-        for record, row in zip(records, log.rows, strict=True)
+        for record, row, row_values in zip(records, log.rows, values, strict=True)
     ]
     known = splits.train or records
     train_mean = sum(record.score for record in known) / len(known)
     differences = evaluation.invariance(scorer, [(record.prompt, record.answer) for record in records], config.seed)
-    report = score_report(scored, train_mean, differences, config.test_params.bootstrap_samples, config.seed, title)
+    report = score_report(
+        scored, train_mean, differences, config.test_params.bootstrap_samples, config.seed, title, config.test_params.breakdown_by
+    )
     evaluation.publish(report, log, config, "reward_regression")
     return 0
 

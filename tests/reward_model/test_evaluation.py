@@ -15,6 +15,7 @@ from common.models.reward import RewardModel, RewardScorer
 from reward_model import evaluation, score
 from reward_model.classification import test_reward as evaluate_pairs
 from reward_model.classification import train_reward as train_pairs
+from reward_model.metrics import value_slices
 from reward_model.regression import test_reward as evaluate_scores
 from reward_model.regression import train_reward as train_scores
 
@@ -235,3 +236,27 @@ def test_score_says_what_is_wrong_with_the_fitting_format(evaluate, tmp_path: Pa
     ):
         with pytest.raises(UserError, match=message):
             score.main(arguments)
+
+
+@pytest.mark.parametrize("kind", ["pair", "score"])
+def test_figures_are_broken_down_by_a_column_of_the_rows(kind: str, evaluate, tmp_path: Path) -> None:
+    evaluate(kind)
+    path = tmp_path / f"{kind}.json"
+    splits = json.loads(path.read_text())
+    for number, row in enumerate(splits["test"]):
+        row["Subject"] = "tea" if number == 0 else "beer"
+    path.write_text(json.dumps(splits))
+    (tmp_path / "out" / "scores.csv").unlink()
+    evaluate(kind, "test_params.breakdown_by=[Subject]")
+    summary = json.loads((tmp_path / "out" / "scores.summary.json").read_text())
+    slices = {row["Subject"]: row for row in summary["breakdowns"]["by Subject"]}
+    count = {"pair": "pairs", "score": "answers"}[kind]
+    assert list(slices) == ["beer", "tea"]
+    assert slices["beer"][count] + slices["tea"][count] == summary[count]
+    with pytest.raises(UserError, match=r"no column Topic, which test_params.breakdown_by names .*further columns of these rows: Subject"):
+        evaluate(kind, "test_params.breakdown_by=[Topic]")
+
+
+def test_rare_values_of_a_column_stand_together() -> None:
+    slices = value_slices(["a", "b", "a", "c", "d"], most=2)
+    assert [(value, rows.tolist()) for value, rows in slices] == [("a", [0, 2]), ("b", [1]), ("(others)", [3, 4])]
