@@ -214,7 +214,8 @@ def fit(
         except MisconfigurationException as error:
             raise UserError(f"trainer.params: {' '.join(str(error).split())}") from error
     keeper = checkpoints.keeper
-    assert keeper.best is not None and keeper.last is not None, "training ended without a step"
+    if keeper.best is None:
+        raise UserError("training ended before its first step; raise trainer.params.max_time, if it is set")
     return RunResult(
         model=keeper.best,
         monitor=keeper.monitor,
@@ -232,6 +233,7 @@ _SETTLED_WARNINGS = (
     r".*does not have many workers.*",
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*GPU available but not used.*",
+    r".*It is recommended to use `self.log\(.*sync_dist=True.*",  # validation sums over processes itself
     r".*Trainer already configured with model summary.*",
     r".*LeafSpec.*",
     r".*module\(s\) in eval mode at the start of training.*",  # frozen parts, on purpose

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common.errors import UserError
 from common.models.backbone import States
@@ -25,9 +26,10 @@ class ScoreHead(nn.Linear):
             self.weight.normal_(std=1.0 / math.sqrt(hidden_size + 1), generator=generator)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D) of any type -> (B,) float32."""
+        """(B, D) of any type -> (B,) float32, whatever type the weights are of (float64 where they are float64)."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
-            return super().forward(features.float()).squeeze(-1)
+            return F.linear(features.to(dtype), self.weight.to(dtype)).squeeze(-1)
 
 
 class Readout(nn.Module):

@@ -141,6 +141,8 @@ def test_a_frozen_backbone_stays_as_it_was_while_the_head_learns(write_config, c
         "data.batching=by_question",
         "data.on_tpu=true",
         "trainer.params.precision=bf16-mixed",
+        "trainer.params.precision=bf16-true",
+        "trainer.params.precision=64-true",
         "trainer.params.overfit_batches=1",
         "trainer.params.accumulate_grad_batches=2",
         "model_params.label_smoothing=0.1",
@@ -168,6 +170,7 @@ def test_every_regression_loss_and_transform_trains(loss: str, transform: str, w
         (["data.max_length=4"], "max_length"),
         (["model_init=null", "model_name=/nowhere"], "no model directory"),
         (["trainer.params.precision='16'"], "bf16-mixed"),
+        (["trainer.params.strategy=fsdp"], "requires a GPU"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(overrides: list[str], message: str, write_config) -> None:
@@ -175,6 +178,19 @@ def test_mistakes_are_told_before_anything_is_written(overrides: list[str], mess
     with pytest.raises(UserError, match=message):
         MAINS["pair"](["--config_file", str(config), *overrides])
     assert not (config.parent / "models").exists()
+
+
+def test_no_time_for_a_step_is_said(write_config) -> None:
+    with pytest.raises(UserError, match=r"before its first step; raise trainer\.params\.max_time"):
+        MAINS["pair"](["--config_file", str(write_config("pair")), "trainer.params.max_time=00:00:00:00"])
+
+
+def test_pair_accuracy_cannot_choose_where_validation_has_no_pair(write_config, tmp_path: Path) -> None:
+    config = write_config("score", trainer={"checkpoint": {"monitor": "val/pair_accuracy", "mode": "max"}})
+    rows = json.loads((tmp_path / "score.json").read_text())
+    (tmp_path / "score.json").write_text(json.dumps({**rows, "val": rows["val"][::2]}))
+    with pytest.raises(UserError, match="no question of the validation split has two answers of different score"):
+        MAINS["score"](["--config_file", str(config), "--validate"])
 
 
 def test_validate_reads_everything_and_writes_nothing(write_config, capsys: pytest.CaptureFixture[str]) -> None:
