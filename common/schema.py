@@ -317,4 +317,6 @@ class GenerateParams(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Sample among the likeliest tokens of this total probability.")
     repetition_penalty: PositiveFloat = Field(1.0, description="Above 1 discourages tokens that stand in the text already.")
     no_repeat_ngram_size: NonNegativeInt = Field(0, description="No n-gram of this size twice; 0: off.")
-    stop_strings: list[str] = Field(default_factory=list, description="Texts that end an answer; cut off before scoring.")
+    stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, description="Texts that end an answer; cut off before scoring."
+    )

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from common.errors import UserError
+from common.sampling_options import SAMPLING_OPTIONS, sampling_option_problems
 from common.schema import GenerateParams
 
-WARPERS = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Options of transformers that shape sampling, each a share between 0 and 1."""
 OTHER_OPTIONS = ("eos_token_id",)
 
 
 def check_sampling_options(params: GenerateParams, *, setting: str) -> None:
     """Refuse options that sampling would ignore: UserError with a line for each, naming what there is."""
     extra = dict(params.model_extra or {})
-    supported = sorted({*GenerateParams.model_fields, *WARPERS, *OTHER_OPTIONS})
+    supported = sorted({*GenerateParams.model_fields, *SAMPLING_OPTIONS, *OTHER_OPTIONS})
     problems = [
         f"{setting}.{name}: got {value!r}, which PPO's sampling does not know; it has {', '.join(supported)}"
         for name, value in extra.items()
         if name not in supported
     ]
-    for name in WARPERS:
-        value = extra.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-            problems.append(f"{setting}.{name}: got {value!r}, expected a number between 0 and 1")
-        elif not params.do_sample:
-            problems.append(f"{setting}.{name} shapes sampling, but do_sample is false")
+    problems += sampling_option_problems(params, setting)
+    if not params.do_sample:
+        given = [name for name in SAMPLING_OPTIONS if extra.get(name) is not None]
+        problems += [f"{setting}.{name} shapes sampling, but do_sample is false" for name in given]
     eos = extra.get("eos_token_id")
     if eos is not None and not all(isinstance(token, int) for token in (eos if isinstance(eos, list) else [eos])):
         problems.append(f"{setting}.eos_token_id: got {eos!r}, expected a token id or a list of them")

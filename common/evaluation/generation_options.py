@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 from common.errors import UserError
+from common.sampling_options import SAMPLING_OPTIONS, sampling_option_problems
 from common.schema import GenerateParams
 
 # What generation itself decides here, and what to write instead.
@@ -21,7 +22,6 @@ _OWNED = {
     "use_cache": "write it under test_params",
     "pad_token_id": "the tokenizer decides it",
 }
-_SAMPLING_OPTIONS = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
 
 def generation_options(params: GenerateParams) -> dict[str, Any]:
@@ -40,6 +40,7 @@ def generation_options(params: GenerateParams) -> dict[str, Any]:
         elif name not in known:
             close = difflib.get_close_matches(name, choices, n=1)
             problems.append(f"generate_params.{name} is no option of generation" + (f" (did you mean {close[0]}?)" if close else ""))
+    problems += sampling_option_problems(params, "generate_params")
     if params.do_sample and (options.get("num_beams") or 1) > 1:
         problems.append(f"generate_params: num_beams {options['num_beams']} searches, do_sample: true samples; keep one of them")
     if not problems:
@@ -58,4 +59,4 @@ def idle_options(params: GenerateParams) -> list[str]:
         return []
     fields = GenerateParams.model_fields
     idle = [name for name in ("temperature", "top_k", "top_p") if getattr(params, name) != fields[name].default]
-    return idle + [name for name in _SAMPLING_OPTIONS if name in (params.model_extra or {})]
+    return idle + [name for name in SAMPLING_OPTIONS if name in (params.model_extra or {})]

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from common.collate import left_pad, right_pad
+from common.decoding import check_positions, eos_ids, holds_stop, read_answers
 from common.models.backbone import decoder_start
 from common.models.modes import evaluating
-from common.prompts import clean_answer
 from common.schema import GenerateParams
+from common.token_choice import TokenChooser
 from rlhf.ppo.answers import PADDING_ID, Forward
-from rlhf.ppo.generation import TokenChooser, eos_ids
 from rlhf.ppo.losses import token_stats
 from rlhf.ppo.models import ModelWithValueHead
 
@@ -67,11 +67,13 @@ def collect_rollout(
 
     `rows`: numbers that make each prompt's noise its own (default 0, 1, …); `step` separates repeated sampling of the same rows.
     `pad_to`: pad prompts to this many tokens; `batch_size`: prompts decoded together (default: all). `forward`: one made before.
+    Raises UserError, before anything is decoded, where prompt and answer may exceed the model's positions.
     """
     policy = model.pretrained_model if isinstance(model, ModelWithValueHead) else model
     head = model.v_head if isinstance(model, ModelWithValueHead) else None
     prompts = [list(query) for query in queries]
     numbers = torch.tensor(list(range(len(prompts))) if rows is None else list(rows), dtype=torch.long)
+    check_positions(policy.config, max(map(len, prompts), default=0), params.max_new_tokens)
     end_ids = eos_ids(params, tokenizer, policy)
     decoder = _Decoder(
         forward or Forward(policy), head, tokenizer, TokenChooser(params, end_ids, seed=seed, step=step), params, end_ids, use_cache
@@ -94,21 +96,11 @@ def collect_rollout(
     return Rollout(
         queries=prompts,
         responses=responses,
-        texts=answer_texts(tokenizer, responses, params.stop_strings),
+        texts=[text for text, _ in read_answers(tokenizer, responses, params.stop_strings)],
         ended=ended.tolist(),
         logprobs=logprobs[:, :width],
         values=values[:, :width] if head is not None else None,
     )
-
-
-def answer_texts(tokenizer: Any, responses: Sequence[Sequence[int]], stop_strings: Sequence[str]) -> list[str]:
-    """Answers as text: up to the first stop string, without special tokens and the leading space."""
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return [clean_answer(text[: _stop_place(text, stop_strings)]) for text in texts]
-
-
-def _stop_place(text: str, stop_strings: Sequence[str]) -> int | None:
-    return min((place for stop in stop_strings if (place := text.find(stop)) >= 0), default=None)
 
 
 class _Decoder:
@@ -165,8 +157,8 @@ class _Decoder:
         """(B,) True where the answer so far holds a stop string."""
         if not self.params.stop_strings:
             return torch.zeros(len(places), dtype=torch.bool, device=self.device)
-        texts = self.tokenizer.batch_decode(tokens[places, : position + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return torch.tensor([_stop_place(text, self.params.stop_strings) is not None for text in texts], device=self.device)
+        stopped = holds_stop(self.tokenizer, tokens[places, : position + 1], self.params.stop_strings)
+        return torch.tensor(stopped, device=self.device)
 
 
 class _Text:
@@ -186,6 +178,8 @@ class _Text:
             pad_to = None
         ids, mask = left_pad(queries, PADDING_ID, pad_to)
         self.ids, self.mask = ids.to(device), mask.bool().to(device)
+        if self.encoded is not None:
+            self.mask[:] = False  # the start token is no text
         self.positions = _takes_positions(forward)
 
     def next(self) -> tuple[Tensor, Tensor]:

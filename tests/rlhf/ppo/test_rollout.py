@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from common.decoding import read_answers
 from common.errors import UserError
+from common.evaluation.generate import generate_answers
 from common.schema import GenerateParams
 from rlhf.ppo.answers import Forward, gather_answers
 from rlhf.ppo.losses import token_stats
 from rlhf.ppo.models import with_value_head
-from rlhf.ppo.rollout import Rollout, answer_texts, collect_rollout
+from rlhf.ppo.rollout import Rollout, collect_rollout
 from rlhf.sampling_options import check_sampling_options
 
 QUERIES = [[5, 6, 7], [9] * 11, [4, 8], [30, 31, 32, 33, 34], [7, 7], [50, 60, 70, 80]]
@@ -126,7 +128,7 @@ def test_13_a_stop_string_ends_the_answer_and_is_cut_from_the_text(make_model: M
     assert length < len(free.responses[row])
     assert stopped.responses[row] == free.responses[row][:length]
     assert stopped.ended[row] and stop not in stopped.texts[row]
-    assert answer_texts(tokenizer, [tokenizer(" Yes, it is. Thank")["input_ids"]], ["it"]) == ["Yes, "]
+    assert read_answers(tokenizer, [tokenizer(" Yes, it is. Thank")["input_ids"]], ["it"]) == [("Yes, ", True)]
 
 
 def test_14_only_the_answer_is_searched_for_eos_and_the_configured_id_counts(make_model: MakeModel, tokenizer: Any) -> None:
@@ -158,6 +160,46 @@ def test_min_length_top_k_and_repetition_penalty_shape_what_is_sampled(make_mode
         assert len(set(pairs)) == len(pairs)
 
 
+@pytest.mark.parametrize("kind", ["gpt_neo", "t5"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top_k": 20, "top_p": 0.9, "temperature": 1.3, "min_length": 3},
+        {"repetition_penalty": 2.0, "no_repeat_ngram_size": 1},
+        {"min_p": 0.05, "typical_p": 0.9},
+        {"top_h": 0.4},
+        {"epsilon_cutoff": 0.01, "eta_cutoff": 0.02},
+        {"do_sample": False, "repetition_penalty": 2.0},
+        {"stop_strings": ["a", "e", "1"]},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_training_samples_what_evaluation_would(kind: str, options: dict[str, Any], make_model: MakeModel, tokenizer: Any) -> None:
+    model = policy_of(make_model, kind)
+    params = GenerateParams.model_validate({**SAMPLED.model_dump(), **options})
+    rollout = sample(model, tokenizer, params=params)
+    answers = generate_answers(model.pretrained_model, tokenizer, QUERIES, params, seed=3, step=2, batch_size=6)
+    assert rollout.responses == [list(answer.ids) for answer in answers]
+    assert [(text, ended) for text, ended in zip(rollout.texts, rollout.ended, strict=True)] == [(a.text, a.ended) for a in answers]
+
+
+def test_each_option_of_sampling_shapes_what_is_sampled(make_model: MakeModel, tokenizer: Any) -> None:
+    model = policy_of(make_model, "gpt_neo")
+    free = sample(model, tokenizer).responses
+    for name, value in {"top_h": 0.2, "min_p": 0.9, "typical_p": 0.1, "epsilon_cutoff": 0.3, "eta_cutoff": 0.9}.items():
+        assert sample(model, tokenizer, params=SAMPLED.model_copy(update={name: value})).responses != free, name
+
+
+def test_35_a_rollout_beyond_the_positions_is_refused_before_anything_is_decoded(make_model: MakeModel, tokenizer: Any) -> None:
+    model = policy_of(make_model, "gpt2")
+    fits = sample(model, tokenizer, [[5] * 60], GenerateParams(do_sample=True, max_new_tokens=4))
+    assert len(fits.responses[0]) <= 4
+    model.pretrained_model.forward = None
+    with pytest.raises(UserError, match="prompt and answer of 65 tokens, the model has 64 positions"):
+        sample(model, tokenizer, [[5] * 61, [5]], GenerateParams(do_sample=True, max_new_tokens=4))
+
+
 def test_options_that_sampling_does_not_know_are_refused_by_name() -> None:
     params = GenerateParams.model_validate({"num_beams": 4, "min_p": 3.0, "max_new_tokens": 2, "min_length": 5, "do_sample": True})
     with pytest.raises(UserError) as error:
@@ -165,4 +207,6 @@ def test_options_that_sampling_does_not_know_are_refused_by_name() -> None:
     first, second, third = error.value.problems
     assert "generation_config.num_beams: got 4" in first and "typical_p" in first
     assert "min_p: got 3.0" in second
+    with pytest.raises(UserError, match=r"typical_p: got 1.0, expected a number above 0 and below 1"):
+        check_sampling_options(GenerateParams.model_validate({"typical_p": 1.0, "do_sample": True}), setting="generation_config")
     assert "min_length 5 is more than max_new_tokens 2" in third
