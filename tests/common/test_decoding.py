@@ -69,6 +69,11 @@ def test_looking_for_a_stop_string_decodes_a_bounded_number_of_tokens(tokenizer:
     assert len(sizes) == 3 and max(sizes) <= 4 + 8
 
 
+def test_special_tokens_inside_a_stop_string_do_not_hide_it(tokenizer: Any) -> None:
+    first, second = (tokenizer(text)["input_ids"] for text in ("is", " it"))
+    assert holds_stop(tokenizer, torch.tensor([[*first, *[tokenizer.pad_token_id] * 20, *second]]), ["is it"]) == [True]
+
+
 def test_answers_are_read_up_to_the_first_stop_string(tokenizer: Any) -> None:
     ids = [tokenizer(text)["input_ids"] for text in (" blue.\nQuestion: the sky", " it is", "")]
     assert read_answers(tokenizer, [*ids, [*ids[1], tokenizer.eos_token_id]], STOPS) == [

@@ -13,6 +13,7 @@ from common.decoding import read_answers
 from common.errors import UserError
 from common.evaluation.generate import generate_answers
 from common.schema import GenerateParams
+from common.token_choice import TokenChooser
 from rlhf.ppo.answers import Forward, gather_answers
 from rlhf.ppo.losses import token_stats
 from rlhf.ppo.models import with_value_head
@@ -182,6 +183,24 @@ def test_training_samples_what_evaluation_would(kind: str, options: dict[str, An
     answers = generate_answers(model.pretrained_model, tokenizer, QUERIES, params, seed=3, step=2, batch_size=6)
     assert rollout.responses == [list(answer.ids) for answer in answers]
     assert [(text, ended) for text, ended in zip(rollout.texts, rollout.ended, strict=True)] == [(a.text, a.ended) for a in answers]
+
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "t5"])
+def test_penalties_see_prompt_and_answer_but_no_start_token(kind: str, make_model: MakeModel, tokenizer: Any) -> None:
+    seen: list[tuple[int, list[list[int]]]] = []
+    original = TokenChooser.scores
+
+    def scores(self: Any, logits: Any, rows: Any, position: int, text: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        seen.append((position, [ids[mask].tolist() for ids, mask in zip(text, real, strict=True)]))
+        return original(self, logits, rows, position, text, real)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenChooser, "scores", scores)
+        rollout = sample(policy_of(make_model, kind), tokenizer, QUERIES[:2], GenerateParams(do_sample=True, max_new_tokens=4))
+    assert [position for position, _ in seen] == [0, 1, 2, 3]
+    for position, texts in seen:
+        for text, query, response in zip(texts, rollout.queries, rollout.responses, strict=True):
+            assert text == ([] if kind == "t5" else query) + response[:position]
 
 
 def test_each_option_of_sampling_shapes_what_is_sampled(make_model: MakeModel, tokenizer: Any) -> None:
