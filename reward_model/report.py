@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reward_model.metrics import CalibrationBin, Interval
+import numpy as np
+
+from reward_model.metrics import CalibrationBin, Floats, Interval
 
 # Above this, scores that should be equal are not: float32 rounding through a few layers stays well below.
 INVARIANCE_TOLERANCE = 1e-4
@@ -96,6 +98,11 @@ def invariance_check(differences: dict[str, float]) -> Check:
     worst = max(differences.values(), default=0.0)
     listed = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
     return Check(worst <= INVARIANCE_TOLERANCE, f"scores do not depend on padding or batch order (largest difference: {listed})")
+
+
+def column(rows: Sequence[Any], name: str) -> Floats:
+    """One attribute of every row, (N,)."""
+    return np.array([getattr(row, name) for row in rows], dtype=np.float64)
 
 
 def edges(low: float, high: float) -> tuple[float, float]:

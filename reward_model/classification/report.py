@@ -19,7 +19,7 @@ from reward_model.metrics import (
     value_slices,
     wins,
 )
-from reward_model.report import Breakdown, Check, Figure, Report, calibration_breakdown, edges, invariance_check, shown
+from reward_model.report import Breakdown, Check, Figure, Report, calibration_breakdown, column, edges, invariance_check, shown
 
 # An expected calibration error below this is called calibrated; score and length more alike than that, one is the other's proxy.
 CALIBRATED = 0.1
@@ -96,10 +96,6 @@ def pair_report(
         checks=checks,
         facts={"pairs": len(pairs), "questions": int(groups.max()) + 1 if len(groups) else 0},
     )
-
-
-def column(pairs: Sequence[ScoredPair], name: str) -> Floats:
-    return np.array([getattr(pair, name) for pair in pairs], dtype=np.float64)
 
 
 def sliced(name: str, values: Floats, right: Floats, longer: Floats) -> Breakdown:

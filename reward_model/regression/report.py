@@ -23,7 +23,7 @@ from reward_model.metrics import (
     value_slices,
     wins,
 )
-from reward_model.report import Breakdown, Check, Figure, Report, calibration_breakdown, edges, invariance_check, shown
+from reward_model.report import Breakdown, Check, Figure, Report, calibration_breakdown, column, edges, invariance_check, shown
 
 # Scores may go with length this far, or a little further than the target scores themselves do; beyond, length is what was learnt.
 LENGTH_CORRELATION = 0.5
@@ -127,10 +127,6 @@ def score_report(
         checks=checks,
         facts={"answers": len(answers), "questions": int(groups.max()) + 1 if len(groups) else 0, "pairs": len(ordered)},
     )
-
-
-def column(answers: Sequence[ScoredAnswer], name: str) -> Floats:
-    return np.array([getattr(answer, name) for answer in answers], dtype=np.float64)
 
 
 def sliced(name: str, values: Floats, squared: Floats, total: Floats) -> Breakdown:

@@ -79,7 +79,9 @@ def test_the_csv_holds_the_scores_and_the_summary_the_figures(
         baseline = sum((row["Score"] - mean) ** 2 for row in data) / len(data)
         assert summary["figures"]["MSE"]["baseline"] == pytest.approx(baseline)
     assert summary["checks"][-1]["passed"], summary["checks"][-1]["text"]  # padding and batch order
-    assert "can it be trusted?" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "can it be trusted?" in out
+    assert out.count("test split of") == 1  # the title
 
 
 @pytest.mark.parametrize("kind", ["pair", "score"])

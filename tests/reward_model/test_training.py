@@ -180,6 +180,12 @@ def test_mistakes_are_told_before_anything_is_written(overrides: list[str], mess
     assert not (config.parent / "models").exists()
 
 
+def test_a_run_without_validation_claims_no_best(write_config, capsys: pytest.CaptureFixture[str]) -> None:
+    run("pair", write_config("pair"), "trainer.params.max_steps=1", "trainer.params.limit_val_batches=0")
+    out = capsys.readouterr().out
+    assert "no validation ran, so no checkpoint is known to be the best" in out and "\nbest val" not in out
+
+
 def test_no_time_for_a_step_is_said(write_config) -> None:
     with pytest.raises(UserError, match=r"before its first step; raise trainer\.params\.max_time"):
         MAINS["pair"](["--config_file", str(write_config("pair")), "trainer.params.max_time=00:00:00:00"])
