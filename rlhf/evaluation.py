@@ -60,12 +60,12 @@ class Evaluator:
         figures = {
             "eval/score": fmean(scores),
             "eval/penalised_score": float(self.penalise(scores, rollout).mean()),
-            **{f"eval/reward/{name}": fmean(values) for name, values in result.components.items()},
             "eval/kl": fmean(kl),
             "eval/eos_rate": fmean(rollout.ended),
             "eval/length": fmean(map(len, rollout.responses)),
             "eval/distinct_share": len(texts) / len(rollout),
             "eval/commonest_share": max(texts.values()) / len(rollout),
+            **{f"eval/reward/{name}": fmean(values) for name, values in result.components.items()},
         }
         shown = range(min(self.samples, len(rollout)))
         rows = [
