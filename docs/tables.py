@@ -1,13 +1,14 @@
-"""Regenerates the tables of settings and metrics in the documents from the code.
+"""Regenerates the README's tables: settings and metrics from the code, results from the files in docs/results.
 
     python docs/tables.py [--check]
 
-A table stands between `<!-- settings:NAME -->` (or `<!-- metrics:NAME -->`) and `<!-- /settings -->` (`<!-- /metrics -->`).
-`--check` changes nothing and exits with 1 where a document is not current.
+A table stands between `<!-- KIND:NAME -->` and `<!-- /KIND -->`, KIND being settings, metrics or results. `--check` changes nothing and
+exits with 1 where the README is not current.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from pydantic import BaseModel
 
 from common.evaluation.config import GenerationTestConfig
 from common.schema_docs import settings_table
+from examples import real_results
+from examples import results as quickstart_results
 from reward_model.config import ClassificationConfig, RegressionConfig, RewardTestConfig
 from reward_model.logged import PAIR_METRICS, PAIR_TRAINING_METRICS, SCORE_METRICS
 from rlhf.config import PPORunConfig
@@ -35,7 +38,8 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "generation_test": GenerationTestConfig,
     "reward_test": RewardTestConfig,
 }
-DOCUMENTS = ("README.md", "sft/README.md", "reward_model/classification/README.md", "reward_model/regression/README.md", "rlhf/README.md")
+README = ROOT / "README.md"
+RESULTS = ROOT / "docs" / "results"
 
 
 def metrics(name: str) -> dict[str, str]:
@@ -64,29 +68,35 @@ def metrics_table(name: str) -> str:
     return f"\n| metric | definition |\n|---|---|\n{rows}\n"
 
 
+def results_section(name: str) -> str:
+    """What a run wrote: its JSON file stands in docs/results."""
+    if name == "quickstart":
+        return f"\n{quickstart_results.markdown(quickstart_results.Results.load(RESULTS / 'quickstart.json'))}\n"
+    assert name == "real_data", name
+    return f"\n{real_results.markdown(json.loads((RESULTS / 'real_data.json').read_text(encoding='utf-8')))}\n"
+
+
 def regenerate(text: str) -> str:
     """A document with every table made anew."""
-    makers: dict[str, Callable[[str], str]] = {"settings": settings_section, "metrics": metrics_table}
+    makers: dict[str, Callable[[str], str]] = {"settings": settings_section, "metrics": metrics_table, "results": results_section}
 
     def replace(match: re.Match[str]) -> str:
         return f"<!-- {match[1]}:{match[2]} -->\n{makers[match[1]](match[2])}<!-- /{match[1]} -->"
 
-    return re.sub(r"<!-- (settings|metrics):(\w+) -->.*?<!-- /\1 -->", replace, text, flags=re.DOTALL)
+    return re.sub(rf"<!-- ({'|'.join(makers)}):(\w+) -->.*?<!-- /\1 -->", replace, text, flags=re.DOTALL)
 
 
 def main(argv: Sequence[str]) -> int:
-    stale = []
-    for name in DOCUMENTS:
-        path = ROOT / name
-        text = path.read_text(encoding="utf-8")
-        current = regenerate(text)
-        if current != text:
-            stale.append(name)
-            if "--check" not in argv:
-                path.write_text(current, encoding="utf-8")
-    if stale:
-        print(f"{'not current' if '--check' in argv else 'regenerated'}: {', '.join(stale)}")
-    return 1 if stale and "--check" in argv else 0
+    text = README.read_text(encoding="utf-8")
+    current = regenerate(text)
+    if current == text:
+        return 0
+    if "--check" in argv:
+        print(f"{README.name} is not current; make docs regenerates it")
+        return 1
+    README.write_text(current, encoding="utf-8")
+    print(f"{README.name} regenerated")
+    return 0
 
 
 if __name__ == "__main__":

@@ -93,3 +93,28 @@ def test_the_reward_functions_named_exist(document: str) -> None:
     assert named
     for file, function in named:
         assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8"), f"{document}: {file}:{function}"
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors that a page shows for its headings."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "document",
+    sorted(
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.md")
+        if not {".venv", "models", "results"} & set(path.relative_to(ROOT).parts)
+    ),
+)
+def test_links_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file).resolve() if file else path
+        assert linked.exists(), f"{document}: {target}"
+        assert not anchor or anchor in anchors(linked), f"{document}: {target}"
