@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from common.checkpoint import new_manifest, read_manifest, save_model_directory, verify_directory
 from common.errors import UserError
 from common.launch.signals import Stopped
+from common.models.load import train_tokenizer
 from common.models.reward import RewardModel, RewardScorer
 from common.record_types import Prompt
 from common.score_transform import ScoreTransform
@@ -416,3 +418,19 @@ def test_a_critics_start_undoes_the_score_transform_where_it_is_linear(name: Any
         raw, value = float(reward(ids, torch.ones_like(ids))), float(critic.v_head(critic.trunk(ids).last_hidden_state[0, -1]))
     [score] = pipeline(["Is water wet?"], ["Yes"])
     assert value == pytest.approx(raw if name == "log1p" else score, abs=1e-5)
+
+
+def test_a_judge_with_a_padding_token_of_its_own_may_still_be_the_critic_but_not_one_with_another_vocabulary(
+    run: Any, tmp_path: Path, make_model: Any, tokenizer: Any
+) -> None:
+    """Ids of text mean the same in both, which is all that a critic needs."""
+    padded = copy.deepcopy(tokenizer)
+    padded.add_special_tokens({"pad_token": "<|pad|>"})
+    for name, own in (("padded", padded), ("other", train_tokenizer(["Other words make other ids."] * 3, 280))):
+        generator = make_model("gpt_neo", 2)
+        generator.resize_token_embeddings(len(own), mean_resizing=False)
+        model = RewardModel.from_backbone(generator.transformer, seed=3)
+        save_model_directory(tmp_path / name, model, own, new_manifest("reward_classification", own, max_length=64))
+    run(ppo_config__critic="model", reward_config__reward_model_name=str(tmp_path / "padded"), ppo_config__steps=1)
+    with pytest.raises(UserError, match="has another vocabulary than"):
+        run(ppo_config__critic="model", reward_config__reward_model_name=str(tmp_path / "other"))
