@@ -1,7 +1,8 @@
 """Load or build tokenizers and transformers models, the same way in every stage.
 
 Weights load as float32 unless told otherwise (transformers 5 keeps the file's type), from safetensors where there are any, else from
-a pickle that torch reads with `weights_only=True`; a missing weight is an error, never a fresh random one.
+a pickle that torch reads with `weights_only=True`; a missing weight is an error, never a fresh random one. Models come with the faster
+forms of their parts that `common.models.fused` has; its `set_fused(model, False)` takes them out again.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.checkpoint import has_plain_tokenizer, read_manifest, tokenizer_fingerprint
 from common.errors import UserError
+from common.models.fused import set_fused
 from common.models.kinds import backbone_kind
 from common.schema import ModelInit
 
@@ -311,7 +313,7 @@ def _load(auto: Any, name: str, dtype: Dtype, trust_remote_code: bool) -> PreTra
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise UserError(f"{name} lacks weights that {type(model).__name__} needs: {shown}")
-    return model
+    return _fuse(model)
 
 
 def _build(auto: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
@@ -321,6 +323,12 @@ def _build(auto: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
         except (ValueError, RuntimeError, AssertionError) as error:  # e.g. heads that do not divide the hidden size
             raise UserError(f"model_init.config: {config.model_type} cannot be built: {_first_line(error)}") from None
     model.eval()
+    return _fuse(model)
+
+
+def _fuse(model: PreTrainedModel) -> PreTrainedModel:
+    for note in set_fused(model):
+        logger.info("%s", note)
     return model
 
 
