@@ -265,6 +265,10 @@ class RunSettings(Section):
         None, description="Root for runs (`ROOT/STAGE/desc-…`) instead of the checkpoint folder; also RESULTS_ROOT_DIR."
     )
     trust_remote_code: bool = Field(False, description="Allow model directories to run code of their own.")
+    fused: bool = Field(
+        True,
+        description="Tanh-GELU and GPT-Neo's attention in one kernel each, equal to float32 rounding; false: as transformers has them.",
+    )
     tensorboard: bool = Field(False, description="Write TensorBoard event files beside the metrics.")
 
 

@@ -21,6 +21,7 @@ from common.launch.checkpointing import LAST
 from common.launch.lightning import build_trainer, check_one_process, check_trainer, fit, total_optimizer_steps, trainer_params
 from common.lora import add_lora
 from common.models.backbone import RewardInput
+from common.models.fused import set_fused
 from common.models.load import build_backbone, give_pad_token, load_backbone, load_tokenizer, set_dropout, train_tokenizer
 from common.models.modes import recompute_activations
 from common.models.reward import RewardModel, RewardScorer
@@ -172,6 +173,8 @@ def prepare_model(model: RewardModel, config: RewardConfig) -> list[str]:
     params = config.model_params
     if params.dropout is not None:
         set_dropout(model.backbone, params.dropout)
+    for note in set_fused(model, config.fused):
+        print(f"note: {note}")
     if params.gradient_checkpointing:
         recompute_activations(model.backbone)
     if params.lora is not None:

@@ -20,6 +20,7 @@ from common.launch.checkpointing import CheckpointKeeper
 from common.launch.runtime import Runtime, peak_memory_gib
 from common.launch.signals import StopSignals
 from common.lora import add_lora
+from common.models.fused import set_fused
 from common.models.load import check_vocabulary, load_generator, load_tokenizer
 from common.models.modes import recompute_activations
 from common.optim import lr_lambda
@@ -83,6 +84,8 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
         rollout = collect_rollout(model, tokenizer, prompt_ids[:count], generation, seed=seed, **decoding)
         calibrate(pipeline, records[:count], rollout)
     critic = start_critic(model, tokenizer, pipeline) if params.critic == "model" else None
+    if critic is not None:
+        set_fused(critic, config.fused)
     trainer = PPOTrainer(PPOConfig.from_params(params, seed), model, tokenizer=tokenizer, critic=critic, runtime=runtime)
 
     def penalise(scores: Sequence[float], rollout: Rollout) -> Tensor:
@@ -218,6 +221,8 @@ def load_policy(config: PPORunConfig, tokenizer: PreTrainedTokenizerBase, seed: 
     params = config.ppo_config
     pretrained: Any = load_generator(params.model_name, dtype=params.model_dtype, trust_remote_code=config.trust_remote_code)
     check_vocabulary(tokenizer, pretrained, params.model_name)
+    for note in set_fused(pretrained, config.fused):
+        print(f"note: {note}")
     if params.gradient_checkpointing:
         recompute_activations(pretrained)
     if params.lora is not None:

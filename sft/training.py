@@ -21,6 +21,7 @@ from common.evaluation.text_metrics import corpus_metrics
 from common.freezing import apply_freezing
 from common.launch.lightning import build_trainer, check_one_process, check_trainer, fit, total_optimizer_steps, trainer_params
 from common.lora import add_lora
+from common.models.fused import set_fused
 from common.models.load import build_generator, load_generator, load_tokenizer, set_dropout, train_tokenizer
 from common.models.modes import recompute_activations
 from common.prompts import answer_text, render_prompt
@@ -130,6 +131,8 @@ def load_model(config: SFTConfig, train_rows: Sequence[SFTRecord]) -> tuple[PreT
         model.to(getattr(torch, config.model_params.model_dtype))
     if config.model_params.dropout is not None:
         set_dropout(model, config.model_params.dropout)
+    for note in set_fused(model, config.fused):
+        print(f"note: {note}")
     return model, tokenizer
 
 

@@ -35,6 +35,12 @@ from common.models.modes import recompute_activations
 from common.optim import adamw
 from common.schema import LoraSettings, ModelInit
 from common.tokenization import Encoded
+from reward_model.config import ClassificationConfig
+from reward_model.training import prepare_model, start_model
+from rlhf.config import PPORunConfig
+from rlhf.training import load_policy
+from sft.config import SFTConfig
+from sft.training import load_model
 
 WINDOW = 5
 LENGTHS = (20, 13, 7, 2)
@@ -177,7 +183,7 @@ def test_a_mask_of_the_users_own_is_obeyed_and_may_change_in_place(model: GPTNeo
     ids = batch("none")["input_ids"]
     lowest = torch.finfo(torch.float32).min
     open_mask, no_third = torch.zeros(3, 1, 20, 20), torch.zeros(3, 1, 20, 20)
-    no_third[..., 3:, 2] = lowest
+    no_third[..., 3:-1, 2] = lowest  # the last query sees it
     expected = [model(ids, attention_mask=mask).logits for mask in (open_mask, no_third)]
     assert not torch.allclose(expected[0], expected[1], atol=1e-2)
     set_fused(model)
@@ -185,6 +191,22 @@ def test_a_mask_of_the_users_own_is_obeyed_and_may_change_in_place(model: GPTNeo
     close(model(ids, attention_mask=mask).logits, expected[0])
     mask.copy_(no_third)
     close(model(ids, attention_mask=mask).logits, expected[1])
+
+
+def test_masks_are_finite_where_causality_hides_nothing_and_left_out_where_it_is_all() -> None:
+    """Every query sees something finite, hidden by padding or not: kernels on a GPU would make NaN of a line of -inf."""
+    lowest, visible = torch.finfo(torch.float32).min, torch.ones(4, 4).tril().bool()
+    mask = torch.zeros(1, 1, 4, 4).masked_fill(~visible, lowest)
+    assert fused._make_visible(mask, 4, 0, None, torch.float32) is None
+    assert fused._make_visible(mask, 4, 0, 4, torch.float32) is None
+    assert fused._make_visible(mask, 4, 0, 3, torch.float32) is not None
+    mask[..., 0] = lowest  # left padding: the first query sees nothing
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        made = fused._make_visible(mask, 4, 0, None, dtype)
+        assert made is not None and made.dtype == dtype
+        assert bool(made[0, 0][visible].isfinite().all()) and bool((made[0, 0][~visible] == -torch.inf).all())
+        step = fused._make_visible(mask[..., :1, :], 1, 3, None, dtype)
+        assert step is not None and bool(step.isfinite().all())
 
 
 @torch.no_grad()
@@ -230,7 +252,8 @@ def test_dropout_on_the_weights_runs_transformers_own_code() -> None:
     inputs = batch("right")
     torch.manual_seed(5)
     expected = model(**inputs).logits
-    set_fused(model)
+    (note,) = set_fused(model)
+    assert note.startswith("attention with dropout on its weights trains as it is in transformers")
     torch.manual_seed(5)
     close(model(**inputs).logits, expected)
     model.eval()
@@ -445,3 +468,25 @@ def test_a_subclass_may_compute_something_else_and_stays() -> None:
 def test_interfaces_are_those_of_the_installed_version() -> None:
     for kind, expected in fused._INTERFACES.items():
         assert tuple(inspect.signature(kind.forward).parameters)[1:] == expected
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_every_stage_reads_the_switch(tokenizer: Any, tmp_path: Path, on: bool) -> None:
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+    init = {"model_type": "gpt_neo", "config": sizes, "vocab_size": 258}
+    build_generator(ModelInit(**init), tokenizer, 512, 0).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    data = {"data_dir": str(tmp_path)}
+    sft = SFTConfig(data=data, model_name=str(tmp_path), fused=on)
+    reward = ClassificationConfig(data=data, model_init=init, fused=on)
+    ppo = PPORunConfig(
+        data_config={"data_file_path": str(tmp_path)},
+        ppo_config={"model_name": str(tmp_path)},
+        reward_config={"reward_model_name": str(tmp_path)},
+        fused=on,
+    )
+    scorer = start_model(reward, ["text"])[1]
+    prepare_model(scorer, reward)
+    for model in (load_model(sft, [])[0], scorer, load_policy(ppo, tokenizer, 0)[0]):
+        kinds = {type(module) for module in model.modules()}
+        assert (FusedGPTNeoSelfAttention in kinds, FusedNewGELU in kinds) == (on, on)
