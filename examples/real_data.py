@@ -1,4 +1,4 @@
-"""All three stages on real community questions and answers: a model of 3.6 M parameters from scratch, beside trivial baselines.
+"""All three stages on real community questions and answers: a model of 2.6 M parameters from scratch, beside trivial baselines.
 
     python examples/real_data.py DATA [--output results/real_data] [--ppo_steps 40] [section.key=value for every SFT and reward run]
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     stage(
         "sft/test_sft.py", "test_config.yaml", f"data.data_dir={sft_data}", f"model_name={sft / 'latest'}",
-        "data.max_prompt_length=128", "generate_params.max_new_tokens=128", f"test_params.log_file={output / 'sft.csv'}",
+        "data.max_prompt_length=96", "generate_params.max_new_tokens=128", f"test_params.log_file={output / 'sft.csv'}",
     )  # fmt: skip
     results["sft"] = {"training": training_summary(sft), "test": summary(output / "sft.summary.json")}
 
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
             )  # fmt: skip
             stage(
                 f"{folder}/test_reward.py", "test_config.yaml", f"data.data_dir={rows}", f"model_name={runs / 'latest'}",
-                "data.max_prompt_length=128", f"test_params.log_file={output / (name + '.csv')}",
+                "data.max_prompt_length=96", f"test_params.log_file={output / (name + '.csv')}",
                 *(["test_params.breakdown_by=[Domain]"] if community else []),
             )  # fmt: skip
             results[name] = summary(output / f"{name}.summary.json")
