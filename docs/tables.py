@@ -60,12 +60,17 @@ def metrics(name: str) -> dict[str, str]:
 
 
 def settings_section(name: str) -> str:
-    return f"\n{settings_table(SCHEMAS[name])}\n"
+    return folded("every setting", settings_table(SCHEMAS[name]))
+
+
+def folded(summary: str, table: str) -> str:
+    """A table that a reader opens."""
+    return f"\n<details><summary>{summary}</summary>\n\n{table.strip()}\n\n</details>\n\n"
 
 
 def metrics_table(name: str) -> str:
     rows = "".join(f"| `{metric}` | {text} |\n" for metric, text in metrics(name).items())
-    return f"\n| metric | definition |\n|---|---|\n{rows}\n"
+    return folded("every metric", f"| metric | definition |\n|---|---|\n{rows}")
 
 
 def results_section(name: str) -> str:

@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "quickstart.json", help="where the figures go")
     options = parser.parse_args(argv)
     results = Results()
+    if not options.measure_only:
+        print("four trainings and their evaluations: about four minutes on two cores; commands that run at the same time name their lines")
     for seed in options.seed or [None]:
         try:
             run(seed, results, measure_only=options.measure_only)
