@@ -4,7 +4,7 @@
 
 DATA is a folder with `cqa_sft.json`, `cqa_classification.json`, `cqa_regression.json`, and the same for `gpt4_rated` and `oasst_ranked`
 as far as they are there. Runs the same scripts as the README on copies with a `Domain` column, guessed from a question's words; writes
-`real_data.json` and prints the tables that the README shows.
+`real_data.json` and prints the tables that the README shows. Started again, it trains only what is missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +62,14 @@ def stage(script: str, config: str, *overrides: str) -> None:
         sys.exit(code)
 
 
+def train(script: str, config: str, runs: Path, *overrides: str) -> None:
+    """Run a training script unless `runs` holds a finished run."""
+    if (runs / "latest").exists():
+        print(f"\nalready trained: {runs / 'latest'}")
+    else:
+        stage(script, config, *overrides)
+
+
 def summary(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
@@ -76,16 +83,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="section.key=value for every SFT and reward training")
     options = parser.parse_intermixed_args(list(argv))
     data, output = options.data.absolute(), options.output.absolute()
-    started = time.monotonic()
     results: RealResults = {}
 
     sft_data, sft = data / "cqa_sft.json", output / "sft"
-    stage(
-        "sft/train_sft.py", "community_qa.yaml", f"data.data_dir={sft_data}", f"trainer.checkpoint.dirpath={sft}", *options.overrides
+    train(
+        "sft/train_sft.py", "community_qa.yaml", sft, f"data.data_dir={sft_data}", f"trainer.checkpoint.dirpath={sft}", *options.overrides
     )  # fmt: skip
     stage(
         "sft/test_sft.py", "test_config.yaml", f"data.data_dir={sft_data}", f"model_name={sft / 'latest'}",
-        "data.max_prompt_length=96", "generate_params.max_new_tokens=128", f"test_params.log_file={output / 'sft.csv'}",
+        "data.max_prompt_length=96", "generate_params.max_new_tokens=128", "generate_params.no_repeat_ngram_size=3",
+        f"test_params.log_file={output / 'sft.csv'}",
     )  # fmt: skip
     results["sft"] = {"training": training_summary(sft), "test": summary(output / "sft.summary.json")}
 
@@ -98,8 +105,8 @@ def main(argv: Sequence[str]) -> int:
             runs = output / name
             community = name.startswith("cqa")
             rows = copy_with_domains(data / file, output / "data" / file) if community else data / file
-            stage(
-                f"{folder}/train_reward.py", "community_qa.yaml", f"data.data_dir={rows}", f"model_name={sft / 'latest'}",
+            train(
+                f"{folder}/train_reward.py", "community_qa.yaml", runs, f"data.data_dir={rows}", f"model_name={sft / 'latest'}",
                 f"trainer.checkpoint.dirpath={runs}", *options.overrides,
             )  # fmt: skip
             stage(
@@ -107,17 +114,17 @@ def main(argv: Sequence[str]) -> int:
                 "data.max_prompt_length=96", f"test_params.log_file={output / (name + '.csv')}",
                 *(["test_params.breakdown_by=[Domain]"] if community else []),
             )  # fmt: skip
-            results[name] = summary(output / f"{name}.summary.json")
+            results[name] = {"training": training_summary(runs), **summary(output / f"{name}.summary.json")}
 
     if options.ppo_steps:
         ppo = output / "ppo"
-        stage(
-            "rlhf/train_ppo.py", "community_qa.yaml", f"data_config.data_file_path={sft_data}", f"ppo_config.model_name={sft / 'latest'}",
+        train(
+            "rlhf/train_ppo.py", "community_qa.yaml", ppo, f"data_config.data_file_path={sft_data}",
+            f"ppo_config.model_name={sft / 'latest'}",
             f"reward_config.reward_model_name={output / 'cqa_classification' / 'latest'}", f"save_config.checkpoint_dir={ppo}",
             f"ppo_config.steps={options.ppo_steps}",
         )  # fmt: skip
-        results["ppo"] = training_summary(ppo)
-    results["seconds"] = round(time.monotonic() - started)
+        results["ppo"] = {"training": training_summary(ppo)}
     write_text_atomically(output / "real_data.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print(f"\n{markdown(results)}\nfigures: {output / 'real_data.json'}")
     return 0

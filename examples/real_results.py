@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# `sft` and `ppo` of a run, a summary of `test_reward.py` under the name of each data file, and `seconds`
+# `sft`, `ppo` and the name of each data file of rewards -> the summary of its training, and what its test script found
 RealResults = dict[str, Any]
 
 BREAKDOWN_BY_LENGTH = "by length of the prompt (characters)"
@@ -13,7 +13,7 @@ BREAKDOWN_BY_DOMAIN = "by Domain"
 
 def markdown(results: RealResults) -> str:
     """The tables for a document."""
-    names = [name for name in results if name not in ("sft", "ppo", "seconds")]
+    names = [name for name in results if name not in ("sft", "ppo")]
     pairs = {name: results[name] for name in names if name.endswith("classification")}
     scores = {name: results[name] for name in names if name.endswith("regression")}
     parts = [_generators(results), _pairs(pairs), _scores(scores)]
@@ -30,17 +30,17 @@ def _generators(results: RealResults) -> str:
     rows = [
         ("SFT: perplexity of validation answers", f"{sft['val/perplexity']:.1f}"),
         ("SFT: token accuracy of validation answers", f"{sft['val/token_accuracy']:.3f}"),
-        ("SFT: BLEU / ROUGE-L of greedy test answers", f"{test['bleu']:.2f} / {test['rougeL_fmeasure']:.3f}"),
+        ("SFT: BLEU / ROUGE-L of greedy test answers without repeated trigrams", f"{test['bleu']:.2f} / {test['rougeL_fmeasure']:.3f}"),
     ]
     if "ppo" in results:
-        ppo = results["ppo"]
+        ppo = results["ppo"]["training"]
         best = ppo["best_metrics"]
         rows += [
             ("PPO: score of the fixed validation prompts, before and after", f"{ppo['first_score']:.2f} → {ppo['best_value']:.2f}"),
             ("PPO: KL from SFT, nats per answer", f"{best['eval/kl']:.2f}"),
             ("PPO: answers that end / mean length in tokens", f"{best['eval/eos_rate']:.2f} / {best['eval/length']:.0f}"),
         ]
-    rows.append(("minutes for everything", f"{results['seconds'] / 60:.0f}"))
+    rows.append(("minutes of training, all stages", f"{sum(result['training']['seconds'] for result in results.values()) / 60:.0f}"))
     return _table(("figure", "value"), rows)
 
 

@@ -43,22 +43,22 @@ def test_tables_show_intervals_beside_baselines() -> None:
     }
     results = {
         "sft": {
-            "training": {"best_metrics": {"val/perplexity": 200.04, "val/token_accuracy": 0.25}},
+            "training": {"seconds": 90, "best_metrics": {"val/perplexity": 200.04, "val/token_accuracy": 0.25}},
             "test": {"figures": {"bleu": 0.5, "rougeL_fmeasure": 0.125}},
         },
         "a_classification": {
-            "pairs": 7, "questions": 3, "breakdowns": slices,
+            "training": {"seconds": 30}, "pairs": 7, "questions": 3, "breakdowns": slices,
             "figures": {"accuracy": figure(0.5, 0.75), "accuracy above longer-wins": figure(-0.25)},
         },
         "a_regression": {
-            "answers": 9, "questions": 4, "breakdowns": {},
+            "training": {"seconds": 60}, "answers": 9, "questions": 4, "breakdowns": {},
             "figures": {"MSE": figure(1.5, 1.75), "Spearman": {"value": 0.1}, "pair accuracy within a question": figure(0.5, 0.625)},
         },
-        "seconds": 90,
     }  # fmt: skip
     lines = markdown(results).splitlines()
     assert "| SFT: perplexity of validation answers | 200.0 |" in lines
     assert "| a_classification | 7 | 3 | 0.50 [0.25, 0.75] | 0.75 | -0.25 [-0.50, 0.00] |" in lines
     assert "| a_regression | 9 | 4 | 1.50 [1.25, 1.75] | 1.75 | 0.10 | 0.50 [0.25, 0.75] | 0.62 |" in lines
     assert "| beer | 3 | 1.00 |" in lines and "| 12 |  | 4 | 0.12 |" in lines
+    assert "| minutes of training, all stages | 3 |" in lines
     assert not any("PPO" in line for line in lines)
