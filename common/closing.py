@@ -26,6 +26,7 @@ class RunResult:
 
     model: the best checkpoint by the monitored metric, or the last one where there is no best. best_value: None where the metric was
     never finite. validated: whether any validation ran. start_value: the metric before training, more being better; None where unknown.
+    started_from: the model that has it.
     """
 
     model: Path
@@ -37,6 +38,7 @@ class RunResult:
     peak_memory_gib: float = 0.0
     validated: bool = True
     start_value: float | None = None
+    started_from: str | None = None
 
 
 def opening_lines(
@@ -95,10 +97,19 @@ def closing_lines(run_dir: Path, result: RunResult, *, latest: Path | None, curv
     lines = [
         f"done: {result.steps:,} steps in {duration(result.seconds)}, peak memory {result.peak_memory_gib:.2f} GiB",
         f"{best}, {result.model.name}",
-        f"model:   {latest or run_dir / BEST}{f' -> {result.model}' if latest else ''}",
+        f"model:   {latest or run_dir / BEST}{f' -> {result.model}' if latest else ''}{_not_above_the_start(result)}",
         f"metrics: {run_dir / METRICS_CSV}, {SUMMARY_FILE}",
     ]
     return [*lines, *([f"curves:  {curves}"] if curves else [])]
+
+
+def _not_above_the_start(result: RunResult) -> str:
+    if result.best_value is None or result.start_value is None or result.best_value > result.start_value:
+        return ""
+    words = "worse than the start" if result.best_value < result.start_value else "no better than the start"
+    figures = f"{result.monitor} {format_figure(result.best_value)}, it was {format_figure(result.start_value)}"
+    model = f"; the model it started from is {result.started_from}" if result.started_from else ""
+    return f" ({words}: {figures}{model})"
 
 
 def finish_run(

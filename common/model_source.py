@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vo
 _TRUE = {"1", "ON", "YES", "TRUE"}
 # How the architectures call the number of positions they have an embedding or a rotation for.
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
+RELATIVE_POSITIONS = frozenset({"t5", "mt5", "umt5"})
+"""Model types whose n_positions is a relic that limits nothing."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,19 @@ class ModelSource:
     @property
     def positions(self) -> int | None:
         """Tokens the model has positions for; None where it is unknown or unlimited (T5's relative positions)."""
-        config = self.config or {}
-        if config.get("model_type") in {"t5", "mt5", "umt5"}:
-            return None  # their n_positions is a relic that limits nothing
-        for key in _POSITION_KEYS:
-            if isinstance(config.get(key), int):
-                return int(config[key])
-        return None
+        return positions_in(self.config or {})
 
     @property
     def prompt_format(self) -> str | None:
         """What the manifest says; None for models that are not ours."""
         return self.manifest.prompt_format if self.manifest is not None else None
+
+
+def positions_in(config: Mapping[str, Any]) -> int | None:
+    """Tokens a model of this configuration has positions for; None where it does not say or they are unlimited."""
+    if config.get("model_type") in RELATIVE_POSITIONS:
+        return None
+    return next((config[key] for key in _POSITION_KEYS if isinstance(config.get(key), int)), None)
 
 
 def check_model_source(name: str, *, setting: str = "model_name", role: Role = "generator", trust_remote_code: bool = False) -> ModelSource:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from common.errors import UserError
+from common.model_init import check_buildable, check_fresh_length, check_room
 from common.model_source import ModelSource, check_length, check_model_source, check_prompt_format
 from common.records import PairRecord, Prompt, ScoreRecord, Splits, read_rows
 from reward_model.config import RewardConfig, RewardTestConfig
@@ -22,6 +23,17 @@ def check_models(config: RewardConfig) -> None:
         source = check_model_source(name, setting=setting, role=role, trust_remote_code=config.trust_remote_code)  # type: ignore[arg-type]
         check_prompt_format(source, config.data.prompt_format, "data.prompt_format")
         check_length(source, config.data.max_length, f"data.max_length {config.data.max_length}")
+        check_room(source, config.data.max_length, config.data.prompt_format, "data.max_length")
+        if config.data.max_prompt_length is not None:
+            check_room(source, config.data.max_prompt_length, config.data.prompt_format, "data.max_prompt_length", answer=False)
+    if config.model_init is not None and config.trainer.ckpt_path is None:
+        check_fresh_length(config.model_init, config.data.max_length, "data.max_length")
+
+
+def check_fresh_model(config: RewardConfig) -> None:
+    """Raise UserError where `model_init` describes no model; training finds that out by building it, this is for `--validate`."""
+    if config.model_init is not None and config.trainer.ckpt_path is None:
+        check_buildable(config.model_init, config.data.max_length, writes_text=False)
 
 
 def idle_settings(config: RewardConfig) -> list[str]:

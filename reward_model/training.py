@@ -16,6 +16,7 @@ from common.checkpoint import MANIFEST, Stage, new_manifest, read_manifest, save
 from common.closing import finish_run, opening_lines
 from common.config import resolved_dict
 from common.errors import UserError
+from common.failed_start import removed_if_unused
 from common.freezing import apply_freezing
 from common.launch.checkpointing import LAST
 from common.launch.lightning import build_trainer, check_one_process, check_trainer, fit, total_optimizer_steps, trainer_params
@@ -110,8 +111,11 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
 
     runs_root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, objective.stage)
     run_dir = create_run_directory(runs_root, config.desc, config.index)
-    tracker = Tracker.start(run_dir, stage=objective.stage, config=resolved, wandb=config.wandb, tensorboard=config.tensorboard)
-    with run_log(run_dir), tracker:
+    with (
+        removed_if_unused(run_dir),
+        run_log(run_dir),
+        Tracker.start(run_dir, stage=objective.stage, config=resolved, wandb=config.wandb, tensorboard=config.tensorboard) as tracker,
+    ):
         write_config(run_dir, resolved)
         opening = opening_lines(
             run_dir,

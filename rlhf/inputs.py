@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from common.errors import UserError
+from common.model_init import check_room
 from common.model_source import ModelSource, check_joinable, check_length, check_model_source, check_same_vocabulary
 from common.record_types import PromptRecord, question_key
 from common.records import Splits, read_rows
 from rlhf.config import PPOData, PPORunConfig
-from rlhf.reward_pipelines.build import check_pipeline
+from rlhf.reward_pipelines.build import check_columns, check_pipeline
 from rlhf.sampling_options import check_sampling_options
 
 UNLIMITED_PROMPT = 512
@@ -57,6 +58,8 @@ def check_models(config: PPORunConfig) -> Sources:
         raise UserError(*problems)
     wanted = config.data_config.prompt_format
     prompt_format: Literal["qa", "chat"] = "chat" if check_joinable(policy, judges, prompt_format=wanted) == "chat" else "qa"
+    limit = prompt_limit(config, policy.positions, policy.is_encoder_decoder)
+    check_room(policy, limit, prompt_format, "max_prompt_length", answer=False)
     if config.ppo_config.critic == "model":
         _check_critic(config, policy, judges)
     return Sources(policy, tuple(judges), prompt_format)
@@ -94,10 +97,17 @@ def prompt_limit(config: PPORunConfig, positions: int | None, is_encoder_decoder
 
 
 def read_prompts(config: PPORunConfig) -> Splits[PromptRecord]:
-    """Training and evaluation prompts, each question once where so configured."""
+    """Training and evaluation prompts. Raises UserError where the rows lack a column that a reward function asks for."""
     data = config.data_config
     splits: Splits[PromptRecord] = read_rows(data.data_file_path, "prompt", data, seed=config.seed, require=("train", "val"))
-    return splits
+    columns = dict.fromkeys(name for record in [*splits.train, *splits.val] for name in record.columns)
+    check_columns(config.reward_config, columns)
+    return replace(splits, train=_with_columns(splits.train, columns), val=_with_columns(splits.val, columns))
+
+
+def _with_columns(records: Sequence[PromptRecord], columns: Iterable[str]) -> list[PromptRecord]:
+    """Every row with all columns, None where it has none: a reward function that asks for one gets it for every batch."""
+    return [replace(record, columns={**dict.fromkeys(columns), **record.columns}) for record in records]
 
 
 def training_prompts(splits: Splits[PromptRecord], data: PPOData) -> list[PromptRecord]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from common.checkpoint import new_manifest, save_model_directory
 from common.closing import RunResult, finish_run, opening_lines
 from common.config import resolved_dict
+from common.failed_start import removed_if_unused
 from common.freezing import apply_freezing
 from common.launch.checkpointing import CheckpointKeeper
 from common.launch.runtime import Runtime, peak_memory_gib
@@ -24,7 +25,7 @@ from common.models.fused import set_fused
 from common.models.load import check_vocabulary, load_generator, load_tokenizer
 from common.models.modes import recompute_activations
 from common.optim import lr_lambda
-from common.progress import Progress
+from common.progress import Progress, format_figure
 from common.record_types import PromptRecord
 from common.records import Splits
 from common.runs import create_run_directory, run_log, stage_runs_root, write_config
@@ -45,6 +46,7 @@ from rlhf.prompt_order import PromptOrder
 from rlhf.reward_pipelines.build import RewardPipeline, build_pipeline
 
 MONITOR = "eval/penalised_score"
+SHOWN_FIGURES = (MONITOR, "eval/kl", "eval/eos_rate", "eval/length")
 
 
 def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) -> Path:
@@ -125,7 +127,12 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
         save_model_directory(directory, model.pretrained_model, tokenizer, manifest, extra=None if critic else model.v_head.save)
 
     keeper = CheckpointKeeper(run_dir, save, monitor=MONITOR, mode="max", keep_last=config.save_config.keep_last)
-    with run_log(run_dir), start_tracker(config, run_dir, resolved) as tracker, StopSignals() as stop:
+    with (
+        removed_if_unused(run_dir),
+        run_log(run_dir),
+        start_tracker(config, run_dir, resolved) as tracker,
+        StopSignals() as stop,
+    ):
         write_config(run_dir, resolved)
         if table is not None:
             print(table)
@@ -145,6 +152,7 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
         first_score = evaluation.figures[MONITOR]
         tracker.log(evaluation.figures, 0)
         tracker.table("eval/samples", SAMPLE_COLUMNS, evaluation.samples, 0)
+        progress.note(f"step 0: {shown(evaluation.figures)}  (the start)")
 
         # 5. the loop
         for step in range(1, steps + 1):
@@ -191,11 +199,16 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
                 evaluated = evaluation.figures
                 tracker.log(evaluated, step)
                 tracker.table("eval/samples", SAMPLE_COLUMNS, evaluation.samples, step)
+                progress.note(f"step {step}: {shown(evaluated)}{standing(keeper, evaluated, first_score)}")
             if step % config.save_config.save_interval == 0 or step == steps or (evaluated and keeper.improves(evaluated)):
                 keeper.save(step, evaluated)
             if stop.received is not None:
                 keeper.save(step, evaluated)
                 progress.note(f"saved {keeper.last}; stopping")
+                progress.note(
+                    f"to go on: ppo_config.model_name={keeper.last} starts a new run from this policy, which is its reference, too "
+                    "(optimizer, critic and KL coefficient start afresh)"
+                )
                 stop.stop()
         progress.close()
         keeper.close()
@@ -206,6 +219,7 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
             best_value=keeper.best_value,
             best_metrics=keeper.best_metrics,
             start_value=first_score,
+            started_from=params.model_name,
             steps=steps,
             seconds=time.perf_counter() - started,
             peak_memory_gib=peak_memory_gib(runtime.device),
@@ -214,6 +228,18 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
         if config.hf_hub_name:
             push_to_hub(keeper.best, config.hf_hub_name)
     return run_dir
+
+
+def shown(figures: Mapping[str, float]) -> str:
+    """What a line about an evaluation says of it."""
+    return "  ".join(f"{name} {format_figure(round(figures[name], 6))}" for name in SHOWN_FIGURES)
+
+
+def standing(keeper: CheckpointKeeper, figures: Mapping[str, float], start: float) -> str:
+    """How an evaluation compares with the checkpoints before it, and the best of them with the start."""
+    if not keeper.improves(figures):
+        return ""
+    return f"  (best so far{'' if figures[MONITOR] > start else f', but not above the start: {format_figure(start)}'})"
 
 
 def load_policy(config: PPORunConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[ModelWithValueHead, Any]:

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 from common.config import parse_command_line
 from common.errors import UserError, run_main
 from common.evaluation.generation_options import generation_options
+from common.model_init import check_buildable, check_fresh_length, check_room
 from common.model_source import check_length, check_model_source, check_prompt_format
 from common.records import read_rows
 from sft.config import SFTConfig
@@ -33,8 +34,11 @@ def check_models(config: SFTConfig) -> None:
         if name is not None:
             source = check_model_source(name, setting=setting, role="generator", trust_remote_code=config.trust_remote_code)
             check_length(source, config.data.max_length, f"data.max_length {config.data.max_length}")
+            check_room(source, config.data.max_length, config.data.prompt_format, "data.max_length")
             if setting == "trainer.ckpt_path":
                 check_prompt_format(source, config.data.prompt_format, "data.prompt_format")
+    if config.model_init is not None and config.trainer.ckpt_path is None:
+        check_fresh_length(config.model_init, config.data.max_length, "data.max_length")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
     for note in splits.notes:
         print(f"note: {note}")
     if invocation.validate_only:
+        if config.model_init is not None and config.trainer.ckpt_path is None:
+            check_buildable(config.model_init, data.max_length, writes_text=True)
         counts = ", ".join(f"{len(splits.split(name)):,} {name}" for name in ("train", "val", "test"))
         print(f"valid: {invocation.config_path}; {data.data_dir}: {counts}")
         return 0

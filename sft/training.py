@@ -18,6 +18,7 @@ from common.config import resolved_dict
 from common.errors import UserError
 from common.evaluation.generate import generate_answers
 from common.evaluation.text_metrics import corpus_metrics
+from common.failed_start import removed_if_unused
 from common.freezing import apply_freezing
 from common.launch.lightning import build_trainer, check_one_process, check_trainer, fit, total_optimizer_steps, trainer_params
 from common.lora import add_lora
@@ -69,7 +70,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
     root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "sft")
     run_dir = create_run_directory(root, config.desc, config.index)
     resolved = resolved_dict(config)
-    with run_log(run_dir):
+    with removed_if_unused(run_dir), run_log(run_dir):
         write_config(run_dir, resolved)
         print(freezing)
         for line in opening_lines(

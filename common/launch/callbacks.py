@@ -342,6 +342,8 @@ class Checkpoints(pl.Callback):
     def _leave(self) -> NoReturn:
         if self.keeper.last is not None:
             self.report.note(f"saved {self.keeper.last}; stopping")
+            path = self.keeper.last
+            self.report.note(f"to go on: trainer.ckpt_path={path} starts a new run from these weights (the optimizer's state is not kept)")
         self.stop.stop()
 
     def _asked_to_stop(self, trainer: pl.Trainer) -> bool:

@@ -51,6 +51,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 PAD_TOKEN = "<pad>"
 EOS_TOKEN = "<eos>"
+SMALLEST_TOKENIZER = 256 + 2
 # Under these names vocabularies hold a padding token that their configuration does not always announce.
 _PAD_NAMES = (PAD_TOKEN, "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 # Transformers 5 keeps unknown keys of a configuration silently; these are the ones every configuration takes.
@@ -123,6 +124,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
         raise UserError(f"the tokenizer has {len(tokenizer)} entries, but {name} has embeddings for {embeddings.num_embeddings}")
 
 
+def check_tokenizer_size(vocab_size: int) -> None:
+    """Refuse a size that `train_tokenizer` could not reach."""
+    if vocab_size < SMALLEST_TOKENIZER:
+        raise UserError(f"model_init.vocab_size {vocab_size} is too small: 256 bytes and 2 special tokens need {SMALLEST_TOKENIZER}")
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on `texts`: `<pad>` is 0, `<eos>` is 1, then the 256 bytes, then merges. The result is deterministic.
 
@@ -132,10 +139,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    check_tokenizer_size(vocab_size)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    smallest = len(alphabet) + 2
-    if vocab_size < smallest:
-        raise UserError(f"model_init.vocab_size {vocab_size} is too small: 256 bytes and 2 special tokens need {smallest}")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         # Words, numbers and punctuation are apart, so no merge can spell a special token.

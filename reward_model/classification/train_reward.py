@@ -20,7 +20,7 @@ from common.config import parse_command_line
 from common.errors import run_main
 from common.prompts import answer_text, render_prompt
 from reward_model.config import ClassificationConfig
-from reward_model.inputs import check_models, describe, idle_settings, read_training_data
+from reward_model.inputs import check_fresh_model, check_models, describe, idle_settings, read_training_data
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     check_models(config)
     splits = read_training_data(config, "pair")
     if invocation.validate_only:
+        check_fresh_model(config)
         print(describe(config, splits))
         return 0
 

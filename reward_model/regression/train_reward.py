@@ -23,7 +23,7 @@ from common.records import ScoreRecord, question_key
 from common.schema import resolve_monitor
 from common.score_transform import ScoreTransform
 from reward_model.config import RegressionConfig
-from reward_model.inputs import check_models, describe, idle_settings, read_training_data
+from reward_model.inputs import check_fresh_model, check_models, describe, idle_settings, read_training_data
 from reward_model.metrics import group_ids, pairs_within
 
 
@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     transform = ScoreTransform.fit(config.model_params.score_transform, scores)
     check_pairs(config, splits.val)
     if invocation.validate_only:
+        check_fresh_model(config)
         print(describe(config, splits))
         return 0
 

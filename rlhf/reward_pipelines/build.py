@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
@@ -12,7 +12,7 @@ from common.model_source import ModelSource, check_model_source
 from common.records import Prompt
 from rlhf.config import RewardComponent, RewardSettings
 from rlhf.reward_pipelines.combine import Ensemble, WeightedSum
-from rlhf.reward_pipelines.function import PythonFunction, load_function
+from rlhf.reward_pipelines.function import PythonFunction, check_signature, load_function
 from rlhf.reward_pipelines.model import TrainedRewardModel
 from rlhf.reward_pipelines.part import Answers, RewardPart, RewardResult
 from rlhf.reward_pipelines.rules import LengthRule, MustEndRule, RegexRule, RepetitionRule
@@ -134,6 +134,20 @@ def check_pipeline(settings: RewardSettings, *, trust_remote_code: bool = False)
     if problems:
         raise UserError(*problems)
     return sources
+
+
+def check_columns(settings: RewardSettings, columns: Collection[str]) -> None:
+    """Raise UserError for each function that asks for a column beside these, which the prompts' rows have."""
+    problems: list[str] = []
+    for _, component in _walk(_component(settings), settings):
+        if component.type == "function":
+            assert component.path is not None
+            try:
+                check_signature(component.path, load_function(component.path), columns)
+            except UserError as error:
+                problems.extend(error.problems)
+    if problems:
+        raise UserError(*problems)
 
 
 def build_pipeline(settings: RewardSettings, *, device: torch.device | str = "cpu", trust_remote_code: bool = False) -> RewardPipeline:

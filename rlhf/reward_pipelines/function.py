@@ -17,7 +17,7 @@ import math
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -115,14 +115,13 @@ def _load_module(path: str, place: str) -> ModuleType:
         raise UserError(f"reward function {path}: cannot be imported: {_described(error)}") from error
 
 
-def _arguments(path: str, function: Callable[..., Any], answers: Answers) -> dict[str, Any]:
-    """What the function's signature asks for, by name."""
-    columns = {key: None for row in answers.columns for key in row}
-    available: dict[str, Any] = {column: [row.get(column) for row in answers.columns] for column in columns}
-    contexts = [prompt.context for prompt in answers.prompts]
-    available |= {"prompts": answers.questions, "contexts": contexts, "ended": list(answers.ended)}
-    available |= {name: list(answers.responses) for name in _ANSWER_NAMES}
+def check_signature(path: str, function: Callable[..., Any], columns: Iterable[str]) -> None:
+    """Raise UserError where a function asks for what neither a prompt, an answer nor these columns of the data give."""
+    _check_signature(path, function, [*columns, "prompts", "contexts", "ended", *_ANSWER_NAMES])
 
+
+def _check_signature(path: str, function: Callable[..., Any], available: Collection[str]) -> list[inspect.Parameter]:
+    """The parameters that take an argument by name."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -132,8 +131,20 @@ def _arguments(path: str, function: Callable[..., Any], answers: Answers) -> dic
     missing += [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
     if missing:
         raise UserError(f"reward function {path}: asks for {', '.join(missing)}, there are {', '.join(available)}")
+    return named
+
+
+def _arguments(path: str, function: Callable[..., Any], answers: Answers) -> dict[str, Any]:
+    """What the function's signature asks for, by name."""
+    columns = {key: None for row in answers.columns for key in row}
+    available: dict[str, Any] = {column: [row.get(column) for row in answers.columns] for column in columns}
+    contexts = [prompt.context for prompt in answers.prompts]
+    available |= {"prompts": answers.questions, "contexts": contexts, "ended": list(answers.ended)}
+    available |= {name: list(answers.responses) for name in _ANSWER_NAMES}
+
+    named = _check_signature(path, function, available)
     chosen = {p.name: available[p.name] for p in named if p.name in available}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values()):
         # answers under one name, the one that the function knows
         idle = set(_ANSWER_NAMES) - chosen.keys() if chosen.keys() & set(_ANSWER_NAMES) else set()
         chosen = {name: value for name, value in available.items() if name not in idle}

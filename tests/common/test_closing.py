@@ -75,6 +75,18 @@ def test_a_run_without_validation_or_without_progress_says_so(tmp_path: Path) ->
     assert best(best_value=0.75, start_value=0.5) == "best eval/score 0.75, step-1"
 
 
+def test_a_model_that_is_no_better_than_the_start_is_published_with_a_word(tmp_path: Path) -> None:
+    def model_line(best: float) -> str:
+        result = RunResult(tmp_path / "step-1", "eval/score", best, start_value=0.5, started_from="/sft/latest")
+        return closing_lines(tmp_path, result, latest=tmp_path / "latest", curves=None)[2]
+
+    published = f"model:   {tmp_path / 'latest'} -> {tmp_path / 'step-1'}"
+    ending = "the model it started from is /sft/latest)"
+    assert model_line(0.25) == f"{published} (worse than the start: eval/score 0.25, it was 0.5; {ending}"
+    assert model_line(0.5) == f"{published} (no better than the start: eval/score 0.5, it was 0.5; {ending}"
+    assert model_line(0.75) == published
+
+
 def test_a_run_without_a_finite_figure_says_so(tmp_path: Path) -> None:
     lines = closing_lines(tmp_path, RunResult(tmp_path / "step-1", "val/loss", None), latest=None, curves=None)
     assert lines[1] == "val/loss was never a finite number; the last checkpoint stands in for the best, step-1"

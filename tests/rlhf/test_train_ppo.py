@@ -25,7 +25,9 @@ from common.record_types import Prompt
 from common.score_transform import ScoreTransform
 from common.tracking import read_metrics
 from rlhf import training
+from rlhf.config import PPOData, PPOParams, PPORunConfig, RewardSettings
 from rlhf.critic_start import start_critic
+from rlhf.inputs import read_prompts
 from rlhf.ppo.metrics import METRICS
 from rlhf.ppo.models import with_value_head
 from rlhf.ppo.rollout import _Decoder
@@ -112,7 +114,12 @@ def test_two_steps_end_to_end(run: Any, tmp_path: Path, policy_dir: Path, capsys
     assert (folder / "curves.png").stat().st_size > 1000
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["monitor"] == "eval/penalised_score" and summary["steps"] == 2
-    assert "14 train, 4 evaluation rows; 2 PPO steps of 8 answers" in capsys.readouterr().out  # the repeated question counts once
+    printed = capsys.readouterr()
+    assert "14 train, 4 evaluation rows; 2 PPO steps of 8 answers" in printed.out  # the repeated question counts once
+    first, *later = [line for line in printed.err.splitlines() if "eval/penalised_score" in line]
+    assert first.startswith("step 0: eval/penalised_score ") and first.endswith("(the start)")
+    assert all(name in first for name in ("eval/kl ", "eval/eos_rate ", "eval/length "))
+    assert later[0].startswith("step 1: ") and "(best so far" in later[0] and later[1].startswith("step 2: ")
 
 
 def test_34_two_runs_of_one_seed_are_alike_and_evaluation_is_fixed(run: Any) -> None:
@@ -292,7 +299,35 @@ def test_texts_too_long_for_a_judge_are_foretold_and_counted(
     assert len(cuts) == 2 and all(8 <= cut <= 16 for cut in cuts)
 
 
-def test_a_signal_saves_and_leaves_with_its_code(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_column_that_no_row_has_is_missed_before_anything_is_loaded(run: Any, tmp_path: Path) -> None:
+    source = tmp_path / "rewards.py"
+    source.write_text("def by_score(responses, Score):\n    return Score\n\ndef by_topic(responses, topic):\n    return topic\n")
+    for arguments in ((), ("--validate",)):
+        with pytest.raises(UserError, match=r"rewards\.py:by_score: asks for Score, there are topic, prompts, contexts, ended, responses"):
+            run(*arguments, reward_config={"pipeline": {"type": "function", "path": f"{source}:by_score"}})
+    assert not (tmp_path / "models").exists()
+    run("--validate", reward_config={"pipeline": {"type": "function", "path": f"{source}:by_topic"}})
+
+
+def test_a_column_that_some_rows_lack_is_none_there(tmp_path: Path) -> None:
+    rows = [{"prompt": "a?", "topic": 1}, {"prompt": "b?"}]
+    (tmp_path / "prompts.json").write_text(json.dumps({"train": rows, "val": rows}))
+    data = PPOData(data_file_path=str(tmp_path / "prompts.json"))
+    config = PPORunConfig(data_config=data, ppo_config=PPOParams(model_name="m"), reward_config=RewardSettings(reward_model_name="r"))
+    assert [record.columns["topic"] for record in read_prompts(config).train] == [1, None]
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_directory(run: Any, tmp_path: Path) -> None:
+    source = tmp_path / "rewards.py"
+    source.write_text("def reward(responses):\n    raise RuntimeError('no')\n")
+    with pytest.raises(UserError, match="RuntimeError: no"):
+        run(reward_config={"pipeline": {"type": "function", "path": f"{source}:reward"}})
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_signal_saves_and_leaves_with_its_code(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from rlhf.ppo.trainer import PPOTrainer
 
     original = PPOTrainer.step
@@ -308,6 +343,7 @@ def test_a_signal_saves_and_leaves_with_its_code(run: Any, tmp_path: Path, monke
     [folder] = (tmp_path / "models").glob("desc-*")
     assert verify_directory(folder / "last") == [] and (folder / "last").resolve().name == "step-000001"
     assert not (tmp_path / "models" / "latest").exists()
+    assert f"to go on: ppo_config.model_name={folder / 'checkpoints' / 'step-000001'} starts a new run" in capsys.readouterr().err
 
 
 def test_35_prompt_and_answer_must_fit_the_positions(run: Any, tmp_path: Path) -> None:

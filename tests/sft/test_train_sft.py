@@ -136,6 +136,21 @@ def test_validate_reads_everything_and_makes_nothing(tmp_path: Path, capsys: pyt
     assert not (tmp_path / "models").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.max_length=5000", "exceeds the 64 positions"),
+        ("data.max_length=5", "expected at least 7"),
+        ("model_init.config.num_head=4", "did you mean num_heads"),
+        ("model_init.model_type=gpt9", "got gpt9"),
+    ],
+)
+def test_validate_refuses_what_training_would(tmp_path: Path, override: str, message: str) -> None:
+    path = config(tmp_path, model_init={"vocab_size": 280, "config": {"hidden_size": 16, "max_position_embeddings": 64}})
+    with pytest.raises(UserError, match=message):
+        main(["--config_file", str(path), override, "--validate"])
+
+
 @pytest.mark.parametrize("model_type", ["opt", "t5"])
 def test_packing_is_refused_where_rows_would_see_each_other(tmp_path: Path, model_type: str) -> None:
     small = {"opt": {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "word_embed_proj_dim": 16}}
