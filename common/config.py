@@ -9,6 +9,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from common.command_line import Parser
-from common.config_keys import apply_override, rename_old_keys
+from common.config_keys import apply_override, check_script, rename_old_keys
 from common.config_report import problem_lines
 from common.config_secrets import KEY_VARIABLE, move_to_environment, take_key_out, without_secrets
 from common.config_yaml import MarkedData, read_marked_yaml
@@ -70,6 +71,8 @@ def parse_command_line(
     if resumable:
         _tell_resume_from_override(options)
     path = _config_file(options.config or [])
+    if not path.exists():
+        raise UserError(_no_such_config(path, stage_dir))
     config, notes = _load(schema, path, options.overrides, stage_dir)
     resume = getattr(options, "resume", None)
     trainer = getattr(config, "trainer", None)
@@ -93,6 +96,18 @@ def _config_file(names: Sequence[str]) -> Path:
     if len(different) > 1:
         raise UserError(f"command line: --config, --config_file and --config_path are one option, got {' and '.join(different)}")
     return Path(different[0])
+
+
+def _no_such_config(path: Path, stage_dir: Path) -> str:
+    """What to say of a missing file: the stage's own of that name, else what configs the stage has."""
+    configs = sorted((stage_dir / "configs").glob("*.yaml"))
+    named = [config for config in configs if config.name == path.name]
+    if named:
+        hint = f"; did you mean {os.path.relpath(named[0])}?"
+    else:
+        names = ", ".join(config.name for config in configs)
+        hint = f" (looked for {path.absolute()})" + (f"; {os.path.relpath(configs[0].parent)} holds {names}" if configs else "")
+    return f"{path}: no such config file{hint}"
 
 
 def _tell_resume_from_override(options: argparse.Namespace) -> None:
@@ -122,6 +137,7 @@ def resolved_dict(config: BaseModel) -> dict[str, Any]:
 def _load(schema: type[C], path: Path, overrides: Sequence[str], base_dir: Path) -> tuple[C, list[str]]:
     """The config and notes about it; relative paths count from `base_dir`, those in overrides from the working directory."""
     marked = read_marked_yaml(path, str(path))
+    check_script(marked.data, schema, marked.source)
     notes: list[str] = []
     unusable: list[str] = []
     rename_old_keys(marked, schema, notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -23,6 +24,13 @@ ALIASES = {
 }
 # Old and new name of these may stand together as long as they agree.
 MAY_AGREE = frozenset({"forward_batch_size"})
+
+# Sections and keys that tell a script's configs from those of others.
+SIGNS: dict[str, frozenset[str]] = {
+    "sft/train_sft.py or of a train_reward.py": frozenset({"model_init", "model_params", "trainer"}),
+    "rlhf/train_ppo.py": frozenset({"data_config", "freeze_config", "generation_config", "ppo_config", "reward_config", "save_config"}),
+    "a test script": frozenset({"cuda", "generate_params", "test_params"}),
+}
 
 # Keys that once meant something: section -> key -> what replaces it. They are accepted, without effect, with this note.
 OBSOLETE: dict[str, dict[str, str]] = {
@@ -47,6 +55,18 @@ OBSOLETE: dict[str, dict[str, str]] = {
         "push_to_hub_if_best_kwargs": "hf_hub_name names the repository",
     },
 }
+
+
+def check_script(data: Mapping[str, Any], schema: type[BaseModel], shown: str) -> None:
+    """Refuse a file with more signs of another script's configs than of this one's: one line instead of one for every key."""
+    own = {key for keys in SIGNS.values() for key in keys & schema.model_fields.keys()} & data.keys()
+    foreign = {script: (keys - schema.model_fields.keys()) & data.keys() for script, keys in SIGNS.items()}
+    script, found = max(foreign.items(), key=lambda item: len(item[1]))
+    if len(found) > len(own):
+        signs = " and ".join(sorted(found)[:2])
+        raise UserError(
+            f"{shown}: looks like a config of {script} (it has {signs}): give it to that script, or this one a config of its own"
+        )
 
 
 def rename_old_keys(marked: MarkedData, schema: type[BaseModel], notes: list[str], path: KeyPath = ()) -> None:

@@ -20,6 +20,7 @@ from common.schema import KeyedProblems
 from common.schema_types import KeyPath, choices_of, dotted, section_of, type_at, type_words, walk_fields
 
 _SHOWN_CHARACTERS = 60
+_SHOWN_NAMES = 5
 _BOOLEAN_WORDS = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}
 
 
@@ -163,6 +164,9 @@ def _unknown(path: KeyPath, schema: type[BaseModel]) -> tuple[str, str | None]:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     if close:
         return f"unknown key; did you mean {known[close[0]]}?", close[0]
+    if len(names) > _SHOWN_NAMES:
+        near = difflib.get_close_matches(key, names, n=_SHOWN_NAMES, cutoff=0)
+        return f"unknown key; the nearest of the {len(names)} known ones: {', '.join(near)}", None
     return f"unknown key; expected one of {', '.join(names)}", None
 
 

@@ -77,9 +77,7 @@ def read_marked_yaml(path: Path, shown: str) -> MarkedData:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        near = sorted(found.name for found in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f"; {path.parent} holds {', '.join(near)}" if near else f" (looked for {path.absolute()})"
-        raise UserError(f"{shown}: no such config file{hint}") from None
+        raise UserError(f"{shown}: no such config file (looked for {path.absolute()})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{shown}: not UTF-8 at byte {error.start}") from None
     except OSError as error:

@@ -293,7 +293,8 @@ class TrainingSettings(RunSettings):
     @model_validator(mode="after")
     def _one_model(self) -> Self:
         if (self.model_name is None) == (self.model_init is None):
-            raise ValueError("exactly one of model_name and model_init is needed")
+            mend = "to start from model_name, remove model_init (or add model_init=null)" if self.model_name else "neither is there"
+            raise ValueError(f"exactly one of model_name and model_init is needed; {mend}")
         return self
 
     @model_validator(mode="after")

@@ -180,7 +180,8 @@ class RewardSettings(Section):
     @model_validator(mode="after")
     def _one_source(self) -> RewardSettings:
         if (self.reward_model_name is None) == (self.pipeline is None):
-            raise ValueError("exactly one of reward_model_name and pipeline is needed")
+            both = "to use the pipeline, remove reward_model_name (or add reward_config.reward_model_name=null)"
+            raise ValueError(f"exactly one of reward_model_name and pipeline is needed; {both if self.pipeline else 'neither is there'}")
         if self.pipeline is not None and "weight" in self.pipeline.model_fields_set:
             raise ValueError("weight has no effect on the whole pipeline; members of a sum have weights")
         return self

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.config import Invocation, load_config, parse_command_line, resolved_dict
+from common.config_keys import SIGNS
 from common.errors import UserError
 from common.evaluation.config import GenerationTestConfig
 from common.lightning_arguments import ARGUMENTS, STAGE_OWNED_ARGUMENTS, lightning_argument_problems
@@ -134,7 +135,7 @@ def test_deep_nesting_and_alias_bombs_are_one_line(stage: Path) -> None:
 def test_keys_with_line_breaks_stay_on_one_line(stage: Path) -> None:
     assert problems(SFTConfig, stage, SFT + '"a\\nb": 1\n', 'wandb."c\nd"=1') == [
         "override 'wandb.\"c\\nd\"': 'wandb.c\\nd': unknown key; expected one of api, args, project_name, mode, log_model",
-        f"C:4: 'a\\nb': unknown key; expected one of {', '.join(SFTConfig.model_fields)}",
+        f"C:4: 'a\\nb': unknown key; the nearest of the {len(SFTConfig.model_fields)} known ones: wandb, data, trainer, model_name, evaluation",
     ]
 
 
@@ -170,14 +171,32 @@ def test_any_bytes_give_a_config_or_lines(text: str | bytes, overrides: list[str
 
 def test_missing_config_names_its_neighbours(stage: Path) -> None:
     write(stage, SFT)
-    with pytest.raises(UserError, match=r"configs/other.yaml: no such config file; .*configs holds c.yaml"):
+    with pytest.raises(UserError, match=r"configs/other.yaml: no such config file \(looked for .*\); \.\./stage/configs holds c.yaml$"):
         parse_command_line(SFTConfig, stage, ["--config", str(stage / "configs/other.yaml")], description="")
+    Path("unrelated.yaml").touch()  # a file of the working directory is no config of the stage
+    with pytest.raises(UserError, match=r"^x.yaml: no such config file \(looked for .*/here/x.yaml\); \.\./stage/configs holds c.yaml$"):
+        parse_command_line(SFTConfig, stage, ["--config", "x.yaml"], description="")
+    with pytest.raises(UserError, match=r"^configs/c.yaml: no such config file; did you mean \.\./stage/configs/c.yaml\?$"):
+        parse_command_line(SFTConfig, stage, ["--config", "configs/c.yaml"], description="")
     with pytest.raises(UserError, match=r"^nowhere/x.yaml: no such config file \(looked for .*/here/nowhere/x.yaml\)"):
         parse_command_line(SFTConfig, stage, ["--config", "nowhere/x.yaml"], description="")
     with pytest.raises(UserError, match=r"is a directory, expected a YAML file"):
         parse_command_line(SFTConfig, stage, ["--config", str(stage)], description="")
     with pytest.raises(UserError, match=r"^command line: --config FILE is missing"):
         parse_command_line(SFTConfig, stage, ["seed=1"], description="")
+
+
+def test_signs_of_scripts_are_keys_of_their_schemas_alone() -> None:
+    schemas = {
+        "sft/train_sft.py or of a train_reward.py": (SFTConfig, ClassificationConfig, RegressionConfig),
+        "rlhf/train_ppo.py": (PPORunConfig,),
+        "a test script": (GenerationTestConfig, RewardTestConfig),
+    }
+    assert schemas.keys() == SIGNS.keys()
+    for script, keys in SIGNS.items():
+        own = {name for schema in schemas[script] for name in schema.model_fields}
+        others = {name for other, found in schemas.items() if other != script for schema in found for name in schema.model_fields}
+        assert keys <= own and not keys & others
 
 
 @pytest.mark.parametrize("option", ["--config", "--config_file", "--config_path"])
