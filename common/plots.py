@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.tracking import STEP, TIME, better, read_metrics
+from common.tracking import METRICS_CSV, STEP, TIME, better, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,10 +16,20 @@ if TYPE_CHECKING:
 CURVES_FILE = "curves.png"
 COLUMNS = 3
 PANEL_INCHES = (4.2, 2.6)
+NOTE_WIDTH = 75  # characters below a panel
 SMOOTH_FROM = 20  # points from which a smoothed curve helps more than it hides
 COLOURS = {"train": "#4c72b0", "val": "#c44e52", "eval": "#c44e52"}
 OTHER_COLOUR = "#55a868"
-# Panels shared by training and evaluation come first, then these prefixes, then others.
+MAX_PANELS = 12
+MAX_NAMED = 12  # constant metrics that the note names
+# The panels that tell most, by title (a metric, or what follows the slash where training and evaluation share a panel).
+IMPORTANCE = (
+    "loss", "score", "eval/penalised_score", "accuracy", "val/accuracy", "val/token_accuracy", "val/pair_accuracy", "val/spearman", "val/r2",
+    "eval/kl", "objective/kl", "eos_rate", "val/eos_rate", "eval/length", "ppo/policy/entropy", "ppo/policy/clipfrac", "ppo/policy/approxkl",
+    "ppo/val/explained_variance", "ppo/loss/value", "val/bleu", "val/rougeL_fmeasure", "margin", "val/margin", "val/mae", "eval/distinct_share",
+    "train/grad_norm", "train/lr", "ppo/learning_rate", "objective/kl_coef", "val/score_mean",
+)  # fmt: skip
+# After those, panels shared by training and evaluation, then these prefixes, then others.
 PREFIX_ORDER = ("val", "eval", "objective", "reward", "ppo", "train")
 # Set by a schedule or controller: no noise to smooth away.
 EXACT = ("lr", "kl_coef")
@@ -32,14 +43,17 @@ def plot_curves(run_dir: Path, *, title: str | None = None) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = group_panels(read_series(run_dir))
-    if not panels:
+    everything = group_panels(read_series(run_dir))
+    if not everything:
         raise ValueError(f"{run_dir}: no metrics to draw")
+    panels, note = choose_panels(everything)
     columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title or f"{run_dir.parent.name}/{run_dir.name}", fontsize=11)
+    if note:
+        figure.supxlabel("\n".join(textwrap.wrap(note, NOTE_WIDTH * columns)), fontsize=7, color="#555555", x=0.01, ha="left")
     last_step = max(series[-1][0] for panel in panels.values() for series in panel.values())
     for number, (name, panel) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, number)
@@ -68,15 +82,47 @@ def group_panels(series: dict[str, Series]) -> dict[str, dict[str, Series]]:
         prefix, _, rest = name.partition("/")
         return prefix in COLOURS and sum(f"{other}/{rest}" in series for other in COLOURS) > 1
 
-    def order(name: str) -> tuple[bool, int, bool, str]:
+    def title(name: str) -> str:
+        return name.partition("/")[2] if shared(name) else name
+
+    def order(name: str) -> tuple[int, bool, int, bool, str]:
         prefix = name.split("/")[0]
         rank = PREFIX_ORDER.index(prefix) if prefix in PREFIX_ORDER and not shared(name) else len(PREFIX_ORDER)
-        return not shared(name), rank, not name.endswith("/loss"), name
+        importance = IMPORTANCE.index(title(name)) if title(name) in IMPORTANCE else len(IMPORTANCE)
+        return importance, not shared(name), rank, not name.endswith("/loss"), name
 
     panels: dict[str, dict[str, Series]] = {}
     for name in sorted((name for name in series if name.split("/")[0] not in HIDDEN_PREFIXES and name != "train/epoch"), key=order):
-        panels.setdefault(name.partition("/")[2] if shared(name) else name, {})[name] = series[name]
+        panels.setdefault(title(name), {})[name] = series[name]
     return panels
+
+
+def choose_panels(panels: dict[str, dict[str, Series]]) -> tuple[dict[str, dict[str, Series]], str]:
+    """The first `MAX_PANELS` that show a change and not the same curve again, and a note on what is left out."""
+    chosen: dict[str, dict[str, Series]] = {}
+    constant: list[str] = []
+    drawn: set[tuple[tuple[int, str], ...]] = set()
+    left_out = 0
+    for title, panel in panels.items():
+        curves = {tuple((step, f"{value:.5g}") for step, value in points) for points in panel.values()}
+        if all(len(curve) > 1 and len({value for _, value in curve}) == 1 for curve in curves):
+            constant += [f"{name} {points[0][1]:.4g}" for name, points in panel.items()]
+        elif curves <= drawn:
+            continue
+        elif len(chosen) == MAX_PANELS:
+            left_out += 1
+        else:
+            chosen[title] = panel
+            drawn |= curves
+    if not chosen:  # nothing changed at all: better a flat picture than none
+        return dict(list(panels.items())[:MAX_PANELS]), ""
+    notes = []
+    if constant:
+        more = len(constant) - MAX_NAMED
+        notes.append(f"constant, not drawn: {', '.join(constant[:MAX_NAMED])}{f' and {more} more' if more > 0 else ''}")
+    if left_out:
+        notes.append(f"{left_out} further metrics are in {METRICS_CSV}")
+    return chosen, "; ".join(notes)
 
 
 def smoothed(values: Sequence[float], span: float) -> list[float]:

@@ -39,7 +39,7 @@ EVALUATION_PREFIXES = frozenset({"val", "eval", "test"})
 # Whether less or more of a metric is better, by the end of its name; what matches nothing has no best value.
 _BETTER: tuple[tuple[str, Best], ...] = (
     (r"(loss|perplexity|mse|mae)$", "min"),
-    (r"(accuracy\w*|bleu|rouge\w+_fmeasure|pearson|spearman|r2|margin|score|score_mean|mean_score|eos_rate)$", "max"),
+    (r"(accuracy\w*|bleu|rouge\w+_fmeasure|pearson|spearman|r2|margin|score|eos_rate)$", "max"),
 )
 
 

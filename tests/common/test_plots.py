@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.plots import group_panels, plot_curves, read_series, smoothed
+from common.plots import MAX_PANELS, Series, choose_panels, group_panels, plot_curves, read_series, smoothed
 
 
 def write(run: Path, lines: list[dict[str, float | None]]) -> None:
@@ -25,10 +25,23 @@ def test_train_and_validation_share_a_panel_and_machine_figures_have_none() -> N
         ("loss", ["train/loss", "val/loss"]),
         ("val/accuracy", ["val/accuracy"]),
         ("objective/kl", ["objective/kl"]),
-        ("ppo/loss", ["ppo/loss"]),
         ("train/lr", ["train/lr"]),
+        ("ppo/loss", ["ppo/loss"]),
         ("other", ["other"]),
     ]
+
+
+def test_the_picture_leaves_out_what_is_constant_twice_the_same_or_beyond_the_cap() -> None:
+    def changing(number: int) -> Series:
+        return [(1, float(number)), (2, number + 1.5)]
+
+    series = {f"ppo/x{number:02}": changing(number) for number in range(MAX_PANELS)}
+    series |= {"eval/kl": changing(50), "ppo/same": [(1, 50.0000001), (2, 51.5)], "ppo/flat": [(1, 2.0), (2, 2.0)], "ppo/one": [(1, 2.0)]}
+    panels, note = choose_panels(group_panels(series))
+    assert list(panels) == ["eval/kl", "ppo/one", *(f"ppo/x{number:02}" for number in range(MAX_PANELS - 2))]
+    assert note == "constant, not drawn: ppo/flat 2; 2 further metrics are in metrics.csv"
+    flat, note = choose_panels(group_panels({"ppo/flat": series["ppo/flat"]}))
+    assert list(flat) == ["ppo/flat"] and note == ""
 
 
 def test_smoothing_by_hand() -> None:
@@ -40,7 +53,7 @@ def test_smoothing_by_hand() -> None:
 @pytest.mark.parametrize("points", [1, 40])
 def test_a_picture_is_drawn_beside_the_metrics(tmp_path: Path, points: int) -> None:
     lines: list[dict[str, float | None]] = [
-        {"step": step, "train/loss": 1.0 / step, "train/lr": 1e-5, "val/loss": 2.0 / step} for step in range(1, points + 1)
+        {"step": step, "train/loss": 1.0 / step, "train/lr": 1e-5 * step, "val/loss": 2.0 / step} for step in range(1, points + 1)
     ]
     write(tmp_path / "run", lines)
     path = plot_curves(tmp_path / "run")

@@ -95,7 +95,7 @@ def test_tables_become_one_object_per_row_in_a_file_that_stays_in_its_folder(tmp
         ("val/token_accuracy", "max"),
         ("val/accuracy_large_margin", "max"),
         ("val/rougeL_fmeasure", "max"),
-        ("eval/score_mean", "max"),
+        ("val/score_mean", None),
         ("train/loss", None),
         ("objective/score_mean", None),
         ("eval/kl", None),
