@@ -44,6 +44,8 @@ class Rollout:
     """(B, T) of the sampled tokens, 0 after the end."""
     values: Tensor | None
     """(B, T) of the value head, 0 after the end; None where the model has none."""
+    temperature: float = 1.0
+    """What the logits were divided by."""
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -100,6 +102,7 @@ def collect_rollout(
         ended=ended.tolist(),
         logprobs=logprobs[:, :width],
         values=values[:, :width] if head is not None else None,
+        temperature=params.temperature,
     )
 
 

@@ -154,6 +154,7 @@ class PPOTrainer:
     @torch.no_grad()
     def sampled_kl(self, rollout: Rollout, temperature: float = 1.0) -> list[float]:
         """KL of each answer (nats, k1 estimate) from the reference: sum over tokens of log p - log p_ref."""
+        self._switch_off_dropout()
         answers = gather_answers(rollout.queries, rollout.responses, self.policy.model.config, device=self.model.device)
         logprobs = self._kept_logprobs(answers, rollout)
         if logprobs is None:
@@ -200,9 +201,12 @@ class PPOTrainer:
         query_ids, response_ids = [_ids(query) for query in queries], [_ids(response) for response in responses]
         if sampled is not None and (sampled.queries, sampled.responses) != (query_ids, response_ids):
             raise ValueError("sampled holds other queries or responses than those given")
+        if sampled is not None and sampled.temperature != temperature:
+            raise ValueError(f"temperature {temperature} is not the {sampled.temperature} that the rollout was sampled at")
         masks = None if response_masks is None else [_ids(mask) for mask in response_masks]
         raw_scores = torch.tensor([float(score) for score in scores], dtype=torch.float32)
         self._check_batch(query_ids, response_ids, raw_scores, masks)
+        self._switch_off_dropout()
         if self.policy.encoder_decoder and sampled is None:  # a rollout of ours has no start token; a first token like it was sampled
             self._strip_start(response_ids, masks)
         answers = gather_answers(query_ids, response_ids, self.policy.model.config, response_masks=masks, device=self.model.device)
@@ -230,6 +234,12 @@ class PPOTrainer:
             if count != self.config.batch_size:
                 raise ValueError(f"{name}: got {count}, expected batch_size {self.config.batch_size} of them")
         self._refuse_rows("scores", ~torch.isfinite(scores))
+
+    def _switch_off_dropout(self) -> None:
+        """Eval mode for every model, whatever mode the caller left them in."""
+        for model in (self.model, self.ref_model, self.critic):
+            if model is not None:
+                model.eval()
 
     def _strip_start(self, responses: list[list[int]], masks: list[list[int]] | None) -> None:
         """transformers' `generate` puts the decoder's start token before an encoder-decoder's answer; it was not sampled."""
