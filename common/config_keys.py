@@ -27,9 +27,10 @@ MAY_AGREE = frozenset({"forward_batch_size"})
 
 # Sections and keys that tell a script's configs from those of others.
 SIGNS: dict[str, frozenset[str]] = {
-    "sft/train_sft.py or of a train_reward.py": frozenset({"model_init", "model_params", "trainer"}),
+    "sft/train_sft.py or a train_reward.py": frozenset({"model_init", "model_params", "trainer"}),
     "rlhf/train_ppo.py": frozenset({"data_config", "freeze_config", "generation_config", "ppo_config", "reward_config", "save_config"}),
-    "a test script": frozenset({"cuda", "generate_params", "test_params"}),
+    "sft/test_sft.py or rlhf/test_ppo.py": frozenset({"cuda", "generate_params", "test_params"}),
+    "a test_reward.py": frozenset({"cuda", "test_params"}),
 }
 
 # Keys that once meant something: section -> key -> what replaces it. They are accepted, without effect, with this note.
@@ -62,7 +63,7 @@ def check_script(data: Mapping[str, Any], schema: type[BaseModel], shown: str) -
     own = {key for keys in SIGNS.values() for key in keys & schema.model_fields.keys()} & data.keys()
     foreign = {script: (keys - schema.model_fields.keys()) & data.keys() for script, keys in SIGNS.items()}
     script, found = max(foreign.items(), key=lambda item: len(item[1]))
-    if len(found) > len(own):
+    if len(found) > len(own - SIGNS[script]):
         signs = " and ".join(sorted(found)[:2])
         raise UserError(
             f"{shown}: looks like a config of {script} (it has {signs}): give it to that script, or this one a config of its own"

@@ -24,10 +24,10 @@ MAX_PANELS = 12
 MAX_NAMED = 12  # constant metrics that the note names
 # The panels that tell most, by title (a metric, or what follows the slash where training and evaluation share a panel).
 IMPORTANCE = (
-    "loss", "score", "eval/penalised_score", "accuracy", "val/accuracy", "val/token_accuracy", "val/pair_accuracy", "val/spearman", "val/r2",
-    "eval/kl", "objective/kl", "eos_rate", "val/eos_rate", "eval/length", "ppo/policy/entropy", "ppo/policy/clipfrac", "ppo/policy/approxkl",
-    "ppo/val/explained_variance", "ppo/loss/value", "val/bleu", "val/rougeL_fmeasure", "margin", "val/margin", "val/mae", "eval/distinct_share",
-    "train/grad_norm", "train/lr", "ppo/learning_rate", "objective/kl_coef", "val/score_mean",
+    "loss", "score", "eval/penalised_score", "accuracy", "val/accuracy", "val/token_accuracy", "val/pair_accuracy", "val/spearman",
+    "val/r2", "eval/kl", "objective/kl", "eos_rate", "val/eos_rate", "eval/length", "ppo/policy/entropy", "ppo/policy/clipfrac",
+    "ppo/policy/approxkl", "ppo/val/explained_variance", "ppo/loss/value", "val/bleu", "val/rougeL_fmeasure", "margin", "val/margin",
+    "val/mae", "eval/distinct_share", "train/grad_norm", "train/lr", "ppo/learning_rate", "objective/kl_coef", "val/score_mean",
 )  # fmt: skip
 # After those, panels shared by training and evaluation, then these prefixes, then others.
 PREFIX_ORDER = ("val", "eval", "objective", "reward", "ppo", "train")
@@ -178,4 +178,6 @@ def _mark_best(axes: Axes, points: Series, direction: str, colour: str) -> None:
         ha="right" if at_the_right else "center",
         fontsize=7,
         color=colour,
+        bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},  # readable above other curves
+        zorder=6,
     )

@@ -45,6 +45,28 @@ def questions(lines: list[str]) -> list[str]:
     return [line for line in lines if line.startswith("> ")]
 
 
+def test_answers_are_greedy_unless_sampling_is_asked_for(
+    models: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = ask(monkeypatch, capsys, "What is it?\n", models[0])
+    assert plain[0] == f"{models[0]}: greedy answers"
+    assert ask(monkeypatch, capsys, "What is it?\n", models[0], "--greedy") == plain
+    sampled = ask(monkeypatch, capsys, "What is it?\n", models[0], "--temperature", "0.9")
+    assert sampled[0] == f"{models[0]}: sampled answers, temperature 0.9, top_p 1, seed 0"
+    assert sampled[1:] != plain[1:]
+
+
+def test_a_question_on_the_command_line_is_answered_alone(
+    models: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    piped = ask(monkeypatch, capsys, "What is it?\n", models[0])
+    assert ask(monkeypatch, capsys, "not read\n", models[0], "What is it?") == piped
+    assert ask(monkeypatch, capsys, "not read\n", models[0], "Why?")[1] == "> Why?"
+    assert ask(monkeypatch, capsys, "not read\n", models[0], "为什么")[1] == "> 为什么"
+    both = ask(monkeypatch, capsys, "not read\n", *models, "Why")
+    assert both[0].startswith(f"{models[0]} | {models[1]}: ") and both[1] == "> Why"
+
+
 def test_each_line_is_answered(models: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lines = ask(monkeypatch, capsys, "What is it?\n\n  Why? \n", models[0], "--greedy")
     assert questions(lines) == ["> What is it?", "> Why?"]
@@ -61,7 +83,7 @@ def test_two_models_answer_side_by_side(models: list[str], monkeypatch: pytest.M
     both = "\n".join(ask(monkeypatch, capsys, "What is the capital of France?\n", *models, "--greedy"))
     for number, model in enumerate(models, 1):
         alone = "\n".join(ask(monkeypatch, capsys, "What is the capital of France?\n", model, "--greedy"))
-        answer = alone.split("\n", 1)[1].removesuffix("\n")
+        answer = alone.split("\n", 2)[2].removesuffix("\n")
         assert f"\n{number}: {answer}" in both
     assert both.index("\n1: ") < both.index("\n2: ")
 
@@ -71,7 +93,7 @@ def test_sampling_depends_on_the_seed_alone(models: list[str], monkeypatch: pyte
     assert ask(monkeypatch, capsys, "What is it?\n", models[0], "--seed", "1") == first
     assert ask(monkeypatch, capsys, "What is it?\n", models[0], "--seed", "2") != first
     # the same question twice is sampled twice
-    lines = ask(monkeypatch, capsys, "What is it?\nWhat is it?\n", models[0])
+    lines = ask(monkeypatch, capsys, "What is it?\nWhat is it?\n", models[0], "--sample")
     text = "\n".join(lines)
     _, one, two = text.split("> What is it?\n")
     assert one.strip() != two.strip()
@@ -86,6 +108,8 @@ def test_sampling_depends_on_the_seed_alone(models: list[str], monkeypatch: pyte
         (["./nowhere"], "nowhere"),
         (["--prompt_format", "chat"], "chat"),
         (["--nonsense"], "command line"),
+        (["--greedy", "--top_p", "0.5"], "--greedy: excludes --top_p"),
+        (["a?", "b?", "c?"], "expected one or two models and at most one question, in quotes"),
     ],
 )
 def test_errors(models: list[str], monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str) -> None:
@@ -100,7 +124,7 @@ def test_the_script_in_a_pipe(models: list[str], root: Path) -> None:
         [sys.executable, script, models[0], "--greedy"], cwd=root / "sft", input="What?\n", capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("> What?\n")
+    assert result.stdout.startswith(f"{models[0]}: greedy answers\n> What?\n")
     failed = subprocess.run([sys.executable, script, "./nowhere"], cwd=root, input="", capture_output=True, text=True)
     assert failed.returncode == 2
     assert len(failed.stderr.splitlines()) == 1
