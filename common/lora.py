@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def add_lora(model: nn.Module, settings: LoraSettings, *, seed: int = 0) -> Any:
         bias="none",
         fan_in_fan_out=_is_conv1d(model),
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft asks transformers under a name that transformers is about to drop
+        warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config)

@@ -40,6 +40,14 @@ def idle_settings(config: PPORunConfig, steps: int) -> list[str]:
     return notes
 
 
+def repeated_prompts(config: PPORunConfig, prompts: int) -> list[str]:
+    """A line where a batch is larger than the set of prompts, so that it holds some of them more than once."""
+    batch = config.ppo_config.batch_size
+    if batch <= prompts:
+        return []
+    return [f"ppo_config.batch_size {batch} exceeds the {prompts} training prompts: within a batch prompts repeat, each with other answers"]
+
+
 def lengths_beyond_a_judge(config: PPORunConfig, sources: Sources) -> list[str]:
     """A line for each reward model with the policy's vocabulary that reads fewer tokens than a prompt and its answer may have.
 

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 from common.config import parse_command_line
 from common.errors import run_main
+from common.model_source import ModelSource
 from common.records import ScoreRecord, question_key
 from reward_model.config import RewardTestConfig
 from reward_model.inputs import breakdown_values, prompt_length, read_test_data, tested_model
@@ -39,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
     records: list[ScoreRecord] = splits.split(config.data.split)
     values = breakdown_values(records, config.test_params.breakdown_by)
     title = f"{tested_model(config)}: {len(records)} answers, {config.data.split} split of {config.data.data_dir}"
-    print("\n".join(splits.notes), end="\n" if splits.notes else "")
+    for note in [*splits.notes, *order_alone(source)]:
+        print(f"note: {note}")
     if not splits.train:
         print("no train split: the baseline is the mean of the scored split itself, which no model could have known")
     if invocation.validate_only:
@@ -65,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
         )
         for record, row, row_values in zip(records, log.rows, values, strict=True)
     ]
+    title = "\n".join([title, *(f"note: {note}" for note in order_alone(source))])
     known = splits.train or records
     train_mean = sum(record.score for record in known) / len(known)
     differences = evaluation.invariance(scorer, [(record.prompt, record.answer) for record in records], config.seed)
@@ -87,6 +90,16 @@ def scored_rows(scorer: RewardScorer, records: Sequence[ScoreRecord]) -> list[di
             "mse": (predicted - record.score) ** 2,
         }
         for record, predicted in zip(records, predictions, strict=True)
+    ]
+
+
+def order_alone(source: ModelSource) -> list[str]:
+    """A line on what to look at where the model never saw a score."""
+    if source.manifest is None or source.manifest.stage != "reward_classification":
+        return []
+    return [
+        "this model was trained on pairs (reward_classification): its scores order answers, on a scale of their own, so errors, R2 and "
+        "calibration say nothing about it; look at pair accuracy and Spearman"
     ]
 
 

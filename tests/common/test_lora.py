@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ def trained(model: Any) -> Any:
             if "lora_B" in name:
                 parameter.normal_(std=0.1, generator=generator)
     return model.eval()
+
+
+def test_adding_an_adapter_warns_of_nothing(tokenizer: Any) -> None:
+    model = build("gpt_neo", tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_lora(model, LoraSettings(r=2))
 
 
 @pytest.mark.parametrize("model_type", SIZES)

@@ -84,6 +84,17 @@ def test_the_csv_holds_the_scores_and_the_summary_the_figures(
     assert out.count("test split of") == 1  # the title
 
 
+def test_a_pair_model_tested_on_scores_is_known_as_such(evaluate, write_data, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate("pair")
+    write_data("score")
+    capsys.readouterr()
+    evaluate("score", "--validate")
+    assert "note: this model was trained on pairs (reward_classification)" in capsys.readouterr().out
+    evaluate("score")
+    report = capsys.readouterr().out.rpartition("answers scored")[2]
+    assert report.index("note: this model was trained on pairs") < report.index("can it be trusted?")
+
+
 @pytest.mark.parametrize("kind", ["pair", "score"])
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(kind: str, evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
     path = evaluate(kind)
