@@ -24,6 +24,7 @@ from common.config_report import problem_lines
 from common.config_secrets import KEY_VARIABLE, move_to_environment, take_key_out, without_secrets
 from common.config_yaml import MarkedData, read_marked_yaml
 from common.errors import UserError
+from common.notes import begin_notes, say
 from common.schema import Section
 from common.schema_types import KeyPath, dotted, section_of
 
@@ -44,8 +45,9 @@ class Invocation(Generic[C]):
 
     def print_notes(self) -> None:
         """Say which keys were read under old names or have no effect any more, and what relative paths stand for."""
+        begin_notes()
         for note in self.notes:
-            print(f"note: {note}")
+            say(note)
 
 
 def parse_command_line(

@@ -1,5 +1,6 @@
 """Convert a data file between the accepted formats: `python -m common.convert IN OUT --to FORMAT`.
 
+Scored answers become preference pairs, too (`common/pairing.py`), and the chosen answers of pairs rows for SFT.
 IN is whatever a stage reads: a file, a folder of splits, or `hf:NAME[:config]`. OUT is JSON with splits (`.json`) or JSON Lines of one
 split (`.jsonl`), gzipped where its name ends in `.gz`. What FORMAT cannot hold is dropped and said; a row that would not read back
 the same is an error. Nothing is written until everything fits, and then all at once.
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import os
 import sys
 import tempfile
@@ -22,8 +24,9 @@ from typing import Any
 from common.command_line import Parser
 from common.errors import UserError, run_main
 from common.json_rows import SPLITS, SplitName
+from common.pairing import Pairing, pairs_of
+from common.problem_lines import RowFault, fault_lines, raise_problems
 from common.records import (
-    MAX_PROBLEMS,
     PairRecord,
     Prompt,
     PromptRecord,
@@ -39,10 +42,10 @@ from common.row_parser import read_row
 from common.transcripts import render_transcript
 
 TARGETS: dict[str, RowFormat] = {form.name: form for form in FORMATS if not form.name.endswith("_only")}
-# What rows of a kind hold enough for; the better answer of a pair can be imitated.
+# What rows of a kind hold enough for: scores order the answers to a question, and the better answer of a pair can be imitated.
 CAN_BECOME: dict[RecordKind, tuple[RecordKind, ...]] = {
     "sft": ("sft", "prompt"),
-    "score": ("score", "sft", "prompt"),
+    "score": ("score", "pair", "sft", "prompt"),
     "pair": ("pair", "sft", "prompt"),
     "prompt": ("prompt",),
 }
@@ -57,6 +60,8 @@ def main(argv: Sequence[str]) -> int:
     form = TARGETS[options.to]
     columns = dict(_renaming(text) for text in options.columns)
     kind = source_kind(options.source, columns)
+    makes_pairs = kind == "score" and form.kind == "pair"
+    pairing = _pairing(options, makes_pairs)
     if form.kind not in CAN_BECOME[kind]:
         fitting = ", ".join(name for name, target in TARGETS.items() if target.kind in CAN_BECOME[kind])
         raise UserError(
@@ -68,20 +73,49 @@ def main(argv: Sequence[str]) -> int:
         columns=columns,
         validation_split_percentage=0.0,
         require=(options.split,) if options.split else (),
-        unusable_rows="drop" if options.drop_unusable else "error",
+        unusable_rows=options.unusable_rows,
+        drop_setting="--unusable_rows drop",
     )
     chosen: list[SplitName] = [options.split] if options.split else [name for name in SPLITS if splits.split(name)]
     if _is_lines(destination) and len(chosen) > 1:
         raise UserError(f"{destination}: JSON Lines hold one split, got {', '.join(chosen)}; choose one with --split, or write .json")
     dropped: Counter[str] = Counter()
-    rows = {name: convert(splits.split(name), form, dropped) for name in chosen}
+    left_out: Counter[str] = Counter()
+    records: dict[SplitName, Sequence[Record]] = {name: splits.split(name) for name in chosen}
+    if makes_pairs:
+        records = {name: pairs_of(splits.split(name), pairing, dropped, left_out) for name in chosen}
+        if not any(records.values()):
+            why = ", ".join(f"{what} ({count:,})" for what, count in left_out.items())
+            raise UserError(f"{options.source}: no question gives a pair: {why}")
+        count = sum(len(pair.rejected) for part in records.values() for pair in part if isinstance(pair, PairRecord))
+        print(f"{_count(count, 'pair')} of chosen and rejected answers from {_count(dropped['score'], 'question')} with a pair")
+    rows = {name: convert(records[name], form, dropped) for name in chosen}
     _write(destination, rows)
     for note in splits.notes:
         print(note)
     for what, count in sorted(dropped.items()):
-        print(f"dropped, since {form.name} cannot hold it: {what} ({count} rows)")
+        print(f"dropped, since {form.name} cannot hold it: {what} ({_count(count, 'question' if makes_pairs else 'row')})")
+    for what, count in left_out.items():
+        print(f"left out: {_count(count, 'question')} with {what}")
     print(f"{destination}: " + ", ".join(f"{name} {len(rows[name])}" for name in chosen) + f" rows as {form.name}")
     return 0
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _pairing(options: argparse.Namespace, makes_pairs: bool) -> Pairing:
+    """Which pairs are asked for. Raises UserError where a setting of theirs has no effect."""
+    if options.min_gap is not None and not (options.min_gap >= 0 and math.isfinite(options.min_gap)):
+        raise UserError(f"--min_gap: got {options.min_gap:g}, expected a number of at least 0")
+    given = {"--pairs": options.pairs, "--min_gap": options.min_gap, "--margin": options.margin or None}
+    idle = [name for name, value in given.items() if value is not None]
+    if idle and not makes_pairs:
+        raise UserError(
+            f"{', '.join(idle)}: no effect here, it belongs to making pairs of scored answers (rows with a Score to a pair format)"
+        )
+    return Pairing(options.pairs or "best", options.min_gap or 0.0, options.margin)
 
 
 def convert(records: Sequence[Record], form: RowFormat, dropped: Counter[str]) -> list[dict[str, Any]]:
@@ -90,16 +124,14 @@ def convert(records: Sequence[Record], form: RowFormat, dropped: Counter[str]) -
     Raises UserError, a line per row, where a row lacks what the format needs or would not read back the same.
     """
     rows: list[dict[str, Any]] = []
-    problems: list[str] = []
+    faults: list[RowFault] = []
     for record in records:
         try:
             for part in _fitting(record, form, dropped):
                 rows.append(_row(part, form))
         except UserError as error:
-            problems.extend(error.problems)
-    if problems:
-        more = len(problems) - MAX_PROBLEMS
-        raise UserError(*problems[:MAX_PROBLEMS], *([f"... and {more} more problems"] if more > 0 else []))
+            faults.extend(RowFault.at(record.where, problem) for problem in error.problems)
+    raise_problems(fault_lines(faults))
     return rows
 
 
@@ -141,7 +173,7 @@ def _answer_parts(record: Record) -> list[str]:
 
 
 def _row(record: Record, form: RowFormat) -> dict[str, Any]:
-    """The row that reads back as this record."""
+    """The row that reads back as this record. Raises UserError, without the row's place, where there is none."""
     row: dict[str, Any] = {}
     prompt = record.prompt
     is_dialogue = bool(prompt.history)
@@ -172,7 +204,7 @@ def _row(record: Record, form: RowFormat) -> dict[str, Any]:
     back, problems = read_row(form, form.kind, row, record.where)
     if back != record:
         reason = "; ".join([*problems.errors, *problems.unusable]) or _difference(record, back)
-        raise UserError(f"{record.where}: cannot be written as {form.name} so that it reads back the same: {reason}")
+        raise UserError(f"cannot be written as {form.name} so that it reads back the same: {reason}")
     return row
 
 
@@ -242,19 +274,42 @@ def _renaming(text: str) -> tuple[str, str]:
     return ours, theirs
 
 
+def _names(kinds: Sequence[RecordKind]) -> list[str]:
+    return [name for kind in kinds for name, form in TARGETS.items() if form.kind == kind]
+
+
 def _parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name:<17} {', '.join(form.required)}" for name, form in TARGETS.items())
+    directions = "\n".join(f"  {', '.join(_names([kind]))} -> {', '.join(_names(CAN_BECOME[kind]))}" for kind in CAN_BECOME)
     parser = Parser(
         prog="python -m common.convert",
         description="Convert a data file between the accepted formats.",
-        epilog=f"formats and their keys (context goes with every question, margin with every pair):\n{listed}",
+        epilog=f"formats and their keys (context goes with every question, margin with every pair):\n{listed}\n\n"
+        f"what can be made of what:\n{directions}\n"
+        "of scores, pairs are made question by question; of pairs, the chosen answer is imitated by SFT",
     )
     parser.add_argument("source", metavar="IN", help="file, folder of splits, or hf:NAME[:config]; its format is recognised")
     parser.add_argument("destination", metavar="OUT", help=".json (splits) or .jsonl (one split), either with .gz")
     parser.add_argument("--to", required=True, choices=list(TARGETS), metavar="FORMAT", help=", ".join(TARGETS))
     parser.add_argument("--split", choices=SPLITS, help="only this split; default: all of them")
     parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="rename columns of IN")
-    parser.add_argument("--drop_unusable", action="store_true", help="drop and count rows with empty texts or chosen equal to rejected")
+    parser.add_argument(
+        "--unusable_rows",
+        choices=("error", "drop"),
+        default="error",
+        help="refuse rows with empty texts or chosen equal to rejected (default), or drop and count them",
+    )
+    parser.add_argument(
+        "--pairs",
+        choices=("best", "all"),
+        help="scores to pairs: the best answer of a question against each worse one (default), or every answer against each worse one",
+    )
+    parser.add_argument("--min_gap", type=float, metavar="G", help="scores to pairs: the least difference of scores; default: any")
+    parser.add_argument(
+        "--margin",
+        action="store_true",
+        help="scores to pairs: write the difference as margin, by which the loss then wants the answers' scores to differ (default: none)",
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT")
     return parser
 

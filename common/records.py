@@ -1,7 +1,8 @@
 """Data files -> validated records in splits: the one door through which data enters a stage.
 
 `read_splits` reads a file, a folder of files named by split, or `hf:NAME[:config]`, checks every row, and reports all problems at once
-as `FILE: train row 3 (line 12): key: got, expected`. The formats are listed in `common/row_formats.py`.
+as `FILE: train row 3 (line 12): key: got, expected`, one line for all rows with the same problem. The formats are listed in
+`common/row_formats.py`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from common.errors import UserError
-from common.json_rows import SPLIT_ALIASES, SPLITS, RawRow, RawRows, SplitName, parse_file, readable, shown
+from common.json_rows import SPLIT_ALIASES, SPLITS, RawRow, RawRows, SplitName, parse_file, readable
+from common.problem_lines import RowFault, fault_lines, raise_problems
 from common.record_types import (
     PairRecord,
     Prompt,
@@ -25,8 +28,8 @@ from common.record_types import (
     normalise_question,
     question_key,
 )
-from common.row_formats import CONTEXT, KNOWN_KEYS, MARGIN, SUITS, RowFormat, RowReader
-from common.row_parser import read_row
+from common.row_formats import CONTEXT, KNOWN_KEYS, MARGIN, SUITS, RowFormat, RowReader, read_alike
+from common.row_parser import got, read_row
 from common.schema import RowSettings
 from common.splits import Splits, fingerprint, hold_out, overlap_notes
 
@@ -46,7 +49,7 @@ __all__ = [
     "source_kind",
 ]
 
-MAX_PROBLEMS = 20
+DROP_ROWS = "unusable_rows: drop"
 DATA_SUFFIXES = (".json", ".jsonl", ".gz", ".ndjson")
 
 
@@ -60,6 +63,7 @@ def read_splits(
     seed: int = 42,
     require: Sequence[SplitName] = ("train",),
     unusable_rows: Literal["error", "drop"] = "error",
+    drop_setting: str = DROP_ROWS,
 ) -> Splits[Any]:
     """Read, check and split a data file.
 
@@ -73,18 +77,19 @@ def read_splits(
         require: splits that must have rows.
         unusable_rows: what to do with a row whose types are right but that nothing can be learnt from (empty question or answer,
             chosen equal to rejected, a dialogue that does not fit): refuse it, or drop it and count it in the notes.
+        drop_setting: how the user asks for the latter, for the error message.
 
     Raises:
-        UserError: one line per problem, 20 at most and then their count.
+        UserError: one line per problem, 20 at most and then their count; faults of single rows before rows of another shape.
     """
     columns = dict(columns or {})
     _check_columns(columns)
-    reading = _Reading(kind, columns, unusable_rows == "drop")
+    reading = _Reading(kind, columns, unusable_rows == "drop", drop_setting)
     rows, named = reading.read_path(path)
     if validation_file is not None:
         others, others_named = reading.read_path(validation_file)
         chosen = others["val"] or ([] if others_named else others["train"])
-        if not chosen and not reading.problems:
+        if not chosen and not reading.all_problems():
             reading.problems.append(f"{validation_file}: validation_file: got no rows of a val split, expected some")
         if rows["val"]:
             reading.notes.append(f"{validation_file} takes the place of the {len(rows['val'])} val rows of {path}")
@@ -124,14 +129,13 @@ def _check_required(path: str, rows: Mapping[SplitName, list[Any]], named: bool,
 
 
 def source_kind(path: str, columns: Mapping[str, str] | None = None) -> RecordKind:
-    """What the rows of a file (judged by the first one) hold at most. Raises UserError where they are in no known format."""
+    """What all rows of a file hold at most. Raises UserError where they are in no known format; other faults are left to `read_splits`."""
     _check_columns(columns or {})
     reading = _Reading("prompt", dict(columns or {}), drop=True)
     reading.read_path(path)
-    reading.finish()
-    if reading.form is None:
-        raise UserError(f"{path}: got no rows, expected some")
-    return reading.form.kind
+    if not reading.forms:
+        raise_problems(reading.all_problems() or [f"{path}: got no rows, expected some"])
+    return min(reading.forms, key=lambda form: len(form.required)).kind
 
 
 # --- files -------------------------------------------------------------------------------------------------------------------------
@@ -144,9 +148,12 @@ class _Reading:
     kind: RecordKind
     columns: dict[str, str]
     drop: bool
+    drop_setting: str = DROP_ROWS
     problems: list[str] = field(default_factory=list)
+    faults: list[RowFault] = field(default_factory=list)
+    shape_faults: list[RowFault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    form: RowFormat | None = None
+    forms: list[RowFormat] = field(default_factory=list)
 
     def read_path(self, path: str) -> tuple[dict[SplitName, list[Any]], bool]:
         """The records of a file, folder or hub data set by split, and whether the source names its splits."""
@@ -191,7 +198,7 @@ class _Reading:
         by_split: dict[SplitName, Path] = {}
         others = []
         for file in files:
-            split = SPLIT_ALIASES.get(file.name.split(".")[0].lower())
+            split = SPLIT_ALIASES.get(Path(file.name.removesuffix(".gz")).stem.lower())
             if split is None:
                 others.append(file)
             elif split in by_split:
@@ -201,8 +208,8 @@ class _Reading:
         if not by_split and len(others) == 1:
             return [(None, others[0])]
         if not by_split:
-            got = ", ".join(file.name for file in others[:5]) or "no data file"
-            self.problems.append(f"{folder}: got {got}, expected a folder with train.json, val.json, test.json (or .jsonl, .gz)")
+            there = ", ".join(file.name for file in others[:5]) or "no data file"
+            self.problems.append(f"{folder}: got {there}, expected a folder with train.json, val.json, test.json (or .jsonl, .gz)")
         elif others:
             self.notes.append(f"{folder}: not read, since not named by a split: {', '.join(file.name for file in others)}")
         return [(split, by_split[split]) for split in SPLITS if split in by_split]
@@ -215,17 +222,16 @@ class _Reading:
         self.notes.extend(raw.notes)
         reader = RowReader(self.kind, self.columns)
         first: tuple[RowFormat, str] | None = None
-        alike: dict[str, list[str]] = {}
+        forms: list[RowFormat] = []
         dropped: list[str] = []
         checked: dict[tuple[str, ...], tuple[RowFormat | None, list[str]]] = {}
         for row in raw.rows:
-            where = f"{name}: {row.split} row {row.number}"
-            at = where if row.line is None else f"{where} (line {row.line})"
+            fault = partial(_fault, name, row)
             if not isinstance(row.value, dict):
-                self.problems.append(f"{at}: got {shown(row.value)}, expected an object with keys")
+                self.shape_faults.append(fault(f"got {got(row.value)}, expected an object with keys"))
                 continue
             if row.duplicates:
-                self.problems.extend(f"{at}: {readable(key)}: got this key twice, expected it once" for key in row.duplicates)
+                self.faults.extend(fault(f"{readable(key)}: got this key twice, expected it once") for key in row.duplicates)
                 continue
             value = reader.renamed(row.value)
             keys = tuple(row.value)
@@ -233,30 +239,27 @@ class _Reading:
                 checked[keys] = reader.check_keys(row.value, value)
             form, key_problems = checked[keys]
             if key_problems:
-                for problem in key_problems:
-                    alike.setdefault(problem, []).append(at)
+                self.shape_faults.extend(map(fault, key_problems))
                 continue
             assert form is not None
-            if first is None:
-                first = (form, f"{row.split} row {row.number}")
-            elif form is not first[0]:
-                got, expected = ("/".join(each.required) for each in (form, first[0]))
-                self.problems.append(f"{at}: keys: got {got}, expected {expected} as in {first[1]}: one file holds rows of one shape")
+            first = first or (form, f"{row.split} row {row.number}")
+            if not read_alike(form, first[0], self.kind):
+                seen, expected = ("/".join(each.required) for each in (form, first[0]))
+                text = f"keys: got {seen}, expected {expected} as in {first[1]}: one file holds rows of one shape"
+                self.shape_faults.append(fault(text))
                 continue
-            record, problems = read_row(form, self.kind, value, where)
-            self.problems.extend(f"{at}: {problem}" for problem in problems.errors)
+            if form not in forms:
+                forms.append(form)
+            record, problems = read_row(form, self.kind, value, f"{name}: {row.split} row {row.number}")
+            self.faults.extend(map(fault, problems.errors))
             if record is not None:
                 rows[row.split].append(record)
             elif not problems.errors:
                 if self.drop:
-                    dropped.append(f"{at}: {problems.unusable[0]}")
+                    dropped += fault_lines([fault(problems.unusable[0])])
                 else:
-                    self.problems.extend(f"{at}: {problem} (unusable_rows: drop leaves such rows out)" for problem in problems.unusable)
-        for problem, places in alike.items():
-            more = f" (and {len(places) - 1} more alike)" if len(places) > 1 else ""
-            self.problems.append(f"{places[0]}: {problem}{more}")
-        if first is not None and self.form is None:
-            self.form = first[0]
+                    self.faults.extend(fault(f"{problem} ({self.drop_setting} leaves such rows out)") for problem in problems.unusable)
+        self.forms += forms
         if raw.rows:
             seen_keys = {key for keys in checked for key in keys}
             for ours in (CONTEXT, *MARGIN):
@@ -264,14 +267,22 @@ class _Reading:
                     self.problems.append(f"{name}: {self.columns[ours]}: in no row, expected as columns.{ours} says")
         if dropped:
             self.notes.append(f"{name}: {len(dropped)} of {len(raw.rows)} rows dropped as unusable, the first being {dropped[0]}")
-        if first is not None and self.kind == "sft" and first[0].kind == "score":
-            self.notes.append(f"{name}: rows suit {SUITS['score']} too; SFT imitates every answer, whatever its {first[0].score}")
+        scored = next((form for form in forms if form.kind == "score"), None)
+        if scored is not None and self.kind == "sft":
+            beside = "some rows hold" if len(forms) > 1 else "rows hold"
+            self.notes.append(f"{name}: {beside} a {scored.score} ({SUITS['score']} learns from it); SFT imitates every answer alike")
+
+    def all_problems(self) -> list[str]:
+        """Files that cannot be read, faults of single rows, rows of another shape."""
+        return [*self.problems, *fault_lines(self.faults), *fault_lines(self.shape_faults)]
 
     def finish(self) -> None:
-        """Raise what was found, 20 lines at most."""
-        if self.problems:
-            more = len(self.problems) - MAX_PROBLEMS
-            raise UserError(*self.problems[:MAX_PROBLEMS], *([f"... and {more} more problems"] if more > 0 else []))
+        """Raise what was found."""
+        raise_problems(self.all_problems())
+
+
+def _fault(name: str, row: RawRow, problem: str) -> RowFault:
+    return RowFault(f"{name}: {row.split}", row.number, problem, row.line)
 
 
 def _check_columns(columns: Mapping[str, str]) -> None:

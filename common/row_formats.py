@@ -11,8 +11,9 @@
 | hh               | chosen, rejected: whole dialogues that differ in the last answer        | reward_model/classification   |
 | prompt           | prompt (also Question or instruction alone)                             | PPO                           |
 
-Rows that hold more than a stage needs serve it too: each of them can be a prompt. `context` is read beside every question, `margin`
-(or `Margin`) beside every pair. A question in the transcript form of hh-rlhf becomes a dialogue of several turns.
+Rows that hold more than a stage needs serve it too: each of them can be a prompt, and SFT reads rows with and without a score from one
+file. `context` is read beside every question, `margin` (or `Margin`) beside every pair. A question in the transcript form of hh-rlhf
+becomes a dialogue of several turns.
 """
 
 from __future__ import annotations
@@ -105,6 +106,16 @@ def find_format(keys: Sequence[str], kind: RecordKind) -> RowFormat | None:
 def serves(form: RowFormat, kind: RecordKind) -> bool:
     """Whether rows of this format can be read as records of `kind`."""
     return form.kind in _SERVES[kind]
+
+
+def read_alike(one: RowFormat, other: RowFormat, kind: RecordKind) -> bool:
+    """Whether rows of both formats can stand in one file: what a record of `kind` is made of has the same keys in both.
+
+    A score beside the answer is nothing to SFT and to PPO, so that rows with and without one are alike there.
+    """
+    if kind == "score":
+        return one is other
+    return all(getattr(one, part) == getattr(other, part) for part in ("question", "answer", "chosen", "rejected"))
 
 
 def _names(form: RowFormat) -> str:

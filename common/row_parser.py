@@ -35,7 +35,8 @@ def _kind_of(value: Any) -> str:
     return "text"
 
 
-def _got(value: Any) -> str:
+def got(value: Any) -> str:
+    """A value as a message shows it: `"1" (text)`."""
     if value is None or isinstance(value, bool):
         return shown(value)
     return f"{shown(value)} ({_kind_of(value)})"
@@ -102,7 +103,7 @@ class _RowParser:
 
     def _text(self, key: str, value: Any, *, may_be_empty: bool = False) -> str:
         if not isinstance(value, str):
-            self.problems.errors.append(f"{key}: got {_got(value)}, expected text")
+            self.problems.errors.append(f"{key}: got {got(value)}, expected text")
             return ""
         bad = _bad_characters(value)
         if bad:
@@ -139,7 +140,7 @@ class _RowParser:
     def _number(self, key: str) -> float:
         value = self.row[key]
         if isinstance(value, bool) or not isinstance(value, int | float):
-            self.problems.errors.append(f"{key}: got {_got(value)}, expected a number")
+            self.problems.errors.append(f"{key}: got {got(value)}, expected a number")
             return 0.0
         try:
             number = float(value)

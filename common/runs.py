@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import yaml
 
 from common.errors import UserError
+from common.notes import take_notes
 
 RESULTS_ROOT_VARIABLE = "RESULTS_ROOT_DIR"
 CONFIG_FILE = "config.yaml"
@@ -145,8 +146,9 @@ class _Tee:
 
 @contextlib.contextmanager
 def run_log(run_dir: Path) -> Iterator[None]:
-    """Copy what is printed inside (stdout and stderr) to `log.txt` of the run, appending."""
+    """Copy what is printed inside (stdout and stderr) to `log.txt` of the run, appending; the notes said before come first."""
     with (run_dir / LOG_FILE).open("a", encoding="utf-8") as log:
+        log.writelines(f"note: {note}\n" for note in take_notes())
         out, err = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = _Tee(out, log), _Tee(err, log)
         try:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from common.lightning_arguments import lightning_argument_problems
 from common.schema_types import Words
@@ -62,6 +62,12 @@ def _resolve_path(value: Any, info: ValidationInfo) -> Any:
     return str(_absolute(value, info))
 
 
+def _check_csv(path: str) -> str:
+    if not path.lower().endswith(".csv"):
+        raise ValueError(f"got {path}, expected a name that ends in .csv: a CSV file is what is written")
+    return path
+
+
 def _resolve_model(value: Any, info: ValidationInfo) -> Any:
     """A directory (made absolute) when it or its parent folder exists or it is written like a path, else a hub name, kept as it is."""
     if not isinstance(value, str):
@@ -93,6 +99,8 @@ def _whole_number(value: Any) -> Any:
 
 StagePath = Annotated[str, BeforeValidator(_resolve_path), Words("a path")]
 """A file or folder; relative ones count from the stage folder (in a config) or the working directory (command line)."""
+CSVPath = Annotated[StagePath, AfterValidator(_check_csv)]
+"""A `StagePath` of a CSV file."""
 ModelName = Annotated[str, BeforeValidator(_resolve_model), Words("a model directory or hub name")]
 """A model directory (relative like `StagePath`) or a hub name."""
 FunctionName = Annotated[str, BeforeValidator(_resolve_function), Words("module:function or file.py:function")]

@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from common.errors import UserError
+from common.problem_lines import RowFault, fault_lines, raise_problems
 from common.prompts import PromptFormat, answer_text, render_prompt
 from common.record_types import PairRecord, Prompt, ScoreRecord, SFTRecord
 
 # Threads of the tokenizer and forked data workers do not go together; batches are fast without them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-MAX_PROBLEMS = 20
 
 
 class UnusableRow(UserError):
@@ -55,7 +54,7 @@ class Encoder:
     its tokens and its EOS. One that does not is cut at its end and loses EOS; the prompt then keeps up to half of `max_length`.
 
     `max_length`: tokens of prompt + answer + EOS; for encoder-decoders of each of the two. `max_prompt_length`: prompt tokens at most.
-    `truncate_prompt` false: a prompt that would have to be cut raises UserError. `counts` adds up what was cut.
+    `truncate_prompt` false: a prompt that would have to be cut raises UserError. `counts` adds up what was cut, `seen` what was read.
     """
 
     def __init__(
@@ -77,6 +76,7 @@ class Encoder:
         self.truncate_prompt = truncate_prompt
         self.is_encoder_decoder = is_encoder_decoder
         self.counts: Counter[str] = Counter()
+        self.seen: Counter[str] = Counter()
         self._special = _special_pattern(tokenizer)
         self._before, self._after = _added_ids(tokenizer) if prompt_format == "qa" else ([], [])
         if not is_encoder_decoder:
@@ -87,6 +87,23 @@ class Encoder:
         for name, limit, least in (("max_length", max_length, self._frame + 1), ("max_prompt_length", max_prompt_length, self._frame)):
             if limit is not None and limit < least and not (is_encoder_decoder and name == "max_length" and limit >= self._frame):
                 raise UserError(f"{name}: got {limit}, expected at least {least}: the prompt format alone takes {self._frame} tokens")
+
+    def take_notes(self, split: str, *, remedy: str) -> list[str]:
+        """What was cut or left out since the last call, a line each; `remedy` says what would keep it: `raise data.max_length`."""
+        counts, seen = self.counts, self.seen
+        self.counts, self.seen = Counter(), Counter()
+        lines = []
+        for name in ("prompt", "answer"):
+            if cut := counts[f"{name}s cut"]:
+                tokens = counts[f"{name} tokens cut"]
+                lines.append(f"{cut:,} of {seen[f'{name}s']:,} {name}s cut ({tokens:,} tokens); {remedy} to keep them")
+        if turns := counts["dialogue turns dropped"]:
+            lines.append(f"{turns:,} turns of dialogues dropped, the oldest of prompts that were cut")
+        if rows := counts["rows dropped"]:
+            lines.append(f"{rows:,} of {seen['rows']:,} rows dropped as unusable")
+        if special := counts["texts with special tokens"]:
+            lines.append(f"{special:,} texts hold special tokens, which are read as plain text")
+        return [f"{split}: {line}" for line in lines]
 
     # --- single rows -------------------------------------------------------------------------------------------------------------
 
@@ -100,7 +117,7 @@ class Encoder:
 
     def answers(self, prompt: Prompt, answers: Sequence[str], where: str = "") -> list[Encoded]:
         """Ids of a prompt with each of several answers; all of them follow the same, equally cut prompt."""
-        self._count_special([prompt], answers)
+        self._count([prompt], answers)
         return self._fit_answers(prompt, self._prompt_ids([prompt])[0], self._answer_ids(answers), where)
 
     # --- many rows ---------------------------------------------------------------------------------------------------------------
@@ -108,7 +125,7 @@ class Encoder:
     def prompts(self, prompts: Sequence[Prompt], wheres: Sequence[str] | None = None) -> list[list[int]]:
         """`prompt` of many rows, tokenized together. Raises UserError with a line for each row that does not fit."""
         limit = self.max_length if self.max_prompt_length is None else min(self.max_prompt_length, self.max_length)
-        self._count_special(prompts)
+        self._count(prompts)
         problems: list[str] = []
         fitted = []
         for prompt, ids, where in zip(prompts, self._prompt_ids(prompts), wheres or [""] * len(prompts), strict=True):
@@ -116,7 +133,7 @@ class Encoder:
                 fitted.append(self._fit_prompt(prompt, ids, limit, where)[0])
             except UserError as error:
                 problems.extend(error.problems)
-        _raise_all(problems)
+        raise_problems(problems)
         return fitted
 
     def pairs(
@@ -144,9 +161,11 @@ class Encoder:
         """
         prompt_ids = self._prompt_ids(prompts)
         texts = [answer for group in answers for answer in group]
-        self._count_special(prompts, texts)
+        self._count(prompts, texts)
+        self.seen["rows"] += len(prompts)
         flat = iter(self._answer_ids(texts))
         problems: list[str] = []
+        unusable: list[RowFault] = []
         out: list[list[Encoded] | None] = []
         for row, (prompt, ids, group) in enumerate(zip(prompts, prompt_ids, answers, strict=True)):
             where = wheres[row] if wheres else ""
@@ -158,12 +177,16 @@ class Encoder:
                 out.append(encoded)
             except UnusableRow as error:
                 if unusable_rows == "error":
-                    problems.extend(f"{problem} (unusable_rows: drop leaves such rows out)" for problem in error.problems)
+                    told = [f"{problem} (unusable_rows: drop leaves such rows out)" for problem in error.problems]
+                    if where:
+                        unusable.extend(RowFault.at(where, problem.removeprefix(f"{where}: ")) for problem in told)
+                    else:
+                        problems.extend(told)
                 self.counts["rows dropped"] += 1
                 out.append(None)
             except UserError as error:
                 problems.extend(error.problems)
-        _raise_all(problems)
+        raise_problems([*problems, *fault_lines(unusable)])
         return out
 
     # --- ids -----------------------------------------------------------------------------------------------------------------------
@@ -207,12 +230,13 @@ class Encoder:
         """Ids of answers without EOS."""
         return self._plain_ids([self._answer_prefix + answer for answer in answers])
 
-    def _count_special(self, prompts: Sequence[Prompt], answers: Sequence[str] = ()) -> None:
+    def _count(self, prompts: Sequence[Prompt], answers: Sequence[str] = ()) -> None:
+        self.seen.update(prompts=len(prompts), answers=len(answers))
         if self._special is not None:
             texts = [*answers, *(text for prompt in prompts for text in _texts(prompt))]
             held = sum(self._special.search(text) is not None for text in texts)
             if held:
-                self.counts["texts with special tokens, read as plain text"] += held
+                self.counts["texts with special tokens"] += held
 
     def _measured_prefix(self) -> str:
         """What goes before an answer so that prompt and answer, joined as ids, decode to the text of the format.
@@ -370,9 +394,3 @@ def _map_texts(prompt: Prompt, change: Callable[[str], str]) -> Prompt:
 
 def _at(where: str, problem: str) -> str:
     return f"{where}: {problem}" if where else problem
-
-
-def _raise_all(problems: Sequence[str]) -> None:
-    if problems:
-        more = len(problems) - MAX_PROBLEMS
-        raise UserError(*problems[:MAX_PROBLEMS], *([f"... and {more} more problems"] if more > 0 else []))

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from common.schema import (
+    CSVPath,
     DataSettings,
     ModelName,
     ModelParams,
@@ -99,7 +100,7 @@ class RewardTestData(RowSettings):
 
 class RewardTestParams(Section):
     test_model_path: ModelName | None = Field(None, description="Reward model to evaluate; default: `model_name`.")
-    log_file: StagePath = Field("models/evaluation.csv", description="CSV of scores.", validate_default=True)
+    log_file: CSVPath = Field("models/evaluation.csv", description="CSV of scores.", validate_default=True)
     table_name: str = Field("scores", description="Name of the table in wandb.")
     save_steps: PositiveInt = Field(200, description="Rows between two appends to the CSV.")
     bootstrap_samples: NonNegativeInt = Field(1000, description="Resamples (by question) behind each interval; 0: none.")

@@ -26,6 +26,7 @@ from common.models.fused import set_fused
 from common.models.load import build_backbone, give_pad_token, load_backbone, load_tokenizer, set_dropout, train_tokenizer
 from common.models.modes import recompute_activations
 from common.models.reward import RewardModel, RewardScorer
+from common.notes import say
 from common.records import PairRecord, ScoreRecord, Splits
 from common.runs import create_run_directory, run_log, stage_runs_root, write_config, write_text_atomically
 from common.score_transform import ScoreTransform
@@ -78,9 +79,12 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
         truncate_prompt=data.truncate_prompt,
         is_encoder_decoder=model.config.is_encoder_decoder,
     )
+    remedy = "raise data.max_length" if data.max_prompt_length is None else "raise data.max_length or data.max_prompt_length"
     train_rows = objective.encode(splits.train, encoder, model.config)
+    notes = encoder.take_notes("train", remedy=remedy)
     val_rows = objective.encode(splits.val, encoder, model.config)
-    cuts = [f"{what}: {count}" for what, count in sorted(encoder.counts.items()) if count]
+    for note in [*notes, *encoder.take_notes("val", remedy=remedy)]:
+        say(note)
     if not train_rows or not val_rows:
         raise UserError(f"{data.data_dir}: no usable row is left in {'val' if train_rows else 'train'}")
     accumulate = trainer_params(config.trainer).get("accumulate_grad_batches", 1)
@@ -124,7 +128,7 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
             steps=total_steps,
             batch=f"{data.batch_size} x {accumulate} rows",
         )
-        print("\n".join([*splits.notes, *cuts, *prepared, *opening]))
+        print("\n".join([*prepared, *opening]))
         trainer = build_trainer(
             config.trainer,
             run_dir=run_dir,
@@ -178,7 +182,7 @@ def prepare_model(model: RewardModel, config: RewardConfig) -> list[str]:
     if params.dropout is not None:
         set_dropout(model.backbone, params.dropout)
     for note in set_fused(model, config.fused):
-        print(f"note: {note}")
+        say(note)
     if params.gradient_checkpointing:
         recompute_activations(model.backbone)
     if params.lora is not None:

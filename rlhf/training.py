@@ -24,6 +24,7 @@ from common.lora import add_lora
 from common.models.fused import set_fused
 from common.models.load import check_vocabulary, load_generator, load_tokenizer
 from common.models.modes import recompute_activations
+from common.notes import say
 from common.optim import lr_lambda
 from common.progress import Progress, format_figure
 from common.record_types import PromptRecord
@@ -248,7 +249,7 @@ def load_policy(config: PPORunConfig, tokenizer: PreTrainedTokenizerBase, seed: 
     pretrained: Any = load_generator(params.model_name, dtype=params.model_dtype, trust_remote_code=config.trust_remote_code)
     check_vocabulary(tokenizer, pretrained, params.model_name)
     for note in set_fused(pretrained, config.fused):
-        print(f"note: {note}")
+        say(note)
     if params.gradient_checkpointing:
         recompute_activations(pretrained)
     if params.lora is not None:
@@ -265,11 +266,10 @@ def positions_of(config: Any) -> int | None:
 
 def encode(encoder: Encoder, records: Sequence[PromptRecord], split: str) -> list[list[int]]:
     """Prompt ids of records; prints what was cut."""
-    encoder.counts.clear()
     ids = encoder.prompts([record.prompt for record in records], [record.where for record in records])
-    for what, count in sorted(encoder.counts.items()):
-        if count:
-            print(f"note: {split}: {what}: {count:,}")
+    remedy = "raise data_config.max_prompt_length or lower generation_config.max_new_tokens"
+    for note in encoder.take_notes(split, remedy=remedy):
+        say(note)
     return ids
 
 

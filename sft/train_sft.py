@@ -20,6 +20,7 @@ from common.errors import UserError, run_main
 from common.evaluation.generation_options import generation_options
 from common.model_init import check_buildable, check_fresh_length, check_room
 from common.model_source import check_length, check_model_source, check_prompt_format
+from common.notes import say
 from common.records import read_rows
 from sft.config import SFTConfig
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     check_models(config)
     splits = read_rows(data.data_dir, "sft", data, seed=config.seed, require=("train", "val"))
     for note in splits.notes:
-        print(f"note: {note}")
+        say(note)
     if invocation.validate_only:
         if config.model_init is not None and config.trainer.ckpt_path is None:
             check_buildable(config.model_init, data.max_length, writes_text=True)

@@ -25,6 +25,7 @@ from common.lora import add_lora
 from common.models.fused import set_fused
 from common.models.load import build_generator, load_generator, load_tokenizer, set_dropout, train_tokenizer
 from common.models.modes import recompute_activations
+from common.notes import say
 from common.prompts import answer_text, render_prompt
 from common.records import SFTRecord, Splits
 from common.runs import create_run_directory, run_log, stage_runs_root, write_config
@@ -133,18 +134,16 @@ def load_model(config: SFTConfig, train_rows: Sequence[SFTRecord]) -> tuple[PreT
     if config.model_params.dropout is not None:
         set_dropout(model, config.model_params.dropout)
     for note in set_fused(model, config.fused):
-        print(f"note: {note}")
+        say(note)
     return model, tokenizer
 
 
 def encode(encoder: Encoder, records: Sequence[SFTRecord], config: SFTConfig, split: str) -> tuple[list[Encoded], list[SFTRecord]]:
     """Usable rows as ids, with their records; prints what was cut or dropped."""
-    encoder.counts.clear()
     encoded = encode_answers(encoder, records, config.data.unusable_rows)
     kept = [(row, record) for row, record in zip(encoded, records, strict=True) if row is not None]
-    for what, count in sorted(encoder.counts.items()):
-        if count:
-            print(f"note: {split}: {what}: {count:,}")
+    for note in encoder.take_notes(split, remedy="raise data.max_length"):
+        say(note)
     if not kept:
         raise UserError(f"{config.data.data_dir}: no usable row is left in {split}")
     return [row for row, _ in kept], [record for _, record in kept]

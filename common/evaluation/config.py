@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from common.schema import GenerateParams, ModelName, NonNegativeInt, PositiveInt, RowSettings, Section, StagePath, WandbSettings
+from common.schema import CSVPath, GenerateParams, ModelName, NonNegativeInt, PositiveInt, RowSettings, Section, StagePath, WandbSettings
 
 
 class EvaluationData(RowSettings):
@@ -34,7 +34,7 @@ class TestParams(Section):
     __test__ = False  # the name is pytest's pattern, the class is not a test
 
     test_model_path: ModelName | None = Field(None, description="Model to evaluate; default: `model_name`.")
-    log_file: StagePath = Field("models/evaluation.csv", description="CSV of answers and metrics.", validate_default=True)
+    log_file: CSVPath = Field("models/evaluation.csv", description="CSV of answers and metrics.", validate_default=True)
     save_steps: PositiveInt = Field(50, description="Rows between two appends to the CSV.")
     do_compute_metrics: bool = Field(True, description="Compute BLEU and ROUGE.")
     use_cache: bool = Field(True, description="Keep keys and values while generating.")

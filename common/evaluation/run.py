@@ -171,8 +171,9 @@ def _answer_rest(subject: Subject, data: EvaluationRows, config: GenerationTestC
                     for row, answer in zip(rows, answers, strict=True)
                 ]
             )
-    for what, count in answerer.encoder.counts.items():
-        print(f"note: {count:,} {what}")
+    remedy = "raise data.max_prompt_length or lower generate_params.max_new_tokens"
+    for note in answerer.encoder.take_notes(config.data.split, remedy=remedy):
+        print(f"note: {note}")
 
 
 def _advance(bar: Any, count: int) -> None:

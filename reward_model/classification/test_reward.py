@@ -40,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
     pairs = [(record, rejected) for record in records for rejected in record.rejected]
     values = breakdown_values([record for record, _ in pairs], config.test_params.breakdown_by)
     title = f"{tested_model(config)}: {len(pairs)} pairs, {config.data.split} split of {config.data.data_dir}"
-    print("\n".join(splits.notes), end="\n" if splits.notes else "")
+    for note in splits.notes:
+        print(f"note: {note}")
     if invocation.validate_only:
         print(f"{title}; config and data are in order")
         return 0

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 from common.config import parse_command_line
 from common.errors import run_main
+from common.notes import say
 from common.prompts import answer_text, render_prompt
 from reward_model.config import ClassificationConfig
 from reward_model.inputs import check_fresh_model, check_models, describe, idle_settings, read_training_data
@@ -28,9 +29,11 @@ def main(argv: Sequence[str]) -> int:
     config = invocation.config
     invocation.print_notes()
     for note in idle_settings(config):
-        print(f"note: {note}")
+        say(note)
     check_models(config)
     splits = read_training_data(config, "pair")
+    for note in splits.notes:
+        say(note)
     if invocation.validate_only:
         check_fresh_model(config)
         print(describe(config, splits))

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 from common.config import parse_command_line
 from common.errors import UserError, run_main
+from common.notes import say
 from common.prompts import answer_text, render_prompt
 from common.records import ScoreRecord, question_key
 from common.schema import resolve_monitor
@@ -32,9 +33,11 @@ def main(argv: Sequence[str]) -> int:
     config = invocation.config
     invocation.print_notes()
     for note in idle_settings(config):
-        print(f"note: {note}")
+        say(note)
     check_models(config)
     splits = read_training_data(config, "score")
+    for note in splits.notes:
+        say(note)
     scores = [record.score for record in splits.train]
     transform = ScoreTransform.fit(config.model_params.score_transform, scores)
     check_pairs(config, splits.val)

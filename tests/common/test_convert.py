@@ -56,7 +56,7 @@ def test_hh_holds_one_rejected_answer_a_row_and_no_context(tmp_path: Path, capsy
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert rows[0] == {"chosen": "\n\nHuman: a?\n\nAssistant: good", "rejected": "\n\nHuman: a?\n\nAssistant: bad", "margin": 2.0, "id": 1}
     assert [row["rejected"].split("Assistant:")[-1] for row in rows] == [" bad", "  worse\n", "  No.", " y"]
-    assert "dropped, since hh cannot hold it: context (1 rows)" in capsys.readouterr().out
+    assert "dropped, since hh cannot hold it: context (1 row)" in capsys.readouterr().out
 
 
 def test_scores_become_answers_and_questions_with_a_word_about_what_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,12 +88,79 @@ def test_columns_are_renamed_and_the_output_may_be_gzipped(tmp_path: Path) -> No
     assert json.loads(gzip.decompress((tmp_path / "out.jsonl.gz").read_bytes())) == {"Question": "a?", "Answer": "b", "Score": 3.0}
 
 
+VOTES = [
+    {"Question": "a?", "Answer": "worst", "Score": -1, "site": "s", "id": 1},
+    {"Question": "a?", "Answer": "best", "Score": 5, "site": "s", "id": 2},
+    {"Question": "A? ", "Answer": "mid", "Score": 2, "site": "s", "id": 3},
+    {"Question": "a?", "Answer": "also best", "Score": 5, "site": "s", "id": 4},
+    {"Question": "b?", "Answer": "alone", "Score": 9},
+    {"Question": "c?", "Answer": "one", "Score": 0.3},
+    {"Question": "c?", "Answer": "other", "Score": 0.2},
+    {"Question": "d?", "Answer": "alike", "Score": 1},
+    {"Question": "d?", "Answer": "alike too", "Score": 1},
+]
+
+
+def pairs_made(tmp_path: Path, *options: str, to: str = "qa_pair") -> list[dict[str, Any]]:
+    run(write(tmp_path / "votes.json", VOTES), tmp_path / "pairs.json", "--to", to, "--force", *options)
+    rows: list[dict[str, Any]] = json.loads((tmp_path / "pairs.json").read_text())["train"]
+    return rows
+
+
+def test_scores_become_pairs_of_the_best_answer_and_each_worse_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pairs_made(tmp_path) == [
+        {"Question": "a?", "Accepted_Answer": "best", "Answer": ["mid", "worst"], "site": "s"},
+        {"Question": "c?", "Accepted_Answer": "one", "Answer": "other"},
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        "3 pairs of chosen and rejected answers from 2 questions with a pair",
+        "dropped, since qa_pair cannot hold it: id (1 question)",
+        "dropped, since qa_pair cannot hold it: score (2 questions)",
+        "left out: 1 question with one answer only",
+        "left out: 1 question with no two answers far enough apart in their scores",
+        f"{tmp_path}/pairs.json: train 2 rows as qa_pair",
+    ]
+    assert len(content(tmp_path / "pairs.json", "pair")) == 2
+
+
+def test_pairs_of_scores_lie_a_gap_apart_and_may_be_all_there_are(tmp_path: Path) -> None:
+    def chosen_and_rejected(*options: str) -> list[tuple[str, Any]]:
+        return [(row["Accepted_Answer"], row["Answer"]) for row in pairs_made(tmp_path, *options)]
+
+    assert chosen_and_rejected("--min_gap", "0.1") == [("best", ["mid", "worst"]), ("one", "other")]
+    assert chosen_and_rejected("--min_gap", "0.11") == [("best", ["mid", "worst"])]
+    assert chosen_and_rejected("--min_gap", "4") == [("best", "worst")]
+    every = chosen_and_rejected("--pairs", "all")
+    assert every == [("best", ["mid", "worst"]), ("also best", ["mid", "worst"]), ("mid", "worst"), ("one", "other")]
+
+
+def test_the_difference_of_scores_is_a_margin_only_when_asked_for(tmp_path: Path) -> None:
+    rows = pairs_made(tmp_path, "--margin", to="hh")
+    assert [row["margin"] for row in rows] == [3.0, 6.0, 0.1]
+    assert [margin for *_, margin, _ in content(tmp_path / "pairs.json", "pair")] == [3.0, 6.0, 0.1]
+    assert not any("margin" in row for row in pairs_made(tmp_path, to="hh"))
+
+
 REFUSED: dict[str, tuple[Any, str, list[str], str]] = {
     "no scores there": (
         [{"Question": "a", "Answer": "b"}],
         "o.json",
         ["--to", "qa_score"],
         "hold too little for qa_score; expected one of qa, instruction",
+    ),
+    "no scores to make pairs of": ([{"Question": "a", "Answer": "b"}], "o.json", ["--to", "qa_pair"], "hold too little for qa_pair"),
+    "no pair is far enough apart": (
+        [{"Question": "a", "Answer": str(score), "Score": score} for score in (1, 2)],
+        "o.json",
+        ["--to", "qa_pair", "--min_gap", "3"],
+        r"no question gives a pair: no two answers far enough apart in their scores \(1\)$",
+    ),
+    "a gap below 0": (SCORES, "o.json", ["--to", "qa_pair", "--min_gap", "-1"], "--min_gap: got -1, expected a number of at least 0"),
+    "a gap where no pairs are made": (
+        SCORES,
+        "o.json",
+        ["--to", "qa", "--min_gap", "1", "--margin"],
+        "--min_gap, --margin: no effect here",
     ),
     "prompts only": ([{"prompt": "a"}], "o.json", ["--to", "hh"], "hold too little for hh; expected one of prompt$"),
     "bad rows": ([{"Question": "a", "Answer": ""}], "o.json", ["--to", "qa"], "train row 1 .*: Answer: got empty text"),
@@ -144,7 +211,9 @@ def test_an_existing_file_is_replaced_only_when_asked_and_whole(tmp_path: Path, 
 
 def test_unusable_rows_are_dropped_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "in.json", [*SCORES, {"Question": "q", "Answer": "", "Score": 1}])
-    run(source, tmp_path / "out.json", "--to", "qa", "--drop_unusable")
+    with pytest.raises(UserError, match=r"--unusable_rows drop leaves such rows out\)$"):
+        run(source, tmp_path / "out.json", "--to", "qa")
+    run(source, tmp_path / "out.json", "--to", "qa", "--unusable_rows", "drop")
     assert "1 of 3 rows dropped" in capsys.readouterr().out
 
 
@@ -156,6 +225,8 @@ def test_help_lists_every_format_and_starts_without_torch(root: Path) -> None:
     for form in FORMATS:
         if not form.name.endswith("_only"):
             assert f"  {form.name} " in result.stdout
+    assert "\n  qa_score -> qa_score, qa_pair, instruction_pair, prompt_pair, hh, qa, instruction, prompt\n" in result.stdout
+    assert "\n  qa_pair, instruction_pair, prompt_pair, hh -> " in result.stdout
     assert not {"torch", "transformers", "datasets"} & {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
 
 
@@ -168,7 +239,7 @@ def test_errors_are_lines_and_exit_code_2(tmp_path: Path, root: Path) -> None:
 
 def test_real_dialogues_come_back_to_the_letter(shared: Path, tmp_path: Path) -> None:
     source = shared / "data" / "hh_harmless_mild.jsonl.gz"
-    run(source, tmp_path / "a.jsonl", "--to", "prompt_pair", "--drop_unusable")
+    run(source, tmp_path / "a.jsonl", "--to", "prompt_pair", "--unusable_rows", "drop")
     run(tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--to", "hh")
     original = [json.loads(line) for line in gzip.decompress(source.read_bytes()).decode().splitlines()]
     back = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -179,7 +180,7 @@ BAD_ROWS: dict[str, tuple[str, Any, list[str]]] = {
     ),
     "margin text": ("pair", {**GOOD["pair"], "margin": "big"}, ['margin: got "big" (text), expected a number']),
     "two margins": ("pair", {**GOOD["pair"], "margin": 1, "Margin": 1}, ["Margin: got margin beside it, expected one of the two"]),
-    "no object": ("sft", ["Question", "Answer"], ['got ["Question", "Answer"], expected an object with keys']),
+    "no object": ("sft", ["Question", "Answer"], ['got ["Question", "Answer"] (a list), expected an object with keys']),
     "misspelt": ("sft", {"Question": "q", "Anwser": "a"}, ["Anwser: got an unknown key, expected Answer (did you mean Answer?)"]),
     "other case": (
         "score",
@@ -313,17 +314,50 @@ def test_a_bad_row_is_named_with_file_row_and_key(tmp_path: Path, kind: str, row
 
 
 def test_all_problems_are_told_at_once_up_to_twenty(tmp_path: Path) -> None:
-    rows = [{"Question": "", "Answer": "a"}, GOOD["sft"], *[{"Question": "q", "Answer": number} for number in range(24)]]
+    rows: list[Any] = [{"Question": "", "Answer": "a"}, GOOD["sft"], *[{"Question": "q", "Answer": "a" * n + "\x00"} for n in range(24)]]
     problems = problems_of(tmp_path, rows, "sft")
     assert len(problems) == 21
     assert problems[0].startswith("train row 1 (line 1): Question: got empty text")
-    assert problems[1] == "train row 3 (line 1): Answer: got 0 (a number), expected text"
+    assert problems[1] == "train row 3 (line 1): Answer: got a NUL character at position 0, expected plain text"
     assert problems[20] == "... and 5 more problems"
+    assert problems_of(tmp_path, rows[:-4], "sft")[20] == "... and 1 more problem"
 
 
-def test_rows_alike_in_their_keys_are_one_problem(tmp_path: Path) -> None:
+def test_the_same_problem_of_many_rows_is_one_line(tmp_path: Path) -> None:
     problems = problems_of(tmp_path, [{"a": 1}] * 50, "sft")
-    assert len(problems) == 1 and problems[0].endswith("(data.columns renames) (and 49 more alike)")
+    assert len(problems) == 1 and problems[0].startswith("train rows 1, 2, 3 and 47 more: keys: got")
+    scores = [{**GOOD["score"], "Score": score} for score in (1, "1", 2, "2", "3", None, "1")]
+    assert problems_of(tmp_path, scores, "score") == [
+        'train rows 2, 4, 5 and 1 more (from line 1 on): Score: got text ("1" in row 2), expected a number',
+        "train row 6 (line 1): Score: got null, expected a number",
+    ]
+    assert problems_of(tmp_path, [{**GOOD["sft"], "Answer": ""}] * 2, "sft") == [
+        f"train rows 1 and 2: Answer: got empty text, expected some{DROP}"
+    ]
+
+
+def test_a_fault_of_a_row_is_told_before_rows_of_another_shape(tmp_path: Path) -> None:
+    rows = [GOOD["sft"], *[{"prompt": "q"}, {"instruction": "q", "response": "a"}] * 30, {**GOOD["sft"], "Answer": 7}]
+    first, *others = problems_of(tmp_path, rows, "sft")
+    assert first == "train row 62 (line 1): Answer: got 7 (a number), expected text"
+    assert [problem.split(": ")[0] for problem in others] == [
+        "train rows 2, 4, 6 and 27 more (from line 1 on)",
+        "train rows 3, 5, 7 and 27 more (from line 1 on)",
+    ]
+
+
+def test_sft_and_ppo_read_rows_with_and_without_a_score_from_one_file(tmp_path: Path) -> None:
+    rows = [GOOD["score"], GOOD["sft"], {**GOOD["score"], "Score": "not read"}]
+    for kind in ("sft", "prompt"):
+        assert len(read_rows(tmp_path, rows, kind)) == 3
+    assert read_splits(str(tmp_path / "data.json"), "sft").notes[0] == (
+        f"{tmp_path}/data.json: some rows hold a Score (reward_model/regression learns from it); SFT imitates every answer alike"
+    )
+    assert source_kind(str(tmp_path / "data.json")) == "sft"
+    assert [problem.split(": ")[:2] for problem in problems_of(tmp_path, rows, "score")] == [
+        ["train row 3 (line 1)", "Score"],
+        ["train row 2 (line 1)", "keys"],
+    ]
 
 
 def test_one_file_holds_rows_of_one_shape(tmp_path: Path) -> None:
@@ -571,8 +605,9 @@ def test_any_bytes_give_records_or_a_clear_error(tmp_path: Path, data: bytes, ki
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(LIKELY, min_size=1, max_size=6), shape=st.sampled_from(["array", "lines", "pretty"]))
-def test_no_row_is_dropped_in_silence(tmp_path: Path, rows: list[dict[str, Any]], shape: str) -> None:
-    """Every row is a record or is named by its number in a problem."""
+def test_no_row_is_dropped_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], shape: str) -> None:
+    """Every row is a record or is named by its number in a problem (where it lists enough of them)."""
+    monkeypatch.setattr("common.problem_lines.SHOWN_ROWS", 6)
     dumped = json.dumps(rows) if shape == "array" else "\n".join(json.dumps(row, indent=2 if shape == "pretty" else None) for row in rows)
     (tmp_path / "rows").write_text(dumped)
     found: set[int] = set()
@@ -587,7 +622,8 @@ def test_no_row_is_dropped_in_silence(tmp_path: Path, rows: list[dict[str, Any]]
         assert len(splits.train) + len(splits.val) == len(rows)
         assert not found
     except UserError as error:
-        named = {number for number in range(1, len(rows) + 1) if any(f"train row {number} " in problem for problem in error.problems)}
+        listed = [re.search(r"train rows? ([0-9, and]+)", problem) for problem in error.problems]
+        named = {int(number) for match in listed if match for number in re.findall("[0-9]+", match[1])}
         assert found <= named
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from common.errors import UserError
+from common.notes import begin_notes, say
 from common.runs import (
     create_run_directory,
     next_free_index,
@@ -132,6 +133,8 @@ def test_config_and_summary_read_back(tmp_path: Path) -> None:
 
 def test_the_log_holds_what_is_printed_but_no_progress_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.stdout, sys.stderr
+    begin_notes()
+    say("said before the run had a directory")
     with run_log(tmp_path):
         print("to stdout")
         print("to stderr", file=sys.stderr)
@@ -140,6 +143,7 @@ def test_the_log_holds_what_is_printed_but_no_progress_bar(tmp_path: Path, capsy
     with pytest.raises(RuntimeError), run_log(tmp_path):
         raise RuntimeError
     assert (sys.stdout, sys.stderr) == before
-    assert (tmp_path / "log.txt").read_text() == "to stdout\nto stderr\n"
+    note = "note: said before the run had a directory\n"
+    assert (tmp_path / "log.txt").read_text() == f"{note}to stdout\nto stderr\n"
     captured = capsys.readouterr()
-    assert captured.out == "to stdout\n" and captured.err == "to stderr\n\r 50%|####    "
+    assert captured.out == f"{note}to stdout\n" and captured.err == "to stderr\n\r 50%|####    "

@@ -110,6 +110,14 @@ def test_a_table_has_a_row_for_every_key() -> None:
     )
 
 
+@pytest.mark.parametrize("schema", [GenerationTestConfig, RewardTestConfig])
+def test_a_csv_is_not_written_under_another_name(schema: type[Section]) -> None:
+    given = {"model_name": "m", "data": {"data_dir": "d"}, "test_params": {"log_file": "answers.jsonl"}}
+    with pytest.raises(ValidationError, match=r"got .*answers\.jsonl, expected a name that ends in \.csv"):
+        schema.model_validate(given)
+    assert schema.model_validate({**given, "test_params": {"log_file": "answers.CSV"}})
+
+
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_every_setting_of_every_stage_is_described(schema: type[Section]) -> None:
     fields = list(walk_fields(schema))

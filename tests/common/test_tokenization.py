@@ -127,7 +127,7 @@ def test_text_that_looks_like_a_special_token_stays_text(make: Any) -> None:
     inner = encoded.input_ids[len(encoder._before) : -1]
     assert not set(inner) & set(tokenizer.all_special_ids)
     assert text_of(tokenizer, inner) == f"{render_prompt(prompt)} It is {special}."
-    assert encoder.counts["texts with special tokens, read as plain text"] == 5
+    assert encoder.counts["texts with special tokens"] == 5
 
 
 def chat_tokenizer() -> Any:
@@ -280,11 +280,23 @@ def test_an_answer_without_a_token_is_refused_or_dropped_and_counted() -> None:
     rows = [sft("yes"), sft("~", 2), sft("~~", 3)]
     with pytest.raises(UserError) as raised:
         encode_answers(encoder, rows)
-    assert [problem.split(": answer")[0] for problem in raised.value.problems] == ["f: train row 2", "f: train row 3"]
+    assert [problem.split(": answer")[0] for problem in raised.value.problems] == ["f: train rows 2 and 3"]
     encoder.counts.clear()
     encoded = encode_answers(encoder, rows, "drop")
     assert [row is None for row in encoded] == [False, True, True]
     assert encoder.counts["rows dropped"] == 2
+
+
+def test_what_was_cut_is_told_in_full_once() -> None:
+    encoder = Encoder(letters(), max_length=40)
+    encode_answers(encoder, [sft("x" * 18), sft("x" * 50, 2), sft("yes", 3), SFTRecord(Prompt("Why?" * 10), "<eos>", {}, "f: train row 4")])
+    assert encoder.take_notes("train", remedy="raise data.max_length") == [
+        "train: 3 of 4 prompts cut (29 tokens); raise data.max_length to keep them",
+        "train: 1 of 4 answers cut (32 tokens); raise data.max_length to keep them",
+        "train: 1 texts hold special tokens, which are read as plain text",
+    ]
+    encoder.prompts([Prompt("Why?")])
+    assert encoder.take_notes("val", remedy="") == [] and not encoder.counts
 
 
 def test_problems_of_many_rows_are_told_at_once_up_to_twenty() -> None:

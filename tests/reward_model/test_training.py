@@ -88,6 +88,17 @@ def test_the_manifest_holds_mean_and_scale_of_final_scores_on_the_training_set(w
     assert last is not None and last.score_scale is not None
 
 
+@pytest.mark.parametrize("kind", ["pair", "score"])
+def test_what_was_cut_is_printed_and_stands_in_the_log(kind: str, write_config, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = run(kind, write_config(kind), *QUICK, "data.max_prompt_length=20")
+    log = (directory.parents[1] / "log.txt").read_text()
+    rows = {"pair": 32, "score": 64}[kind]
+    [line] = [line for line in log.splitlines() if line.startswith("note: train: ")]
+    assert line.startswith(f"note: train: {rows} of {rows} prompts cut (")
+    assert line.endswith(" tokens); raise data.max_length or data.max_prompt_length to keep them")
+    assert line in capsys.readouterr().out
+
+
 def test_large_training_sets_are_sampled(write_config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("reward_model.training.SCORE_SAMPLE", 10)
     run("pair", write_config("pair"), *QUICK)

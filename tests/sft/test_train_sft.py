@@ -74,6 +74,17 @@ def test_a_run_writes_a_model_that_plain_transformers_loads(tmp_path: Path) -> N
     assert logged[-1] == pytest.approx(nats / tokens, rel=1e-5)
 
 
+def test_what_was_read_and_cut_is_printed_and_stands_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scored = {"train": [{**row, "Score": 1} for row in ROWS[:20]], "val": ROWS[20:23]}
+    path = config(tmp_path, data={"max_length": 22})
+    (tmp_path / "data.json").write_text(json.dumps(scored))
+    log = (run(path).parents[1] / "log.txt").read_text().splitlines()
+    assert any(line.startswith("note: ") and "SFT imitates every answer alike" in line for line in log)
+    [line] = [line for line in log if line.startswith("note: train: ")]
+    assert "20 prompts cut (" in line and line.endswith(" tokens); raise data.max_length to keep them")
+    assert line in capsys.readouterr().out
+
+
 def test_it_learns_and_monitors_generated_answers(tmp_path: Path) -> None:
     path = config(
         tmp_path,
