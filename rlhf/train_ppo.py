@@ -18,9 +18,10 @@ if __name__ == "__main__":
 
 from common.config import parse_command_line
 from common.errors import run_main
+from common.notes import say
 from rlhf.config import PPORunConfig
 from rlhf.inputs import check_models, read_prompts, total_steps, training_prompts
-from rlhf.notes import idle_settings, lengths_beyond_a_judge
+from rlhf.notes import idle_settings, lengths_beyond_a_judge, repeated_prompts
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,8 +32,9 @@ def main(argv: Sequence[str]) -> int:
     splits = read_prompts(config)
     prompts = training_prompts(splits, config.data_config)
     steps = total_steps(config, len(prompts))
-    for note in [*splits.notes, *idle_settings(config, steps), *lengths_beyond_a_judge(config, sources)]:
-        print(f"note: {note}")
+    about_data = [*splits.notes, *repeated_prompts(config, len(prompts))]
+    for note in [*about_data, *idle_settings(config, steps), *lengths_beyond_a_judge(config, sources)]:
+        say(note)
     if invocation.validate_only:
         print(f"valid: {invocation.config_path}; {len(prompts):,} training prompts, {len(splits.val):,} val; {steps:,} PPO steps")
         return 0

@@ -122,6 +122,15 @@ def test_two_steps_end_to_end(run: Any, tmp_path: Path, policy_dir: Path, capsys
     assert later[0].startswith("step 1: ") and "(best so far" in later[0] and later[1].startswith("step 2: ")
 
 
+def test_what_was_cut_is_printed_and_stands_in_the_log(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    log = (run(data_config__max_prompt_length=18, ppo_config__steps=1) / "log.txt").read_text()
+    printed = capsys.readouterr().out
+    remedy = "raise data_config.max_prompt_length or lower generation_config.max_new_tokens to keep them"
+    for split, cut in (("train", "14 of 14"), ("val", "4 of 4")):
+        [line] = [line for line in log.splitlines() if line.startswith(f"note: {split}: ")]
+        assert line.startswith(f"note: {split}: {cut} prompts cut (") and line.endswith(f" tokens); {remedy}") and line in printed
+
+
 def test_34_two_runs_of_one_seed_are_alike_and_evaluation_is_fixed(run: Any) -> None:
     def figures(folder: Path) -> list[dict[str, Any]]:
         return [{name: value for name, value in line.items() if "perf/" not in name and name != "time"} for line in read_metrics(folder)]
@@ -368,6 +377,14 @@ def test_models_in_the_wrong_place_and_unknown_options_are_told_together(run: An
 def test_too_few_prompts_for_a_batch_are_refused(run: Any) -> None:
     with pytest.raises(UserError, match="14 prompts x global_epochs 2 make no batch of 64"):
         run(ppo_config__batch_size=64)
+
+
+def test_a_batch_larger_than_the_prompts_is_told(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"ppo_config__batch_size": 16, "ppo_config__mini_batch_size": 8}
+    run("--validate", **changes)
+    assert "note: ppo_config.batch_size 16 exceeds the 14 training prompts: within a batch prompts repeat" in capsys.readouterr().out
+    run("--validate")
+    assert "repeat" not in capsys.readouterr().out
 
 
 def test_validate_trains_nothing(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
