@@ -22,7 +22,7 @@ from common.batching import Batch, BatchPlan, batch_loader
 from common.checkpoint import atomic_directory
 from common.closing import RunResult, finish_run
 from common.errors import UserError
-from common.launch.callbacks import TRAINING_METRICS, count_tokens, mixed_seed
+from common.launch.callbacks import TRAINING_METRICS, ProgressReport, count_tokens, mixed_seed
 from common.launch.lightning import build_trainer, check_one_process, check_trainer, fit, total_optimizer_steps, trainer_params
 from common.lightning_arguments import Strategy
 from common.schema import CheckpointSettings, TrainerSettings
@@ -409,13 +409,18 @@ def test_tokens_are_counted_without_padding() -> None:
     ("number", "code", "where", "saved"),
     [(signal.SIGTERM, 143, "step", 4), (signal.SIGINT, 130, "step", 4), (signal.SIGTERM, 143, "validation", 3)],
 )
-def test_a_signal_saves_and_leaves_with_its_code(tmp_path: Path, number: signal.Signals, code: int, where: str, saved: int) -> None:
+def test_a_signal_saves_and_leaves_with_its_code(
+    tmp_path: Path, number: signal.Signals, code: int, where: str, saved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(ProgressReport, "note", lambda report, text: notes.append(text))
     with pytest.raises(SystemExit) as left:
         interrupted_run(tmp_path, where, lambda: os.kill(os.getpid(), number))
     assert left.value.code == code
     assert state(tmp_path / "last") == {"step": saved, "w": pytest.approx(1 - 0.9**saved, rel=1e-5), "metrics": {}}
     assert read_metrics(tmp_path)[-1]["step"] == saved
     assert (tmp_path / "metrics.csv").exists()
+    assert notes[-1].startswith(f"to go on: trainer.ckpt_path={(tmp_path / 'last').resolve()} starts a new run from these weights")
 
 
 def test_a_signal_in_an_accumulation_waits_for_the_step(tmp_path: Path) -> None:

@@ -1,0 +1,32 @@
+"""`--validate` of both kinds refuses what training would fail on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import UserError
+from reward_model.classification import train_reward as train_pairs
+from reward_model.regression import train_reward as train_scores
+
+MAINS: dict[str, Any] = {"pair": train_pairs.main, "score": train_scores.main}
+
+
+@pytest.mark.parametrize("kind", MAINS)
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model_init.config.num_head=4", "did you mean num_heads"),
+        ("model_init.model_type=gpt9", "got gpt9"),
+        ("model_init.config.max_position_embeddings=32", "data.max_length 64 exceeds the 32 positions"),
+        ("data.max_length=5", "expected at least 7"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_not_valid(kind: str, override: str, message: str, write_config, tmp_path: Path) -> None:
+    arguments = ["--config_file", str(write_config(kind)), "--validate"]
+    assert MAINS[kind](arguments) == 0
+    with pytest.raises(UserError, match=message):
+        MAINS[kind]([*arguments, override])
+    assert not (tmp_path / "models").exists()
