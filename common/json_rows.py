@@ -100,6 +100,8 @@ def parse_rows(text: str, name: str) -> RawRows:
 def parse_file(data: bytes, name: str) -> RawRows:
     """All rows of a data file's bytes."""
     text, problem = decode_file(data, name)
+    if problem is None and name.lower().endswith((".csv", ".tsv")) and text.lstrip()[:1] not in ("[", "{"):
+        problem = f"{name}: got a CSV file, expected JSON or JSON Lines; reward_model/score.py alone reads CSV"
     return RawRows(problems=[problem]) if problem else parse_rows(text, name)
 
 

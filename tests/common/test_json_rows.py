@@ -143,6 +143,13 @@ BYTES = {
 }
 
 
+def test_a_csv_is_named_and_not_called_broken_json() -> None:
+    assert parse_file(b"question,answer\na,b\n", "f.csv").problems == [
+        "f.csv: got a CSV file, expected JSON or JSON Lines; reward_model/score.py alone reads CSV"
+    ]
+    assert not parse_file(b'{"a": 1}', "rows.csv").problems
+
+
 @pytest.mark.parametrize(("data", "expected"), BYTES.values(), ids=BYTES)
 def test_bytes_that_are_no_text_are_named(data: bytes, expected: str) -> None:
     problems = parse_file(data, "f").problems

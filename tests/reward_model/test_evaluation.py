@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from common.errors import UserError
+from common.evaluation.csv_log import CsvLog
 from common.models.reward import RewardModel, RewardScorer
 from reward_model import evaluation, score
 from reward_model.classification import test_reward as evaluate_pairs
@@ -233,6 +234,61 @@ def test_score_leaves_unusable_rows_out_where_asked_to(evaluate, tmp_path: Path,
     assert score.main([*arguments, "--unusable-rows", "drop"]) == 0
     assert "1 of 2 rows dropped" in capsys.readouterr().out
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
+
+
+def test_score_reads_the_answers_that_test_sft_writes(evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate("pair")
+    model, data = str(tmp_path / "models" / "latest"), tmp_path / "answers.csv"
+    log = CsvLog(data, ("question", "original_answer", "generated_answer"), {})
+    answers = ['good, "quite"\n1', "bad 2", ""]
+    log.append([{"question": "What?", "original_answer": "x", "generated_answer": answer} for answer in answers])
+    with pytest.raises(UserError, match=r"answers.csv: row 3: generated_answer: got empty text, .* \(--unusable_rows drop leaves"):
+        score.main([model, str(data)])
+    assert score.main([model, str(data), "--unusable_rows", "drop"]) == 0
+    output = tmp_path / "answers.scores.jsonl"
+    assert capsys.readouterr().out.splitlines()[-1] == f"scores of 2 answers: {output}"
+    assert [json.loads(line)["answer"] for line in output.read_text().splitlines()] == answers[:2]
+
+    data.write_text("\ufeffid,Question,Answer\n1,What?,good\n")
+    assert score.main([model, str(data)]) == 0
+    assert json.loads(output.read_text())["question"] == "What?"
+    data.write_text("prompt,text\na,b\n")
+    with pytest.raises(UserError, match=r"got the columns prompt, text; expected question and generated_answer or answer$"):
+        score.main([model, str(data)])
+
+
+def test_scores_lie_beside_the_file_and_never_replace_it(
+    evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate("pair")
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (folder / "train.json").write_text(json.dumps([{"Question": "What " * 80, "Answer": "good"}]))
+    monkeypatch.chdir(elsewhere)
+    model = str(tmp_path / "models" / "latest")
+    assert score.main([model, "../data/train.json"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"scores of 1 answers: {folder}/train.scores.jsonl"
+    assert any("reads 64 tokens: 1 of 1 prompts cut (" in line for line in printed)
+    assert score.main([model, str(folder), "--output", "out.csv"]) == 0  # the scores are no second train file
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["out.csv"]
+    with pytest.raises(UserError, match="is the file to score"):
+        score.main([model, str(tmp_path / "pair.json"), "--output", str(tmp_path / "pair.json")])
+
+
+def test_score_takes_rows_with_and_without_a_target_and_refuses_a_bad_one(evaluate, tmp_path: Path) -> None:
+    evaluate("pair")
+    arguments = [str(tmp_path / "models" / "latest"), str(tmp_path / "rows.json")]
+    row = {"Question": "What?", "Answer": "good"}
+    (tmp_path / "rows.json").write_text(json.dumps([{**row, "Score": 1}, row]))
+    assert score.main(arguments) == 0
+    (tmp_path / "rows.json").write_text(json.dumps([{**row, "Score": "1"}] * 3))
+    with pytest.raises(UserError, match=r'train rows 1, 2 and 3.*: Score: got "1" \(text\), expected a number$'):
+        score.main(arguments)
+    (tmp_path / "rows.json").write_text(json.dumps([{"Question": "What?"}]))
+    with pytest.raises(UserError, match="Answer: missing, expected it beside Question"):
+        score.main(arguments)
 
 
 def test_score_says_what_is_wrong_with_the_fitting_format(evaluate, tmp_path: Path) -> None:
