@@ -117,6 +117,10 @@ def test_03_logprobs_do_not_change_with_padding_or_order(kind: str, build: Build
     trainer.step(*([part[row] for row in order] for part in batch))
     assert straight is not None and trainer.record is not None
     torch.testing.assert_close(trainer.record.logprobs, straight.logprobs[order], rtol=1e-6, atol=1e-6)
+    for row, (query, response) in enumerate(zip(batch.queries, batch.responses, strict=True)):
+        with torch.no_grad():
+            unpadded = trainer._logprobs(trainer.policy, gather_answers([query], [response], trainer.model.config), 1.0)
+        torch.testing.assert_close(straight.logprobs[row, : len(response)], unpadded[0], rtol=1e-5, atol=1e-5)
     # in sampling: one row alone, and with as much padding as the model takes
     options = {"seed": 3, "rows": [1]}
     alone, padded = (
@@ -219,7 +223,7 @@ def test_07_members_of_an_ensemble_are_normalised_before_they_are_combined() -> 
 
 def test_08_the_value_head_starts_at_zero_and_warms_up_alone(build: Build, batch: Any) -> None:
     """The head's first step by hand: with V = 0 the gradient of 0.1 * 0.5 * mean (V - R)^2 by the bias is -0.1 * mean R."""
-    trainer = build(critic_warmup_steps=2)
+    trainer = build(critic_warmup_steps=2, entropy_coef=0.01)
     torch.nn.init.zeros_(trainer.model.v_head.summary.weight)
     fresh = with_value_head(trainer.model.pretrained_model).v_head.summary
     assert not fresh.weight.any() and not fresh.bias.any()
@@ -228,7 +232,8 @@ def test_08_the_value_head_starts_at_zero_and_warms_up_alone(build: Build, batch
     def untouched() -> bool:
         return all(torch.equal(value, policy[name]) for name, value in trainer.model.pretrained_model.state_dict().items())
 
-    trainer.step(*batch)
+    stats = trainer.step(*batch)
+    assert stats["ppo/loss/total"] == pytest.approx(0.1 * stats["ppo/loss/value"], rel=1e-6)
     assert trainer.record is not None and not trainer.record.values.any()
     bias = 0.05 * 0.1 * float(trainer.record.returns[trainer.record.mask].mean())
     assert trainer.model.v_head.summary.bias.item() == pytest.approx(bias, rel=1e-5) and abs(bias) > 1e-4
@@ -264,15 +269,20 @@ def test_09_no_dropout_in_policy_reference_or_critic(own_critic: bool, build: Bu
         torch.nn.init.normal_(critic.v_head.summary.weight, generator=torch.Generator().manual_seed(1))
     trainer = build(model, critic=critic, learning_rate=0.0, ppo_epochs=2)
     records = []
-    for _ in range(2):
+
+    def set_training() -> None:
         for part in (trainer.model, trainer.ref_model, trainer.critic):
             if part is not None:
                 part.train()
+
+    for _ in range(2):
+        set_training()
         rollout = trainer.rollout(batch.queries, SAMPLED, seed=0)
         stats = trainer.step(batch.queries, rollout.responses, batch.scores)
         assert stats["ppo/policy/ratio"] == pytest.approx(1.0, abs=1e-6) and stats["ppo/policy/approxkl"] < 1e-10
         assert trainer.record is not None
         torch.testing.assert_close(trainer.record.logprobs, rollout.logprobs, rtol=1e-5, atol=1e-5)
+        set_training()
         assert sum(trainer.sampled_kl(rollout)) == pytest.approx(0.0, abs=1e-4)
         records.append(trainer.record)
     first, second = records

@@ -208,6 +208,7 @@ def test_15_an_empty_answer_is_legal_and_its_score_reaches_nothing(build: Build,
         assert trainer.record is not None and not trainer.record.mask[2].any()
         for name in ("rewards", "advantages", "kl", "logprobs", "values"):
             assert not getattr(trainer.record, name)[2].any(), name
+        assert bool(trainer.record.logprobs[trainer.record.mask].all())  # the others have theirs
     for first, second in zip(*(trainer.parameters for trainer in trainers), strict=True):
         assert torch.equal(first, second) and bool(torch.isfinite(first).all())
 
