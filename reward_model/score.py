@@ -52,7 +52,6 @@ def main(argv: Sequence[str]) -> int:
     )
     reads = f"this model reads {scorer.encoder.max_length} tokens"
     scores = scorer.score([prompt for prompt, _ in answers], [str(columns["answer"]) for _, columns in answers])
-    del scorer.encoder.counts["rows dropped"]  # an answer without any token is judged all the same
     for note in scorer.encoder.take_notes(reads, remedy="train one with a larger data.max_length"):
         print(f"note: {note}")
     rows = [{**columns, "score": score} for (_, columns), score in zip(answers, scores, strict=True)]

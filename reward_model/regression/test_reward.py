@@ -55,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
     for start in range(len(log.rows), len(records), config.test_params.save_steps):
         log.append(scored_rows(scorer, records[start : start + config.test_params.save_steps]))
         print(f"{len(log.rows)} of {len(records)} answers scored", flush=True)
+    for note in scorer.encoder.take_notes(config.data.split, remedy="raise data.max_length or data.max_prompt_length"):
+        print(f"note: {note}")
 
     scored = [
         ScoredAnswer(

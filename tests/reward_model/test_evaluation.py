@@ -170,6 +170,13 @@ def test_several_rejected_answers_are_pairs_of_one_question(evaluate, tmp_path: 
     assert (summary["pairs"], summary["questions"]) == (4, 2)
 
 
+@pytest.mark.parametrize("kind", ["pair", "score"])
+def test_what_was_cut_is_told(kind: str, evaluate, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(kind, "data.max_prompt_length=20")
+    [note] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: test: ")]
+    assert "16 of 16 prompts cut (" in note and note.endswith(" tokens); raise data.max_length or data.max_prompt_length to keep them")
+
+
 def test_wandb_gets_figures_and_table_where_asked_for(evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     path = evaluate("pair", "wandb.mode=offline", "test_params.table_name=pairs")

@@ -269,7 +269,7 @@ def test_without_padding_questions_are_answered_one_by_one(case: Case, monkeypat
 def test_long_prompts_are_cut_or_refused(tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     case = Case(tmp_path, models["gpt_neo"], [*ROWS[:2], {"Question": "long " * 200, "Answer": "x"}])
     assert case.run() == 0
-    assert "1 prompts cut" in capsys.readouterr().out
+    assert "note: test: 1 of 3 prompts cut (" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"test row 3.*truncate_prompt is false"):
         case.run("data.truncate_prompt=false", "data.max_prompt_length=40")
 
