@@ -55,11 +55,14 @@ class Judged:
 
 @dataclass(frozen=True)
 class Measurement:
-    """`figures`: the keys of results/quickstart.json but for `seconds`; the answers behind them, by model and way of decoding."""
+    """`figures`: the keys of results/quickstart.json but for `seconds`; the answers behind them, by model and way of decoding.
+
+    by_kind: what was counted -> kind of question (`family`) -> share, 0-1.
+    """
 
     figures: dict[str, float]
     judged: dict[str, list[Judged]]
-    right_vs_wrong_by_family: dict[str, dict[str, float]]
+    by_kind: dict[str, dict[str, float]]
 
 
 class Writer:
@@ -95,10 +98,13 @@ def measure(models: Models | None = None, *, seed: int = 0) -> Measurement:
         "ppo sampled": _flat(ppo_sampled),
         "ppo greedy": ppo.answer(questions, sample=False),
     }
-    right_vs_wrong = {name: right_vs_wrong_accuracy(scorer, questions, seed) for name, scorer in scorers.items()}
+    right_vs_wrong = {f"right_vs_wrong_{name}": right_vs_wrong_pairs(scorer, questions, seed) for name, scorer in scorers.items()}
+    right = {
+        f"right_{name}_greedy": [(one.question, float(one.verdict.right)) for one in judged[f"{name} greedy"]] for name in ("sft", "ppo")
+    }
     figures = {
         **{f"pair_accuracy_{name}": pair_accuracy(scorer) for name, scorer in scorers.items()},
-        **{f"right_vs_wrong_{name}": accuracies["all"] for name, accuracies in right_vs_wrong.items()},
+        **{name: fmean(share for _, share in shares) for name, shares in right_vs_wrong.items()},
         "oracle_sft": mean_score(judged["sft sampled"]),
         "oracle_sft_greedy": mean_score(judged["sft greedy"]),
         "oracle_best_of_4": mean_score(judged["best of 4"]),
@@ -108,7 +114,7 @@ def measure(models: Models | None = None, *, seed: int = 0) -> Measurement:
         "eos_rate_ppo": fmean(one.answer.ended for one in judged["ppo sampled"]),
         "commonest_answer_share_ppo": commonest_share([one.answer.text for one in judged["ppo sampled"]]),
     }
-    return Measurement(figures, judged, right_vs_wrong)
+    return Measurement(figures, judged, {name: by_kind(shares) for name, shares in {**right_vs_wrong, **right}.items()})
 
 
 def mean_score(judged: Sequence[Judged]) -> float:
@@ -133,17 +139,21 @@ def pair_accuracy(scorer: RewardScorer) -> float:
     return fmean(_order(c, r) for c, r in zip(chosen, rejected, strict=True))
 
 
-def right_vs_wrong_accuracy(scorer: RewardScorer, questions: Sequence[str], seed: int) -> dict[str, float]:
-    """Share of pairs, alike but for the value, in which the right answer scores higher: over all test questions and by family."""
+def right_vs_wrong_pairs(scorer: RewardScorer, questions: Sequence[str], seed: int) -> list[tuple[str, float]]:
+    """(question, 1 where the right answer scores higher, else 0; a tie 0.5) of pairs that are alike but for the value."""
     rng = random.Random(f"right against wrong {seed}")
     rows = [(q, *same_form_pair(understand(q), form, rng)) for q in questions for form in PAIR_FORMS]
     right = scorer.score([row[0] for row in rows], [row[1] for row in rows])
     wrong = scorer.score([row[0] for row in rows], [row[2] for row in rows])
-    results: dict[str, list[float]] = {"all": []}
-    for (question, *_), r, w in zip(rows, right, wrong, strict=True):
-        for group in ("all", family(question)):
-            results.setdefault(group, []).append(_order(r, w))
-    return {group: fmean(values) for group, values in results.items()}
+    return [(row[0], _order(r, w)) for row, r, w in zip(rows, right, wrong, strict=True)]
+
+
+def by_kind(shares: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Kind of question -> mean of what was counted for its questions."""
+    kinds: dict[str, list[float]] = {}
+    for question, share in shares:
+        kinds.setdefault(family(question), []).append(share)
+    return {kind: fmean(kinds[kind]) for kind in sorted(kinds)}
 
 
 def kl_per_answer(policy: Writer, reference: Writer, judged: Sequence[Judged]) -> float:

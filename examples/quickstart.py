@@ -74,7 +74,7 @@ def run(seed: int | None, results: Results, *, measure_only: bool) -> None:
     measurement = measure(seed=seed or 0)
     name = "default" if seed is None else str(seed)
     results.runs[name] = {**measurement.figures, "seconds": round(time.monotonic() - started, 1)}
-    results.right_vs_wrong[name] = measurement.right_vs_wrong_by_family
+    results.by_kind[name] = measurement.by_kind
     if not results.examples:
         kinds: dict[str, list[Example]] = {}
         for before, after in zip(measurement.judged["sft greedy"], measurement.judged["ppo greedy"], strict=True):

@@ -71,8 +71,9 @@ def train(script: str, config: str, runs: Path, *overrides: str) -> None:
 
 
 def summary(path: Path) -> dict[str, Any]:
+    """What a script summed up, without the paths of this machine."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return {key: value for key, value in found.items() if not (isinstance(value, str) and Path(value).is_absolute())}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -27,6 +27,13 @@ FIGURES = {
     "commonest_answer_share_ppo": "PPO: share of the commonest answer",
     "seconds": "seconds, without installing",
 }
+# what is counted by kind of question -> what it is
+KINDS = {
+    "right_vs_wrong_classification": "pair reward model: right against wrong in the same form",
+    "right_vs_wrong_regression": "score reward model: right against wrong in the same form",
+    "right_sft_greedy": "SFT, greedy answers: share that are right",
+    "right_ppo_greedy": "PPO, greedy answers: share that are right",
+}
 BARS = {
     "oracle_sft": "SFT sampled",
     "oracle_best_of_4": "SFT best of 4",
@@ -50,34 +57,35 @@ class Example:
 
 @dataclass
 class Results:
-    """runs, right_vs_wrong: by seed (`default`: the configs' own). right_vs_wrong: by reward model, then by kind of question."""
+    """By seed (`default`: the configs' own) the figures, and shares by kind of question.
+
+    by_kind: what was counted (a key of KINDS) -> kind of question -> share, 0-1.
+    """
 
     runs: dict[str, dict[str, float]] = field(default_factory=dict)
-    right_vs_wrong: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    by_kind: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     examples: list[Example] = field(default_factory=list)
 
     @property
     def mean(self) -> dict[str, float]:
         return {name: fmean(run[name] for run in self.runs.values()) for name in FIGURES}
 
-    def mean_right_vs_wrong(self) -> dict[str, dict[str, float]]:
-        """Reward model -> kind of question -> mean over the runs."""
-        first = next(iter(self.right_vs_wrong.values()))
-        return {
-            model: {kind: fmean(run[model][kind] for run in self.right_vs_wrong.values()) for kind in sorted(kinds)}
-            for model, kinds in first.items()
-        }
+    @property
+    def mean_by_kind(self) -> dict[str, dict[str, float]]:
+        """What was counted -> kind of question -> mean share over the runs."""
+        first = next(iter(self.by_kind.values()))
+        return {name: {kind: fmean(run[name][kind] for run in self.by_kind.values()) for kind in sorted(first[name])} for name in KINDS}
 
     def save(self, path: Path) -> None:
         """The means under the figures' names, so that one run's file is just its figures; each run beside them."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        values = {**self.mean, "seeds": self.runs, "right_vs_wrong": self.right_vs_wrong, "examples": [asdict(e) for e in self.examples]}
+        values = {**self.mean, "seeds": self.runs, "by_kind": self.by_kind, "examples": [asdict(e) for e in self.examples]}
         write_text_atomically(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Results:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return cls(values["seeds"], values["right_vs_wrong"], [Example(**example) for example in values["examples"]])
+        return cls(values["seeds"], values["by_kind"], [Example(**example) for example in values["examples"]])
 
 
 def table_lines(results: Results) -> list[str]:
@@ -85,9 +93,11 @@ def table_lines(results: Results) -> list[str]:
     columns = _columns(results)
     lines = [f"  {'':58}" + "".join(f"{name:>10}" for name in columns)] if len(columns) > 1 else []
     lines += [f"  {text:58}" + "".join(f"{_shown(name, run[name]):>10}" for run in columns.values()) for name, text in FIGURES.items()]
-    lines += ["", "  right against wrong in the same form, by kind of question"]
-    for model, kinds in results.mean_right_vs_wrong().items():
-        lines.append(f"    {model:15} " + ", ".join(f"{kind} {value:.2f}" for kind, value in kinds.items() if kind != "all"))
+    kinds = list(next(iter(results.mean_by_kind.values())))
+    lines += ["", f"  {'by kind of question':58}" + "".join(f"{kind:>27}" for kind in kinds)]
+    lines += [
+        f"  {KINDS[name]:58}" + "".join(f"{share:27.3f}" for share in shares.values()) for name, shares in results.mean_by_kind.items()
+    ]
     return lines
 
 
@@ -105,10 +115,10 @@ def markdown(results: Results) -> str:
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for name, text in FIGURES.items():
         lines.append(f"| {text} | " + " | ".join(_shown(name, run[name]) for run in columns.values()) + " |")
-    kinds = [kind for kind in next(iter(results.mean_right_vs_wrong().values())) if kind != "all"]
-    lines += ["", "| right against wrong in the same form, mean | " + " | ".join(kinds) + " |", "|---|" + "---:|" * len(kinds)]
-    for model, values in results.mean_right_vs_wrong().items():
-        lines.append(f"| {model} | " + " | ".join(f"{values[kind]:.3f}" for kind in kinds) + " |")
+    kinds = list(next(iter(results.mean_by_kind.values())))
+    lines += ["", "| mean by kind of question | " + " | ".join(kinds) + " |", "|---|" + "---:|" * len(kinds)]
+    for name, shares in results.mean_by_kind.items():
+        lines.append(f"| {KINDS[name]} | " + " | ".join(f"{share:.3f}" for share in shares.values()) + " |")
     lines += ["", "| question | SFT, greedy | oracle | PPO, greedy | oracle |", "|---|---|---:|---|---:|"]
     for e in results.examples:
         question, sft, ppo = (text.replace("|", r"\|") for text in (e.question, e.sft, e.ppo))
@@ -132,7 +142,7 @@ def draw(results: Results, path: Path) -> Path:
     axes.set_yticks(range(len(BARS)), list(BARS.values()), fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    axes.set_xlabel("oracle score of answers to unseen test questions (0-1)", fontsize=9)
+    axes.set_xlabel("oracle score of answers to unseen test questions (0-1): mean, and each run as a dot", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
     return path

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from examples.results import FIGURES, Example, Results, draw, example_lines, markdown, table_lines
+from examples.results import FIGURES, KINDS, Example, Results, draw, example_lines, markdown, table_lines
 
 EXAMPLE = Example("Which?", "4, I think.", 0.2, "It is 5.", 0.6)
 
 
 def results(*values: float) -> Results:
-    kinds = {"pairs": {"all": 0.5, "fact": 0.25}}
+    kinds = {name: {"fact": 0.25} for name in KINDS}
     return Results({str(seed): dict.fromkeys(FIGURES, value) for seed, value in enumerate(values)}, {"0": kinds, "1": kinds}, [EXAMPLE])
 
 
@@ -32,7 +32,7 @@ def test_several_runs_are_shown_with_their_mean() -> None:
     assert heading.split() == ["seed", "0", "seed", "1", "mean"]
     assert rows[0].endswith("     0.500     1.000     0.750")
     assert "| PPO, greedy answers: oracle score | 0.500 | 1.000 | 0.750 |" in markdown(two).splitlines()
-    assert "| pairs | 0.250 |" in markdown(two).splitlines()
+    assert "| PPO, greedy answers: share that are right | 0.250 |" in markdown(two).splitlines()
 
 
 def test_one_run_needs_no_heading_and_no_mean() -> None:
