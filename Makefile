@@ -4,8 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 
-# Without these two, identical runs on a small machine differ several times in speed.
-export OMP_PROC_BIND ?= true
+# Threads that spin while they wait take the cores from commands beside them. (OMP_PROC_BIND would put all of these on one core.)
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help venv quickstart test lint format docs data clean
