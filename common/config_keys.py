@@ -35,6 +35,7 @@ SIGNS: dict[str, frozenset[str]] = {
 
 # Keys that once meant something: section -> key -> what replaces it. They are accepted, without effect, with this note.
 OBSOLETE: dict[str, dict[str, str]] = {
+    "model_params": {"mae_loss": "it chooses the loss of scores, and there are none here"},
     "ppo_config": {
         "remove_unused_columns": "every column of a row reaches the reward pipeline",
         "optimize_cuda_cache": "mini_batch_size bounds the memory",

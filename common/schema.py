@@ -201,8 +201,20 @@ class ModelParams(FreezeSettings):
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="Sets every dropout of the model; null keeps the model's own."
     )
-    model_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type the weights are loaded in.")
+    model_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="Type the weights are loaded in. Weights that train are float32: the shorter types need `lora`, whose adapters are.",
+    )
     lora: LoraSettings | None = Field(None, description="LoRA adapters; excludes `freeze_*`.")
+
+    @model_validator(mode="after")
+    def _trained_weights_are_float32(self) -> ModelParams:
+        if self.model_dtype != "float32" and self.lora is None:
+            raise ValueError(
+                f"model_dtype: got {self.model_dtype}, in which small updates of the weights are lost to rounding; use float32 "
+                f"(trainer.params.precision: bf16-mixed computes in bfloat16), or {self.model_dtype} with lora, whose adapters stay float32"
+            )
+        return self
 
     @model_validator(mode="after")
     def _lora_excludes_freezing(self) -> ModelParams:

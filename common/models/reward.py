@@ -211,6 +211,11 @@ class RewardScorer:
         )
 
     @property
+    def knows_its_scale(self) -> bool:
+        """Whether a manifest tells mean and scale of the scores: not so for other people's models and runs that were stopped."""
+        return self.manifest is not None and self.manifest.score_mean is not None and self.manifest.score_scale is not None
+
+    @property
     def score_mean(self) -> float:
         """Mean of output scores on the training set; 0 where no manifest tells."""
         return (self.manifest.score_mean if self.manifest else None) or 0.0

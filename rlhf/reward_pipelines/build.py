@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from common.model_source import ModelSource, check_model_source
+from common.notes import say
 from common.records import Prompt
 from rlhf.config import RewardComponent, RewardSettings
 from rlhf.reward_pipelines.combine import Ensemble, WeightedSum
@@ -212,6 +213,12 @@ def _build(
             assert component.model_name is not None
             batch_size = component.batch_size or settings.batch_size
             scorer = RewardScorer(component.model_name, batch_size=batch_size, device=device, trust_remote_code=trust_remote_code)
+            if component.normalise == "manifest" and not scorer.knows_its_scale:
+                say(
+                    f"{component.model_name} has no mean and scale of its scores in a manifest (a stopped run, a model from elsewhere): "
+                    "normalised by the reference's answers, as with normalise: reference"
+                )
+                return TrainedRewardModel(name, scorer, "reference")
             return TrainedRewardModel(name, scorer, component.normalise)
         case "function":
             assert component.path is not None

@@ -22,6 +22,7 @@ MAINS: dict[str, Any] = {"pair": train_pairs.main, "score": train_scores.main}
         ("model_init.model_type=gpt9", "got gpt9"),
         ("model_init.config.max_position_embeddings=32", "data.max_length 64 exceeds the 32 positions"),
         ("data.max_length=5", "expected at least 7"),
+        ("model_params.model_dtype=bfloat16", "small updates of the weights are lost to rounding"),
     ],
 )
 def test_a_model_that_cannot_be_built_is_not_valid(kind: str, override: str, message: str, write_config, tmp_path: Path) -> None:
@@ -30,3 +31,9 @@ def test_a_model_that_cannot_be_built_is_not_valid(kind: str, override: str, mes
     with pytest.raises(UserError, match=message):
         MAINS[kind]([*arguments, override])
     assert not (tmp_path / "models").exists()
+
+
+def test_both_kinds_take_the_key_that_chooses_the_loss_of_scores(write_config, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind, main in MAINS.items():
+        assert main(["--config_file", str(write_config(kind)), "--validate", "model_params.mae_loss=false"]) == 0
+        assert ("mae_loss is obsolete and has no effect" in capsys.readouterr().out) == (kind == "pair")

@@ -166,11 +166,25 @@ def test_a_reward_model_alone_and_inside_a_sum(reward_dir: Path) -> None:
     (source,) = check_pipeline(alone)
     assert source.is_reward_model
     prompts, responses = ["What is the capital of France?", "Why?"], ["Paris.", "Because."]
-    result = build_pipeline(alone).score(prompts, responses)
+    pipeline = build_pipeline(alone)
+    pipeline.calibrate(prompts, responses)
+    result = pipeline.score(prompts, responses)
     assert result.components.keys() == {"model", "model_raw"}
     assert result.scores[0] != result.scores[1]
-    both = settings(type="sum", members=[{"type": "model", "model_name": str(reward_dir), "weight": 2.0}, {"type": "must_end"}])
-    assert build_pipeline(both)(prompts, responses) == pytest.approx([2 * score + 1 for score in result.scores])
+    member = {"type": "model", "model_name": str(reward_dir), "weight": 2.0, "normalise": "none"}
+    both = settings(type="sum", members=[member, {"type": "must_end"}])
+    assert build_pipeline(both)(prompts, responses) == pytest.approx([2 * score + 1 for score in result.components["model_raw"]])
+
+
+def test_a_model_that_does_not_know_its_scale_is_normalised_by_reference_answers(
+    reward_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = build_pipeline(RewardSettings(reward_model_name=str(reward_dir)))
+    assert "has no mean and scale of its scores in a manifest" in capsys.readouterr().out
+    assert pipeline.needs_calibration
+    pipeline.calibrate(["a", "b", "c"], ["Paris.", "Because.", "So."])
+    scores = pipeline(["a", "b", "c"], ["Paris.", "Because.", "So."])
+    assert sum(scores) == pytest.approx(0, abs=1e-5) and sum(score**2 for score in scores) == pytest.approx(3, rel=1e-4)
 
 
 def test_no_answers_give_no_scores() -> None:
