@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -38,13 +39,14 @@ class Batch:
 
 
 class BatchPlan:
-    """The batches of each epoch for one rank; every rank gets the same number of them.
+    """The batches of each epoch for one rank; every rank and every epoch gets the same number of them.
 
     Args:
         lengths: tokens of each row.
         batch_size: rows per micro-batch and rank; in `packed` mode lines of `capacity` tokens.
         weights: what each row counts in the mean (answer tokens or pairs); default: 1 each.
-        mode: `random` order; `bucketed`: rows of like length together; `packed`: rows one after another in lines of `capacity`;
+        mode: `random` order; `bucketed`: rows of like length together; `packed`: rows one after another in lines of `capacity`,
+            which are made once by `seed` and stand in a new order in each epoch;
             `by_question`: rows with the same question together; `sequential`: rows as they are, the same in each epoch.
         questions: what each row asks, for `by_question`; rows with equal ones need not be neighbours.
         accumulate: micro-batches per optimizer step.
@@ -124,11 +126,19 @@ class BatchPlan:
                 [[row for group in part for row in group] for part in fill(batch, _part_sizes(sum(map(len, batch)), self.world_size))]
                 for batch in fill(shuffled, [size] * -(-len(order) // size))
             ]
-        assert self.mode == "packed" and self.capacity is not None
+        assert self.mode == "packed"
+        return _chunks([self._lines[place] for place in generator.permutation(len(self._lines))], size)
+
+    @cached_property
+    def _lines(self) -> list[list[int]]:
+        """Packed lines, the same in every epoch: rows packed anew may take one line more or less, and the trainer counts batches once."""
+        assert self.capacity is not None
+        size = self.batch_size * self.world_size
         mean = max(1.0, float(self.lengths.mean())) if len(self.lengths) else 1.0
         pool_rows = max(1, round(POOL_BATCHES * size * self.capacity / mean))
-        lines = [line for pool in _chunks(order, pool_rows) for line in pack(pool, self.lengths, self.capacity)]
-        return _chunks([lines[place] for place in generator.permutation(len(lines))], size)
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(0,))))  # no epoch's stream
+        order = generator.permutation(len(self.lengths)).tolist()
+        return [line for pool in _chunks(order, pool_rows) for line in pack(pool, self.lengths, self.capacity)]
 
 
 def pack(rows: Sequence[int], lengths: Sequence[int] | np.ndarray[Any, Any], capacity: int) -> list[list[int]]:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from common.batching import Batch, BatchPlan, PlanSampler, batch_loader, fill, pack
+from common.launch.lightning import total_optimizer_steps
+from common.schema import CheckpointSettings, TrainerSettings
 
 MODES = ["random", "bucketed", "packed", "by_question", "sequential"]
 LENGTHS = [int(n) for n in np.random.default_rng(0).integers(1, 30, size=103)]
@@ -106,6 +108,23 @@ def test_packed_lines_are_full_and_fit() -> None:
             room -= LENGTHS[row]
         assert lines <= 4
     assert sum(LENGTHS) / (40 * 4 * len(batches)) > 0.9
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (1, 4), (2, 3)])
+def test_every_epoch_has_the_same_number_of_batches(mode: Any, world_size: int, accumulate: int) -> None:
+    """Many pools, where rows packed anew in each epoch take different numbers of lines: the trainer counts the batches only once."""
+    lengths = np.random.default_rng(4).integers(5, 60, size=6000)
+    shape: dict[str, Any] = {"batch_size": 1, "seed": 0, "mode": mode, "capacity": 128, "questions": [row // 3 for row in range(6000)]}
+    ranks = [BatchPlan(lengths, accumulate=accumulate, world_size=world_size, rank=rank, **shape) for rank in range(world_size)]
+    epochs = [[rank.batches(epoch) for rank in ranks] for epoch in range(4)]
+    for epoch in epochs:
+        assert sorted(row for batches in epoch for row in used(batches)) == list(range(6000))
+    assert len({len(batches) for epoch in epochs for batches in epoch}) == 1
+    trainer = TrainerSettings(
+        checkpoint=CheckpointSettings(monitor="val_loss"), params={"max_epochs": 4, "accumulate_grad_batches": accumulate}
+    )
+    assert total_optimizer_steps(trainer, len(PlanSampler(ranks[0]))) == sum(ranks[0].steps(epoch) for epoch in range(4))
 
 
 def test_pack_by_hand() -> None:
