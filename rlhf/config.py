@@ -93,6 +93,13 @@ class PPOParams(Section):
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward.")
     lora: LoraSettings | None = Field(None, description="LoRA adapters; excludes `freeze_config`.")
 
+    @field_validator("tracker_kwargs")
+    @classmethod
+    def _free_arguments(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if problems := init_argument_problems(arguments):
+            raise KeyedProblems(problems)
+        return arguments
+
     @property
     def minibatch(self) -> int:
         return self.mini_batch_size or self.batch_size
@@ -208,7 +215,7 @@ class PPORunConfig(RunSettings):
     freeze_config: FreezeSettings = Field(default_factory=FreezeSettings, description="Which parameters stay as they are.")
     generation_config: PPOGeneration = Field(default_factory=PPOGeneration, description="How answers are sampled.")
     global_epochs: PositiveInt = Field(1, description="Passes over the prompts, ended early by `ppo_config.steps`.")
-    hf_hub_name: str | None = Field(None, description="Hub repository to push to after the local save; null: none.")
+    hf_hub_name: str | None = Field(None, description="Hub repository to push to after the local save, a private one if new; null: none.")
     ppo_config: PPOParams = Field(description="The classic trainer's settings.")
     reward_config: RewardSettings = Field(description="What is maximised.")
     evaluation: PPOEvaluation = Field(default_factory=PPOEvaluation, description="Fixed evaluation prompts.")

@@ -308,7 +308,7 @@ def push_to_hub(directory: Path, name: str) -> None:
         return
     try:
         api = HfApi()
-        api.create_repo(name, exist_ok=True)
+        api.create_repo(name, exist_ok=True, private=True)  # its owner decides when to publish
         api.upload_folder(repo_id=name, folder_path=str(directory.resolve()))
         print(f"pushed to the hub as {name}")
     except Exception as error:

@@ -66,3 +66,12 @@ def test_a_push_that_fails_is_a_warning(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
     push_to_hub(tmp_path, "user/name")
     assert capsys.readouterr().err == f"warning: pushing to user/name failed (no route to host); the model is in {tmp_path}\n"
+
+
+def test_a_new_repository_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, name, **options: asked.update(options, name=name))
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **options: asked.update(options))
+    push_to_hub(tmp_path, "user/name")
+    assert asked["name"] == asked["repo_id"] == "user/name" and asked["private"] is True
