@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from common.config_keys import ALIASES
-from common.config_secrets import is_secret
+from common.config_secrets import may_hold_secret
 from common.config_yaml import MarkedData
 from common.lightning_arguments import ARGUMENTS
 from common.schema import KeyedProblems
@@ -199,7 +199,7 @@ def shown_value(value: Any, path: KeyPath = ()) -> str:
     """A value as YAML has it, shortened; never one that may be a key."""
     if value is None:
         return "null"
-    if is_secret(path):
+    if may_hold_secret(path):
         return "a value that is not shown"
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -13,12 +13,22 @@ from common.schema_types import KeyPath
 KEY_VARIABLE = "WANDB_API_KEY"
 
 _SECRET_NAME = re.compile(r"(?:^|[_-])(?:api[_-]?key|secret|password|(?:auth|access|hf)[_-]?token)$", re.IGNORECASE)
-_FREE_SECRET_NAME = re.compile(r"^(?:wandb[_-])?api[_-]?key$", re.IGNORECASE)
+# Where nothing but arguments of a tracker stands, a shorter name tells enough.
+_TRACKER_SECRET_NAME = re.compile(r"(?:key|token|password|secret|api)$", re.IGNORECASE)
+_FREE_SECRET_NAME = re.compile(r"^(?:wandb[_-])?(?:api[_-]?key|api|key)$", re.IGNORECASE)
 
 
 def is_secret(path: KeyPath) -> bool:
     """Whether what stands at this path may be a key, whatever it looks like."""
-    return bool(path) and (path[-2:] == ("wandb", "api") or bool(_SECRET_NAME.search(str(path[-1]))))
+    if not path:
+        return False
+    name, of_tracker = str(path[-1]), path[0] == "wandb" or "tracker_kwargs" in path[:-1]
+    return bool(_SECRET_NAME.search(name)) or (of_tracker and bool(_TRACKER_SECRET_NAME.search(name)))
+
+
+def may_hold_secret(path: KeyPath) -> bool:
+    """Whether text that stands at this path may be a key: at a secret's own, or where a section that may have one is expected."""
+    return is_secret(path) or path in (("wandb",), ("wandb", "args")) or "tracker_kwargs" in path
 
 
 def take_key_out(data: dict[str, Any]) -> tuple[str | None, KeyPath]:

@@ -31,6 +31,9 @@ WANDB_FOLDER = "wandb"
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_KEY_VARIABLE = "WANDB_API_KEY"
 
+# Arguments of `wandb.init` that decide where a run's files lie, what it is called there and that it never fails.
+RESERVED_INIT_ARGUMENTS = frozenset({"config", "dir", "id", "resume", "settings"})
+
 # Keys of a line that are no metrics.
 STEP, TIME = "step", "time"
 
@@ -229,6 +232,18 @@ def wandb_mode(settings: WandbSettings) -> Literal["online", "offline", "disable
     if wish == "auto":
         wish = {"offline": "offline", "dryrun": "offline", "disabled": "disabled"}.get(os.environ.get("WANDB_MODE", ""), "online")  # type: ignore[assignment]
     return "offline" if wish == "online" and not has_key else wish  # type: ignore[return-value]
+
+
+def init_argument_problems(arguments: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
+    """Key -> what is wrong with it, of arguments for `wandb.init` that stand flat or under `wandb`."""
+    problems: dict[tuple[str, ...], str] = {}
+    nested = arguments.get("wandb", {})
+    if not isinstance(nested, Mapping):
+        problems["wandb",] = "expected a mapping"
+        nested = {}
+    for place, names in (((), arguments), (("wandb",), nested)):
+        problems |= {(*place, name): "set by the run itself; remove it" for name in names if name in RESERVED_INIT_ARGUMENTS}
+    return problems
 
 
 class WandbSink:

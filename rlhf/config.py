@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from common.schema import (
     FiniteFloat,
@@ -12,6 +12,7 @@ from common.schema import (
     FreezeSettings,
     FunctionName,
     GenerateParams,
+    KeyedProblems,
     LoraSettings,
     ModelName,
     NonNegativeFloat,
@@ -24,6 +25,7 @@ from common.schema import (
     StagePath,
     WandbSettings,
 )
+from common.tracking import init_argument_problems
 
 
 class PPOData(RowSettings):

@@ -463,7 +463,9 @@ def test_a_key_in_the_environment_stays(stage: Path, monkeypatch: pytest.MonkeyP
     assert CANARY not in everything_of(invocation)
 
 
-@pytest.mark.parametrize("place", ["api_key: {}", "wandb: {{api_key: {}}}", "WANDB_API_KEY: {}"])
+@pytest.mark.parametrize(
+    "place", ["api_key: {}", "wandb: {{api_key: {}}}", "WANDB_API_KEY: {}", "key: {}", "wandb: {{key: {}}}", "api: {}"]
+)
 def test_a_key_in_tracker_kwargs_moves_into_the_environment(place: str, stage: Path) -> None:
     text = PPO.replace("reward_config", f"  tracker_kwargs: {{{place.format(CANARY)}, name: n}}\nreward_config")
     invocation = invoke(PPORunConfig, stage, text)
@@ -473,7 +475,16 @@ def test_a_key_in_tracker_kwargs_moves_into_the_environment(place: str, stage: P
 
 
 @pytest.mark.parametrize(
-    "text", ["wandb: {key: KEY}", "wandb: {args: {api_key: KEY}}", "wandb: {api: [KEY]}", "api: KEY", "wandb: {api: KEY, api: KEY}"]
+    "text",
+    [
+        "wandb: {key: KEY}",
+        "wandb: {args: {api_key: KEY}}",
+        "wandb: {api: [KEY]}",
+        "api: KEY",
+        "wandb: {api: KEY, api: KEY}",
+        "wandb: KEY",
+        "wandb: {args: KEY}",
+    ],
 )
 def test_no_error_repeats_a_key(text: str, stage: Path) -> None:
     lines = problems(
@@ -484,18 +495,36 @@ def test_no_error_repeats_a_key(text: str, stage: Path) -> None:
     assert "WANDB_API_KEY" not in os.environ
 
 
+@pytest.mark.parametrize("name", ["settings", "dir", "config", "id", "resume"])
+@pytest.mark.parametrize("place", ["{}: x", "wandb: {{{}: x}}"])
+def test_arguments_of_wandb_that_a_run_sets_itself_are_refused(name: str, place: str, stage: Path) -> None:
+    text = PPO.replace("reward_config", f"  tracker_kwargs: {{{place.format(name)}}}\nreward_config")
+    where = f"tracker_kwargs.wandb.{name}" if "wandb" in place else f"tracker_kwargs.{name}"
+    (line,) = problems(PPORunConfig, stage, text)
+    assert line.endswith(f"ppo_config.{where}: set by the run itself; remove it")
+
+
+@pytest.mark.parametrize("written", ["KEY", "{wandb: KEY}"])
+def test_tracker_arguments_given_as_text_are_refused_unseen(written: str, stage: Path) -> None:
+    text = PPO.replace("reward_config", f"  tracker_kwargs: {written.replace('KEY', CANARY)}\nreward_config")
+    (line,) = problems(PPORunConfig, stage, text)
+    assert "expected a mapping" in line and CANARY not in line
+
+
 def test_resolved_dict_drops_secrets_and_keeps_tokens_of_text() -> None:
-    kwargs = {"hf_token": CANARY, "nested": [{"password": CANARY, "name": "n"}], "pad_token": "<pad>"}
+    kwargs = {"hf_token": CANARY, "nested": [{"password": CANARY, "name": "n"}], "Token": CANARY, "wandb": {"loginKey": CANARY}}
     config = PPORunConfig.model_validate(
         {
             "data_config": {"data_file_path": "a"},
             "ppo_config": {"model_name": "m", "tracker_kwargs": kwargs},
             "reward_config": {"reward_model_name": "r"},
+            "generation_config": {"pad_token": "<pad>"},
         }
     )
     resolved = resolved_dict(config)
     assert CANARY not in repr(resolved)
-    assert resolved["ppo_config"]["tracker_kwargs"] == {"nested": [{"name": "n"}], "pad_token": "<pad>"}
+    assert resolved["ppo_config"]["tracker_kwargs"] == {"nested": [{"name": "n"}], "wandb": {}}
+    assert resolved["generation_config"]["pad_token"] == "<pad>"
     assert "api" not in resolved["wandb"]
 
 
