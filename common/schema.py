@@ -69,7 +69,10 @@ def _check_csv(path: str) -> str:
 
 
 def _resolve_model(value: Any, info: ValidationInfo) -> Any:
-    """A directory (made absolute) when it or its parent folder exists or it is written like a path, else a hub name, kept as it is."""
+    """A directory (made absolute) when it or its parent folder exists or it is written like a path, else a hub name, kept as it is.
+
+    Links are followed here, once: `models/latest` may point to another run before the last of its files is read.
+    """
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -79,6 +82,8 @@ def _resolve_model(value: Any, info: ValidationInfo) -> Any:
         is_path = value.startswith(("./", "../", "/", "~")) or value in {".", ".."} or path.exists()
         # `models/latest` before the first run is a path whose end is missing, no name on the hub
         is_path = is_path or path.is_symlink() or ("/" in value and path.parent.is_dir())
+        if path.is_dir():
+            return os.path.realpath(path)
     except OSError:  # too long a name, say: no path
         is_path = False
     return str(path) if is_path else str(value)
@@ -102,7 +107,7 @@ StagePath = Annotated[str, BeforeValidator(_resolve_path), Words("a path")]
 CSVPath = Annotated[StagePath, AfterValidator(_check_csv)]
 """A `StagePath` of a CSV file."""
 ModelName = Annotated[str, BeforeValidator(_resolve_model), Words("a model directory or hub name")]
-"""A model directory (relative like `StagePath`) or a hub name."""
+"""A model directory (relative like `StagePath`; one that exists without links) or a hub name."""
 FunctionName = Annotated[str, BeforeValidator(_resolve_function), Words("module:function or file.py:function")]
 """A Python function; a relative file counts like `StagePath`."""
 

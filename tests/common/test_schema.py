@@ -186,6 +186,29 @@ def test_paths_keep_no_dots_and_command_line_values_become_plain(tmp_path: Path,
     assert Paths.model_validate({"path": CommandLineValue("b"), "text": ""}, context={"base_dir": Path("/s")}).path == str(tmp_path / "b")
 
 
+def test_a_model_directory_is_the_real_one_and_a_hub_name_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Models(Section):
+        model: ModelName
+
+    def read(name: str) -> str:
+        return Models.model_validate({"model": name}, context={"base_dir": tmp_path}).model
+
+    for number in (0, 1):
+        (tmp_path / "models" / f"run-{number}" / "step-1").mkdir(parents=True)
+        (tmp_path / "models" / f"run-{number}" / "best").symlink_to("step-1")
+    link = tmp_path / "models" / "latest"
+    link.symlink_to("run-0/best")
+    before = read("models/latest")
+    link.unlink()
+    link.symlink_to("run-1/best")  # another run publishes
+    assert before == read(before) == str(tmp_path / "models" / "run-0" / "step-1")
+    assert read(str(link)) == str(tmp_path / "models" / "run-1" / "step-1")
+    link.unlink()
+    link.symlink_to("gone")
+    assert read("models/latest") == str(link)  # what is wrong with it is said under its own name
+    assert read("org/name") == "org/name"
+
+
 @pytest.mark.parametrize("monitor", ["val/loss", "val_loss"])
 def test_monitor_is_found_in_both_spellings(monitor: str) -> None:
     assert resolve_monitor(monitor, ("val/accuracy", "val/loss")) == "val/loss"
