@@ -2,15 +2,17 @@
 
 Beside `NAME.csv` lies `NAME.csv.state.json` with the number of bytes and rows that are complete and what was evaluated. Started again
 on the same, an evaluation keeps those rows; started on something else (another model, other data), the old file is kept aside as
-`NAME.previous.csv` and a new one begins.
+`NAME.previous.csv` and a new one begins. `NAME.csv.lock` is held as long as an evaluation writes; it may be deleted afterwards.
 """
 
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ class CsvLog:
     """`rows` are the complete rows found (all values as text, in file order); `append` adds to file and `rows` alike.
 
     `identity` says what is evaluated (model, data, settings): plain JSON values; rows of another identity are not continued.
+    While it is open (until `close`, or the end of object or process), no other one opens the same file.
     """
 
     def __init__(self, path: Path | str, columns: Sequence[str], identity: Mapping[str, Any]) -> None:
@@ -36,10 +39,24 @@ class CsvLog:
         self._state_path = self.path.with_name(self.path.name + ".state.json")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._continue():
-                self._begin()
+            lock = _locked(self.path.with_name(self.path.name + ".lock"))
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another evaluation is writing it; wait for its end or set another log_file") from None
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from None
+        self._release = weakref.finalize(self, os.close, lock)
+        try:
+            if not self._continue():
+                self._begin()
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from None
+            raise
+
+    def close(self) -> None:
+        """Let others write the file; a second call does nothing."""
+        self._release()
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows (keys exactly the columns) and flush them to disk; floats are written so that they read back equal."""
@@ -95,6 +112,19 @@ class CsvLog:
         except (OSError, ValueError):
             return None
         return state if isinstance(state, dict) and {"identity", "rows", "bytes"} <= state.keys() else None
+
+
+def _locked(path: Path) -> int:
+    """A descriptor that holds the file's lock until it is closed. Raises BlockingIOError where another one does."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
 
 
 def _line(values: Sequence[str]) -> str:

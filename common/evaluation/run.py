@@ -10,8 +10,10 @@ torch is imported when a model has to answer, after config, data and models' fil
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +90,9 @@ def _check_subjects(config: GenerationTestConfig, compare: str | None) -> list[S
     named = [(setting, config.test_params.test_model_path or config.model_name, log_file)]
     if compare is not None:
         path = Path(compare).expanduser()
-        named.append(("--compare", str(path.absolute()) if path.exists() else compare, log_file.with_suffix(".compare" + log_file.suffix)))
+        named.append(
+            ("--compare", os.path.realpath(path) if path.is_dir() else compare, log_file.with_suffix(".compare" + log_file.suffix))
+        )
     problems: list[str] = []
     subjects: list[Subject] = []
     try:
@@ -137,14 +141,14 @@ def _notes(config: GenerationTestConfig, data: EvaluationRows) -> list[str]:
 
 def _evaluate(subject: Subject, data: EvaluationRows, config: GenerationTestConfig) -> Evaluation:
     """Answer the rows that the subject's CSV does not hold yet, appending every `save_steps`."""
-    log = CsvLog(subject.log_file, COLUMNS, _identity(subject, data, config))
-    if log.note:
-        print(log.note)
-    done, total = len(log.rows), len(data.rows)
-    if done == total:
-        print(f"{subject.log_file} is complete: {total:,} answers; only the figures are computed again")
-    else:
-        _answer_rest(subject, data, config, log)
+    with contextlib.closing(CsvLog(subject.log_file, COLUMNS, _identity(subject, data, config))) as log:
+        if log.note:
+            print(log.note)
+        done, total = len(log.rows), len(data.rows)
+        if done == total:
+            print(f"{subject.log_file} is complete: {total:,} answers; only the figures are computed again")
+        else:
+            _answer_rest(subject, data, config, log)
     return Evaluation(subject, log.rows, figures(log.rows, compute_metrics=config.test_params.do_compute_metrics))
 
 

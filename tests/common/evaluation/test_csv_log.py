@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,7 @@ def test_any_character_that_a_model_may_write_reads_back(tmp_path: Path) -> None
     texts = ["a\rb", "\r", "\r\n", "\x00 \x1c \x85 \u2028", " lead ", '"', ",", "'", "=1+1", "\ufeff"]
     log = CsvLog(tmp_path / "out.csv", COLUMNS, {})
     log.append([{"question": text, "answer": text, "score": 0.5} for text in texts])
+    log.close()
     assert [row["answer"] for row in CsvLog(tmp_path / "out.csv", COLUMNS, {}).rows] == texts
 
 
@@ -87,3 +91,43 @@ def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         CsvLog(tmp_path / "file" / "out.csv", COLUMNS, {})
+
+
+def test_two_evaluations_never_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    first = CsvLog(path, COLUMNS, {"model": "m"})
+    for identity in ({"model": "m"}, {"model": "other"}):
+        with pytest.raises(UserError, match=r"out\.csv: another evaluation is writing it"):
+            CsvLog(path, COLUMNS, identity)
+    first.append(ROWS)
+    CsvLog(tmp_path / "other.csv", COLUMNS, {}).append(ROWS)
+    first.close()
+    assert len(CsvLog(path, COLUMNS, {"model": "m"}).rows) == 2
+
+
+def test_a_killed_evaluation_holds_its_file_no_longer(tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    script = f"""
+import time
+from common.evaluation.csv_log import CsvLog
+log = CsvLog({str(path)!r}, {COLUMNS!r}, {{}})
+print("open", flush=True)
+time.sleep(20)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"open\n"
+        with pytest.raises(UserError, match="another evaluation"):
+            CsvLog(path, COLUMNS, {})
+        process.send_signal(signal.SIGKILL)
+    assert CsvLog(path, COLUMNS, {}).rows == []
+
+
+def test_a_refused_file_can_be_opened_once_it_is_mended(tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    CsvLog(path, COLUMNS, {}).append([{"question": "q", "answer": "a\nb", "score": 1}])
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"a\nb", b'a"\n"'))
+    with pytest.raises(UserError, match="was edited") as caught:
+        CsvLog(path, COLUMNS, {})
+    path.write_bytes(whole)
+    assert len(CsvLog(path, COLUMNS, {}).rows) == 1 and caught.value.problems
