@@ -187,7 +187,8 @@ def count_tokens(batch: Any) -> Tensor | int:
     if not isinstance(batch, Mapping):
         return 0
     if "tokens" in batch:
-        return batch["tokens"]
+        tokens: Tensor | int = batch["tokens"]
+        return tokens
     total: Tensor | int = 0
     for name, value in batch.items():
         if name.endswith("input_ids") and isinstance(value, Tensor):

@@ -42,7 +42,10 @@ class FusedGPTNeoSelfAttention(GPTNeoSelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """States (B, Q, D) -> states (B, Q, D); `attention_mask` (B, 1, Q, K) is added to the logits, as transformers hands it over."""
         if output_attentions or attention_mask is None or (self.training and self.attn_dropout.p > 0):
-            return super().forward(hidden_states, attention_mask, layer_past, use_cache, output_attentions, **kwargs)
+            plain: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states, attention_mask, layer_past, use_cache, output_attentions, **kwargs
+            )
+            return plain
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (self._split_heads(layer(hidden_states), self.num_heads, self.head_dim) for layer in projections)
         start: int | Tensor = 0  # position of the first query among the keys

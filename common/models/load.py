@@ -94,7 +94,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 def pad_is_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether padding can be told from EOS by position only."""
-    return tokenizer.pad_token_id == tokenizer.eos_token_id
+    return bool(tokenizer.pad_token_id == tokenizer.eos_token_id)
 
 
 def give_pad_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> bool:
@@ -299,7 +299,8 @@ def set_dropout(model: nn.Module, p: float) -> int:
 
 def _load_config(name: str, trust_remote_code: bool) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return config
     except (OSError, ValueError) as error:
         raise UserError(f"no model can be loaded from {name}: {_first_line(error)}") from None
 

@@ -49,9 +49,12 @@ class LastToken(Readout):
 
     def forward(self, states: States) -> Tensor:
         if self.first:
-            return self.score(states.last[:, 0])
-        last = last_position(states.mask)  # (B,)
-        return self.score(states.last[torch.arange(len(last), device=last.device), last])
+            read = states.last[:, 0]
+        else:
+            last = last_position(states.mask)  # (B,)
+            read = states.last[torch.arange(len(last), device=last.device), last]
+        scores: Tensor = self.score(read)
+        return scores
 
 
 def last_position(mask: Tensor) -> Tensor:

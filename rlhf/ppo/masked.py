@@ -24,7 +24,8 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
 def masked_mean(values: Tensor, mask: Tensor, reduce: Reduce = alone) -> Tensor:
     """Mean over the mask of all processes, a scalar; 0 where the mask is empty."""
     total, count = reduce(torch.stack([masked_sum(values, mask), mask.sum().to(values.dtype)]))
-    return total / count.clamp(min=1)
+    mean: Tensor = total / count.clamp(min=1)
+    return mean
 
 
 def masked_moments(values: Tensor, mask: Tensor, reduce: Reduce = alone) -> tuple[Tensor, Tensor]:
