@@ -97,7 +97,8 @@ def _load_file(path: str, file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up by name
     try:
-        spec.loader.exec_module(module)
+        # Compiled here, since cached bytecode takes a file changed within a second, at the same size, for the old one.
+        exec(compile(content, str(file), "exec"), module.__dict__)
     except Exception as error:
         del sys.modules[name]
         raise UserError(f"reward function {path}: cannot be imported: {_described(error)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -287,8 +288,12 @@ def test_a_call_that_hangs_is_given_up(tmp_path: Path) -> None:
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    """Also one that was changed at once and has its old size, which cached bytecode would take for the old one."""
     assert called(tmp_path, "def reward(responses):\n    return [1, 2]\n") == [1, 2]
-    assert called(tmp_path, "def reward(responses):\n    return [3, 4]\n") == [3, 4]
+    times = (tmp_path / "mine.py").stat()
+    written(tmp_path, "def reward(responses):\n    return [3, 4]\n")
+    os.utime(tmp_path / "mine.py", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert build_pipeline(settings(type="function", path=f"{tmp_path / 'mine.py'}:reward"))(["q", "q"], ["a", "b"]) == [3, 4]
 
 
 # --- checks before anything is loaded ----------------------------------------------------------------------------------------------
