@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from common.errors import UserError
+from common.models.kinds import positions_of
 from common.prompts import clean_answer
 from common.schema import GenerateParams
 
@@ -32,9 +33,9 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def check_positions(config: Any, prompt_length: int, max_new_tokens: int) -> None:
-    """Raise UserError where the longest prompt and its answer may exceed the model's positions. T5 has no limit."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int):
+    """Raise UserError where the longest prompt and its answer may exceed the model's positions."""
+    positions = positions_of(config)
+    if positions is None:
         return
     needed = {"prompt and answer": prompt_length + max_new_tokens}
     if config.is_encoder_decoder:

@@ -22,6 +22,7 @@ from common.launch.runtime import Runtime, peak_memory_gib
 from common.launch.signals import StopSignals
 from common.lora import add_lora
 from common.models.fused import set_fused
+from common.models.kinds import positions_of
 from common.models.load import check_vocabulary, load_generator, load_tokenizer
 from common.models.modes import recompute_activations
 from common.notes import say
@@ -256,12 +257,6 @@ def load_policy(config: PPORunConfig, tokenizer: PreTrainedTokenizerBase, seed: 
         return with_value_head(add_lora(pretrained, params.lora, seed=seed)), None
     model = with_value_head(pretrained)
     return model, apply_freezing(model, config.freeze_config, always_train=("v_head",))
-
-
-def positions_of(config: Any) -> int | None:
-    """Positions of a loaded model; None where they are relative."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) else None
 
 
 def encode(encoder: Encoder, records: Sequence[PromptRecord], split: str) -> list[list[int]]:

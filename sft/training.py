@@ -23,6 +23,7 @@ from common.freezing import apply_freezing
 from common.launch.lightning import build_trainer, check_one_process, check_trainer, fit, total_optimizer_steps, trainer_params
 from common.lora import add_lora
 from common.models.fused import set_fused
+from common.models.kinds import positions_of
 from common.models.load import build_generator, load_generator, load_tokenizer, set_dropout, train_tokenizer
 from common.models.modes import recompute_activations
 from common.notes import say
@@ -183,8 +184,8 @@ def answer_prompts(
     if not records:
         return []
     limit = config.data.max_length
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and not model.config.is_encoder_decoder:
+    positions = positions_of(model.config)
+    if positions is not None and not model.config.is_encoder_decoder:
         new = config.evaluation.generate_params.max_new_tokens
         if new >= positions:
             raise UserError(f"evaluation.generate_params.max_new_tokens: got {new}, but the model has {positions} positions in all")

@@ -10,6 +10,7 @@ from common.errors import UserError
 from common.evaluation.config import GenerationTestConfig
 from common.evaluation.generate import Answer, generate_answers
 from common.evaluation.rows import EvaluationRow
+from common.models.kinds import positions_of
 from common.models.load import check_vocabulary, load_generator, load_tokenizer
 from common.prompts import PromptFormat
 from common.schema import GenerateParams
@@ -96,8 +97,8 @@ class Answerer:
         )
 
     def _room_for_prompt(self, name: str) -> int:
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        if not isinstance(positions, int):
+        positions = positions_of(self.model.config)
+        if positions is None:
             return _UNLIMITED
         room = positions if self.model.config.is_encoder_decoder else positions - self.params.max_new_tokens
         if room < 1:

@@ -42,7 +42,7 @@ from transformers.utils import logging as transformers_logging
 from common.checkpoint import has_plain_tokenizer, read_manifest, tokenizer_fingerprint
 from common.errors import UserError
 from common.models.fused import set_fused
-from common.models.kinds import backbone_kind
+from common.models.kinds import backbone_kind, positions_of
 from common.schema import ModelInit
 
 logger = logging.getLogger(__name__)
@@ -258,8 +258,8 @@ def build_config(model_init: ModelInit, tokenizer: PreTrainedTokenizerBase, max_
         config = config_class(**values)
     except Exception as error:  # huggingface_hub's strict dataclasses raise types of their own
         raise UserError(f"model_init.config: {model_type} refuses it: {_last_line(error)}") from None
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and not defaults.is_encoder_decoder and positions < max_length:
+    positions = positions_of(config)
+    if positions is not None and not defaults.is_encoder_decoder and positions < max_length:
         raise UserError(f"data.max_length {max_length} exceeds the {positions} positions of model_init.config")
     return config
 

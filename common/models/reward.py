@@ -17,7 +17,7 @@ from common.checkpoint import Manifest, read_manifest
 from common.errors import UserError
 from common.model_source import check_model_source
 from common.models.backbone import RewardBatch, RewardInput, as_reward_input, backbone_states, collate_rewards
-from common.models.kinds import backbone_kind
+from common.models.kinds import backbone_kind, positions_of
 from common.models.load import Dtype, check_vocabulary, load_backbone, load_sequence_classifier, load_tokenizer
 from common.models.modes import evaluating
 from common.models.readouts import LastToken, build_readout
@@ -27,6 +27,7 @@ from common.score_transform import ScoreTransform
 from common.tokenization import Encoded, Encoder
 
 READOUT_FILE = "readout.safetensors"
+_UNKNOWN_LENGTH = 512  # tokens that are read where neither a manifest nor the positions limit them
 
 
 class LastTokenSettings(Section):
@@ -204,7 +205,10 @@ class RewardScorer:
         self.encoder = Encoder(
             tokenizer,
             prompt_format=self.manifest.prompt_format if self.manifest else "qa",
-            max_length=max_length or (self.manifest.max_length if self.manifest else None) or _positions(self.model.config),
+            max_length=max_length
+            or (self.manifest.max_length if self.manifest else None)
+            or positions_of(self.model.config)
+            or _UNKNOWN_LENGTH,
             max_prompt_length=max_prompt_length or (self.manifest.max_prompt_length if self.manifest else None),
             truncate_prompt=truncate_prompt,
             is_encoder_decoder=self.model.config.is_encoder_decoder,
@@ -262,9 +266,3 @@ class RewardScorer:
                 for index, value in zip(chunk, values, strict=True):
                     scores[index] = value
         return scores
-
-
-def _positions(config: PreTrainedConfig) -> int:
-    """Positions of a model that came without manifest; 512 where it has no limit."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) else 512
