@@ -18,23 +18,22 @@ from common.freezing import find_blocks
 from common.launch.runtime import Runtime
 from common.models.load import set_dropout
 from common.optim import adamw
-from common.sampling import Stream, stream_keys
 from common.schema import GenerateParams
 from rlhf.ppo.advantages import classic_whitened_rewards, gae
-from rlhf.ppo.answers import Answers, Forward, critic_states, gather_answers
-from rlhf.ppo.chunks import chunks
+from rlhf.ppo.answers import Answers, gather_answers
 from rlhf.ppo.config import PPOConfig
-from rlhf.ppo.kl import adapted_kl_coef, full_kl, kl_per_token
-from rlhf.ppo.losses import policy_loss, token_stats, value_loss
-from rlhf.ppo.masked import masked_mean, masked_moments, masked_rescale, masked_sum, masked_whiten
+from rlhf.ppo.kl import adapted_kl_coef, kl_per_token
+from rlhf.ppo.masked import masked_rescale, masked_whiten
 from rlhf.ppo.models import Critic, ModelWithValueHead, reference_copy
+from rlhf.ppo.networks import Networks
 from rlhf.ppo.record import StepRecord
 from rlhf.ppo.rewards import RunningMoments, kl_shaped_rewards, transform_scores
 from rlhf.ppo.rollout import Rollout, collect_rollout
+from rlhf.ppo.statistics import Stats, step_statistics
+from rlhf.ppo.update import Update
 from rlhf.sampling_options import check_sampling_options
 
 Ids = Sequence[int] | Tensor
-Stats = dict[str, Any]
 
 
 class NonFiniteError(UserError):
@@ -78,10 +77,14 @@ class PPOTrainer:
             model.v_head.requires_grad_(False)  # the critic's head takes its place
         reference = ref_model if ref_model is not None else reference_copy(model)
         self.ref_model = reference.eval().requires_grad_(False) if ref_model is not None else reference
-        plain = self.ref_model.pretrained_model if isinstance(self.ref_model, ModelWithValueHead) else self.ref_model
-        self.policy = Forward(model.pretrained_model)
-        self.reference = Forward(plain)
-        self.vocab = int(model.config.get_text_config().vocab_size)
+        self.networks = Networks(
+            model,
+            self.ref_model,
+            self.critic,
+            mixed_precision=self.config.mixed_precision,
+            cache_frozen_layers=self.config.cache_frozen_layers,
+        )
+        self.policy = self.networks.policy
         trained = nn.ModuleList([model] if critic is None else [model, critic])
         self.parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
         rounded = sorted({str(p.dtype).removeprefix("torch.") for p in self.parameters if p.dtype in (torch.bfloat16, torch.float16)})
@@ -154,28 +157,13 @@ class PPOTrainer:
     @torch.no_grad()
     def sampled_kl(self, rollout: Rollout, temperature: float = 1.0) -> list[float]:
         """KL of each answer (nats, k1 estimate) from the reference: sum over tokens of log p - log p_ref."""
-        self._switch_off_dropout()
+        self.networks.switch_off_dropout()
         answers = gather_answers(rollout.queries, rollout.responses, self.policy.model.config, device=self.model.device)
-        logprobs = self._kept_logprobs(answers, rollout)
+        logprobs = self.networks.kept_logprobs(answers, rollout)
         if logprobs is None:
-            logprobs = self._logprobs(self.policy, answers, temperature)
-        difference = logprobs - self._logprobs(self.reference, answers, temperature)
+            logprobs = self.networks.logprobs(self.policy, answers, temperature)
+        difference = logprobs - self.networks.logprobs(self.networks.reference, answers, temperature)
         return [float(value) for value in torch.where(answers.present, difference, 0.0).sum(1)]
-
-    def _logprobs(self, forward: Forward, answers: Answers, temperature: float) -> Tensor:
-        """Log-probabilities (B, T) of the answers, 0 outside them."""
-        logprobs = torch.zeros(answers.mask.shape, device=answers.ids.device)
-        for rows in chunks(torch.arange(len(answers), device=answers.ids.device), answers, self.vocab):
-            part = answers.select(rows)
-            logits = forward(part.places(), **part.inputs()).logits
-            _scatter(logprobs, rows, part.present, token_stats(logits, part.targets[part.present], temperature).logprobs)
-        return logprobs
-
-    def _kept_logprobs(self, answers: Answers, sampled: Rollout | None) -> Tensor | None:
-        """Log-probabilities met while sampling, where those equal a full forward's (float32); else None."""
-        if sampled is None or next(self.policy.model.parameters()).dtype != torch.float32:
-            return None
-        return sampled.logprobs[:, : answers.mask.shape[1]].to(answers.ids.device)
 
     # --- the step ------------------------------------------------------------------------------------------------------------------
 
@@ -206,16 +194,18 @@ class PPOTrainer:
         masks = None if response_masks is None else [_ids(mask) for mask in response_masks]
         raw_scores = torch.tensor([float(score) for score in scores], dtype=torch.float32)
         self._check_batch(query_ids, response_ids, raw_scores, masks)
-        self._switch_off_dropout()
+        self.networks.switch_off_dropout()
         if self.policy.encoder_decoder and sampled is None:  # a rollout of ours has no start token; a first token like it was sampled
             self._strip_start(response_ids, masks)
         answers = gather_answers(query_ids, response_ids, self.policy.model.config, response_masks=masks, device=self.model.device)
-        self.record = record = self._prepare(answers, raw_scores.to(self.model.device), temperature, sampled)
+        self.record, update = self._prepare(answers, raw_scores.to(self.model.device), temperature, sampled)
         prepared = time.perf_counter()
         self.policy.model.train(self.recomputes)
-        updates = self._update(record, temperature)
+        updates = update.run()
         self.policy.model.eval()
-        stats = self._statistics(record, updates)
+        self.optimizer_steps = update.optimizer_steps
+        stats = step_statistics(self.record, updates, kl_coef=self.kl_coef, reduce=self.runtime.sum)
+        stats["ppo/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         if self.config.adap_kl_ctrl:
             answered = int(self.runtime.sum(torch.tensor(float(len(answers)))))
             self.kl_coef = adapted_kl_coef(self.kl_coef, stats["objective/kl"], self.config.target, answered, self.config.horizon)
@@ -234,12 +224,6 @@ class PPOTrainer:
             if count != self.config.batch_size:
                 raise ValueError(f"{name}: got {count}, expected batch_size {self.config.batch_size} of them")
         self._refuse_rows("scores", ~torch.isfinite(scores))
-
-    def _switch_off_dropout(self) -> None:
-        """Eval mode for every model, whatever mode the caller left them in."""
-        for model in (self.model, self.ref_model, self.critic):
-            if model is not None:
-                model.eval()
 
     def _strip_start(self, responses: list[list[int]], masks: list[list[int]] | None) -> None:
         """transformers' `generate` puts the decoder's start token before an encoder-decoder's answer; it was not sampled."""
@@ -264,14 +248,16 @@ class PPOTrainer:
     # --- before the update -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _prepare(self, answers: Answers, scores: Tensor, temperature: float, sampled: Rollout | None) -> StepRecord:
+    def _prepare(self, answers: Answers, scores: Tensor, temperature: float, sampled: Rollout | None) -> tuple[StepRecord, Update]:
         config, reduce, mask = self.config, self.runtime.sum, answers.mask
         scores = transform_scores(
             scores, self.moments, scale=config.use_score_scaling, centre=config.use_score_norm, clip=config.score_clip, reduce=reduce
         )
-        logprobs, ref_logprobs, values, kl = self._forward_passes(answers, temperature, sampled)
+        passes = self.networks.passes(answers, temperature, sampled, full=config.kl_penalty == "full", values=True)
+        logprobs, ref_logprobs, values = passes.logprobs, passes.ref_logprobs, passes.values
         for name, tensor in (("log-probabilities", logprobs), ("the reference's log-probabilities", ref_logprobs), ("values", values)):
             self._refuse_rows(name, ~torch.isfinite(tensor))
+        kl = kl_per_token(logprobs, ref_logprobs, config.kl_penalty) if passes.full_kl is None else passes.full_kl
         rewards, non_score = kl_shaped_rewards(scores, kl, mask, self.kl_coef)
         shaped = rewards
         if config.whiten_rewards and config.classic_quirks:
@@ -283,7 +269,7 @@ class PPOTrainer:
             shaped, nn.functional.pad(values, (0, extra)), nn.functional.pad(mask, (0, extra)), config.gamma, config.lam
         )
         width = mask.shape[1]
-        return StepRecord(
+        record = StepRecord(
             answers=answers,
             scores=scores,
             logprobs=logprobs,
@@ -295,193 +281,20 @@ class PPOTrainer:
             advantages=masked_whiten(advantages[:, :width], mask, reduce),
             returns=returns[:, :width],
         )
-
-    def _forward_passes(self, answers: Answers, temperature: float, sampled: Rollout | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Log-probabilities of policy and reference, values and KL, each (B, T)."""
-        full = self.config.kl_penalty == "full"
-        kept = self._kept_logprobs(answers, sampled)
-        logprobs, ref_logprobs, values, kl = (torch.zeros(answers.mask.shape, device=answers.ids.device) for _ in range(4))
-        if kept is not None:
-            assert sampled is not None
-            logprobs.copy_(kept)
-            if sampled.values is not None:
-                values.copy_(sampled.values[:, : values.shape[1]])
-        for rows in chunks(torch.arange(len(answers), device=answers.ids.device), answers, self.vocab):
-            part = answers.select(rows)
-            places, targets = part.places(), part.targets[part.present]
-            ref_logits = self.reference(places, **part.inputs()).logits
-            _scatter(ref_logprobs, rows, part.present, token_stats(ref_logits, targets, temperature).logprobs)
-            if kept is None or full:
-                output = self.policy(places, **part.inputs())
-                if full:
-                    both = [(logits.float() / temperature).log_softmax(-1) for logits in (output.logits, ref_logits)]
-                    _scatter(kl, rows, part.present, full_kl(*both))
-                if kept is None:
-                    _scatter(logprobs, rows, part.present, token_stats(output.logits, targets, temperature).logprobs)
-                    if self.critic is None:
-                        _scatter(values, rows, part.present, self.model.v_head(output.states))
-            if self.critic is not None:
-                _scatter(values, rows, part.present, self.critic.v_head(critic_states(self.critic.trunk, part)))
-        if not full:
-            kl = kl_per_token(logprobs, ref_logprobs, self.config.kl_penalty)
-        return logprobs, ref_logprobs, values, kl
-
-    # --- the update ----------------------------------------------------------------------------------------------------------------
-
-    def _update(self, record: StepRecord, temperature: float) -> list[dict[str, float]]:
-        """All epochs; returns one dict of figures per optimizer step."""
-        config = self.config
-        warming = self.steps_done < config.critic_warmup_steps
-        updates: list[dict[str, float]] = []
-        for epoch in range(config.ppo_epochs):
-            for rows in self._permutation(epoch, len(record.answers)).to(self.model.device).split(config.backward_batch_size):
-                updates.append(self._optimizer_step(record, rows, temperature, warming))
-            if config.early_stopping and updates[-1]["policy/policykl"] > 1.5 * config.target_kl:
-                updates[-1]["early_stopped"] = 1.0
-                break
-        return updates
-
-    def _permutation(self, epoch: int, count: int) -> Tensor:
-        """An order of the batch's rows that is a function of (seed, step, epoch)."""
-        key = stream_keys(self.config.seed, self.steps_done, torch.tensor([self.runtime.rank]), epoch, Stream.MINIBATCHES)
-        return torch.randperm(count, generator=torch.Generator().manual_seed(int(key)))
-
-    def _optimizer_step(self, record: StepRecord, rows: Tensor, temperature: float, warming: bool) -> dict[str, float]:
-        """Gradient of the loss over `rows`, in forwards of `mini_batch_size` rows at most, and one step of the optimizer."""
-        config = self.config
-        count = self.runtime.sum(record.mask[rows].sum().float())
-        self.optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, Tensor] = {}
-        unusable = torch.zeros(len(record.answers), dtype=torch.bool, device=rows.device)
-        for minibatch in rows.split(config.mini_batch_size):
-            for chunk in chunks(minibatch, record.answers, self.vocab):
-                figures_of_chunk, bad = self._backward(record, chunk, temperature, count.clamp(min=1), warming)
-                unusable[chunk] = bad
-                for name, value in figures_of_chunk.items():
-                    sums[name] = sums[name] + value if name in sums else value
-        self._refuse_rows("losses", unusable)
-        names = list(sums)
-        figures = dict(zip(names, self.runtime.sum(torch.stack([sums[name] for name in names])).tolist(), strict=True))
-        for name, tensor in (("returns", record.returns), ("val", record.values)):
-            mean, var = masked_moments(tensor[rows], record.mask[rows], self.runtime.sum)
-            figures |= {f"{name}/mean": float(mean), f"{name}/var": float(var)}
-        figures |= {"skipped": 0.0, "empty": 0.0, "early_stopped": 0.0, "gradient_norm": 0.0}
-        if float(count) == 0:  # nothing to learn from; a step of Adam would move by its momentum alone
-            self.optimizer.zero_grad(set_to_none=True)
-            return {**figures, "empty": 1.0}
-        if figures["policy/ratio"] > config.ratio_threshold:
-            self.optimizer.zero_grad(set_to_none=True)
-            return {**figures, "skipped": 1.0, "loss/policy": 0.0, "loss/value": 0.0, "loss/total": 0.0}
-        figures["gradient_norm"] = self._apply_gradients(rows)
-        return figures
-
-    def _backward(
-        self, record: StepRecord, rows: Tensor, temperature: float, count: Tensor, warming: bool
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Add the gradient of some rows, unless their loss is not finite.
-
-        Returns their part of each figure (a sum over tokens divided by `count`), and which rows' losses are not finite (B,).
-        """
-        config, answers = self.config, record.answers.select(rows)
-        width = answers.mask.shape[1]
-        old_logprobs, old_values, advantages, returns = (
-            tensor[rows, :width][answers.present] for tensor in (record.logprobs, record.values, record.advantages, record.returns)
+        update = Update(
+            config,
+            self.networks,
+            self.optimizer,
+            self.parameters,
+            self.runtime,
+            self._refuse_rows,
+            record,
+            passes.lower,
+            temperature,
+            self.steps_done,
+            self.optimizer_steps,
         )
-        mask, targets, places = answers.mask[answers.present], answers.targets[answers.present], answers.places()
-        with torch.set_grad_enabled(not warming):
-            output = self.policy(places, **answers.inputs())
-            logprobs, entropy = token_stats(output.logits, targets, temperature, entropy=True, entropy_gradient=config.entropy_coef > 0)
-            assert entropy is not None
-        states = output.states if self.critic is None else critic_states(self.critic.trunk, answers)
-        values = (self.model if self.critic is None else self.critic).v_head(states)
-        loss_v, clipped_v = value_loss(values, old_values, returns, mask, config.cliprange_value, count=count)
-        loss_p, clipped_p = policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange, dual_clip=config.dual_clip, count=count)
-        loss = config.vf_coef * loss_v
-        if not warming:
-            loss = loss + loss_p
-            if config.entropy_coef > 0:
-                loss = loss - config.entropy_coef * masked_sum(entropy, mask) / count
-        bad = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        if not bool(torch.isfinite(loss)):
-            per_token = torch.zeros_like(answers.mask).masked_scatter_(answers.present, ~torch.isfinite(logprobs + values))
-            bad = (per_token if bool(per_token.any()) else answers.present).any(1)
-        elif loss.requires_grad:
-            loss.backward()
-        with torch.no_grad():
-            moved = logprobs - old_logprobs
-            means = {
-                "policy/entropy": entropy,
-                "policy/approxkl": 0.5 * moved.square(),
-                "policy/policykl": -moved,
-                "policy/ratio": moved.exp(),
-                "policy/advantages_mean": advantages,
-                "val/vpred": values,
-                "val/error": (values - returns).square(),
-            }
-            figures = {name: masked_sum(tensor, mask) / count for name, tensor in means.items()}
-            figures |= {"policy/clipfrac": clipped_p, "val/clipfrac": clipped_v}
-            figures |= {"loss/policy": loss_p.detach(), "loss/value": loss_v.detach(), "loss/total": loss.detach()}
-        return figures, bad
-
-    def _apply_gradients(self, rows: Tensor) -> float:
-        """Sum gradients over processes, refuse non-finite ones, clip, and step; returns the norm before clipping."""
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        if self.runtime.world_size > 1:
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    parameter.grad = self.runtime.sum(parameter.grad)
-            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not bool(torch.isfinite(norm)):
-            self.optimizer.zero_grad(set_to_none=True)
-            self._refuse_rows("gradients", torch.ones(len(rows), dtype=torch.bool), rows)
-        clips = not (self.config.classic_quirks and self.optimizer_steps)
-        self.optimizer_steps += 1
-        if self.config.max_grad_norm is not None and clips:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
-        self.optimizer.step()
-        return float(norm)
-
-    # --- statistics ----------------------------------------------------------------------------------------------------------------
-
-    def _statistics(self, record: StepRecord, updates: list[dict[str, float]]) -> Stats:
-        mask, reduce = record.mask, self.runtime.sum
-        answers = float(reduce(torch.tensor(float(len(mask)))))
-        kl_per_answer = torch.where(mask, record.kl, 0.0).sum(1)
-        surprise = -masked_sum(record.logprobs, mask)
-        score_mean, score_var = masked_moments(record.scores, torch.ones_like(record.scores), reduce)
-        query_lengths = record.answers.lengths - record.answers.present.sum(1)
-        if record.answers.encoder_mask is not None:
-            query_lengths = record.answers.encoder_mask.sum(1)
-        totals = reduce(torch.stack([kl_per_answer.sum(), surprise, query_lengths.sum().float(), record.answers.present.sum().float()]))
-        kl, surprise, query_length, answer_length = (totals / answers).tolist()
-        stats: Stats = {
-            "objective/kl": kl,
-            "objective/kl_dist": kl_per_answer,
-            "objective/logprobs": record.logprobs,
-            "objective/ref_logprobs": record.ref_logprobs,
-            "objective/kl_coef": self.kl_coef,
-            "objective/entropy": surprise,
-            "ppo/mean_non_score_reward": float(masked_mean(record.non_score_rewards, mask, reduce)),
-            "ppo/mean_scores": float(score_mean),
-            "ppo/std_scores": float(score_var.sqrt()),
-            "tokens/queries_len_mean": query_length,
-            "tokens/responses_len_mean": answer_length,
-            "ppo/policy/advantages": record.advantages[mask],
-        }
-        counted = {"skipped": "ppo/skipped_minibatches", "empty": "ppo/empty_minibatches", "early_stopped": "ppo/early_stopped"}
-        with_tokens = [update for update in updates if not update["empty"]] or updates
-        for name in updates[0]:
-            if name in counted:
-                stats[counted[name]] = sum(update[name] for update in updates)
-            else:
-                stats[f"ppo/{name}"] = sum(update[name] for update in with_tokens) / len(with_tokens)
-        stats["ppo/policy/last_policykl"] = updates[-1]["policy/policykl"]
-        stats["ppo/updates"] = float(len(updates))
-        explained = 1.0 - stats["ppo/val/error"] / stats["ppo/returns/var"] if stats["ppo/returns/var"] > 0 else 0.0
-        stats["ppo/val/explained_variance"] = stats["ppo/val/var_explained"] = explained
-        stats["ppo/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-        return stats
+        return record, update
 
     # --- state -----------------------------------------------------------------------------------------------------------------------
 
@@ -529,12 +342,6 @@ def _ids(tokens: Ids) -> list[int]:
     if isinstance(tokens, Tensor):
         return [int(token) for token in tokens.reshape(-1).tolist()]
     return [int(token) for token in tokens]
-
-
-def _scatter(buffer: Tensor, rows: Tensor, present: Tensor, flat: Tensor) -> None:
-    """Write per-token numbers (N,) of some rows into their places of `buffer` (B, T)."""
-    padded = torch.zeros(present.shape, device=buffer.device).masked_scatter_(present, flat.to(buffer.dtype))
-    buffer[rows, : present.shape[1]] = padded
 
 
 def _freeze_below(model: nn.Module, layers: int) -> None:

@@ -35,9 +35,8 @@ def test_every_setting_is_read(section: type, root: Path) -> None:
 
 
 def test_the_trainer_reads_every_setting_of_its_own(root: Path) -> None:
-    trainer = (root / "rlhf" / "ppo" / "trainer.py").read_text()
-    own = (root / "rlhf" / "ppo" / "config.py").read_text()
-    assert [name for name in trainer_settings() if not re.search(rf"(config|self)\.{name}\b", trainer + own)] == []
+    code = "".join((root / "rlhf" / "ppo" / f"{name}.py").read_text() for name in ("trainer", "update", "config"))
+    assert [name for name in trainer_settings() if not re.search(rf"(config|self)\.{name}\b", code)] == []
 
 
 def trainer_settings() -> set[str]:

@@ -16,8 +16,25 @@ from common.launch.runtime import Runtime
 from common.token_choice import TokenChooser
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ppo.models import with_value_head
+from rlhf.ppo.update import Update
 
 T = TypeVar("T")
+
+
+@pytest.fixture
+def on_updates(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[dict[str, float]], dict[str, float] | None]], None]:
+    """`on_updates(change)`: sees the figures of every optimizer step, and may give others in their place."""
+
+    def watch(change: Callable[[dict[str, float]], dict[str, float] | None]) -> None:
+        original = Update.optimizer_step
+
+        def changed(self: Update, rows: Tensor) -> dict[str, float]:
+            figures = original(self, rows)
+            return change(figures) or figures
+
+        monkeypatch.setattr(Update, "optimizer_step", changed)
+
+    return watch
 
 
 class Batch(NamedTuple):

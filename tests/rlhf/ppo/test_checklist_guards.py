@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import rlhf.ppo.trainer as trainer_module
+import rlhf.ppo.update as update_module
 from common.decoding import check_positions
 from common.errors import UserError
 from common.record_types import Prompt, PromptRecord
@@ -57,8 +57,8 @@ def test_33_what_is_not_finite_stops_before_the_optimizer_with_its_rows(
     elif what == "value":
         trainer.model.v_head.summary.bias.data.fill_(math.inf)
     elif what == "loss":
-        original = trainer_module.value_loss
-        monkeypatch.setattr(trainer_module, "value_loss", lambda *given, **more: (original(*given, **more)[0] * math.nan, torch.zeros(())))
+        original = update_module.value_loss
+        monkeypatch.setattr(update_module, "value_loss", lambda *given, **more: (original(*given, **more)[0] * math.nan, torch.zeros(())))
     else:
         trainer.model.v_head.summary.bias.register_hook(lambda gradient: gradient * math.inf)
     stepped: list[int] = []

@@ -119,7 +119,7 @@ def test_03_logprobs_do_not_change_with_padding_or_order(kind: str, build: Build
     torch.testing.assert_close(trainer.record.logprobs, straight.logprobs[order], rtol=1e-6, atol=1e-6)
     for row, (query, response) in enumerate(zip(batch.queries, batch.responses, strict=True)):
         with torch.no_grad():
-            unpadded = trainer._logprobs(trainer.policy, gather_answers([query], [response], trainer.model.config), 1.0)
+            unpadded = trainer.networks.logprobs(trainer.policy, gather_answers([query], [response], trainer.model.config), 1.0)
         torch.testing.assert_close(straight.logprobs[row, : len(response)], unpadded[0], rtol=1e-5, atol=1e-5)
     # in sampling: one row alone, and with as much padding as the model takes
     options = {"seed": 3, "rows": [1]}

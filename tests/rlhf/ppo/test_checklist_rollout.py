@@ -119,7 +119,7 @@ def test_12_what_sampling_met_is_kept_in_float32_and_recomputed_in_shorter_types
     rollout = trainer.rollout(batch.queries, SAMPLED, seed=0)
     answers = gather_answers(rollout.queries, rollout.responses, trainer.model.config)
     with torch.no_grad():
-        full = trainer._logprobs(trainer.policy, answers, 1.0)
+        full = trainer.networks.logprobs(trainer.policy, answers, 1.0)
     if kept:
         torch.testing.assert_close(rollout.logprobs, full, rtol=0, atol=1e-5)
     assert rollout.values is not None

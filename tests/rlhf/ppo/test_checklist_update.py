@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn, tensor
 
-import rlhf.ppo.chunks as chunks_module
+import common.chunks as common_chunks
 from common.freezing import apply_freezing
 from common.launch.runtime import Runtime
 from common.lora import add_lora
@@ -21,6 +21,7 @@ from rlhf.config import PPOParams
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ppo.losses import policy_loss, token_stats, value_loss
 from rlhf.ppo.models import with_value_head
+from rlhf.ppo.update import Update, minibatch_order
 
 SAMPLED = GenerateParams(do_sample=True, max_new_tokens=6)
 Build = Callable[..., PPOTrainer]
@@ -29,19 +30,6 @@ InRanks = Callable[[int, Callable[[Runtime], Any]], list[Any]]
 
 def weights(trainer: PPOTrainer) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten().clone() for parameter in trainer.parameters])
-
-
-def figures_of_updates(trainer: PPOTrainer) -> list[dict[str, float]]:
-    """A list that fills with the figures of every optimizer step."""
-    seen: list[dict[str, float]] = []
-    original = trainer._optimizer_step
-
-    def noted(*arguments: Any) -> dict[str, float]:
-        seen.append(original(*arguments))
-        return seen[-1]
-
-    trainer._optimizer_step = noted  # type: ignore[method-assign]
-    return seen
 
 
 # --- 24 ---------------------------------------------------------------------------------------------------------------------------
@@ -103,10 +91,13 @@ def test_25_the_value_loss_weighs_a_tenth(build: Build, batch: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [4, 2, 1])
-def test_26_the_first_minibatch_has_ratio_one_and_loss_minus_its_mean_advantage(size: int, build: Build, batch: Any) -> None:
+def test_26_the_first_minibatch_has_ratio_one_and_loss_minus_its_mean_advantage(
+    size: int, build: Build, batch: Any, on_updates: Any
+) -> None:
     trainer = build(mini_batch_size=size, ppo_epochs=2)
-    seen = figures_of_updates(trainer)
-    first_rows = trainer._permutation(0, 4)[:size]
+    seen: list[dict[str, float]] = []
+    on_updates(seen.append)
+    first_rows = minibatch_order(4, trainer.config.seed, step=0, rank=0, epoch=0)[:size]
     trainer.step(*batch)
     assert trainer.record is not None
     mask = trainer.record.mask[first_rows]
@@ -124,9 +115,13 @@ def test_26_the_first_minibatch_has_ratio_one_and_loss_minus_its_mean_advantage(
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_27_with_learning_rate_zero_every_update_of_every_epoch_has_ratio_one(optimizer: str, build: Build, batch: Any) -> None:
+def test_27_with_learning_rate_zero_every_update_of_every_epoch_has_ratio_one(
+    optimizer: str, build: Build, batch: Any, on_updates: Any
+) -> None:
     trainer = build(learning_rate=0.0, ppo_epochs=3, mini_batch_size=2, optimizer=optimizer)
-    seen, before = figures_of_updates(trainer), weights(trainer)
+    seen: list[dict[str, float]] = []
+    on_updates(seen.append)
+    before = weights(trainer)
     trainer.step(*batch)
     assert len(seen) == 6
     for figures in seen:
@@ -138,11 +133,11 @@ def test_27_with_learning_rate_zero_every_update_of_every_epoch_has_ratio_one(op
 # --- 28 ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_28_each_epoch_visits_every_answer_once_in_an_order_of_its_own(build: Build, batch: Any) -> None:
+def test_28_each_epoch_visits_every_answer_once_in_an_order_of_its_own(build: Build, batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = build(ppo_epochs=6, mini_batch_size=1, learning_rate=0.0)
     visited: list[int] = []
-    original = trainer._backward
-    trainer._backward = lambda record, rows, *rest: visited.extend(rows.tolist()) or original(record, rows, *rest)  # type: ignore
+    original = Update.backward
+    monkeypatch.setattr(Update, "backward", lambda self, rows, count: visited.extend(rows.tolist()) or original(self, rows, count))
     trainer.step(*batch)
     epochs = [tuple(visited[start : start + 4]) for start in range(0, 24, 4)]
     assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs) and len(set(epochs)) >= 4
@@ -171,7 +166,7 @@ def test_28_microbatches_accumulation_and_processes_leave_the_update_unchanged(
     results = [update(alone, mini_batch_size=1, gradient_accumulation_steps=4)]
     results += in_ranks(2, lambda runtime: update(runtime, batch_size=2, mini_batch_size=2))
     results += in_ranks(2, lambda runtime: update(runtime, batch_size=2, mini_batch_size=1, gradient_accumulation_steps=2))
-    monkeypatch.setitem(chunks_module.CHUNK_TOKENS, "cpu", 12)
+    monkeypatch.setitem(common_chunks.CHUNK_TOKENS, "cpu", 12)
     results.append(update(alone))
     figures = ["loss/total", "loss/policy", "loss/value", "policy/entropy", "policy/approxkl", "val/error", "returns/var", "gradient_norm"]
     for moved, others in results:
@@ -183,12 +178,11 @@ def test_28_microbatches_accumulation_and_processes_leave_the_update_unchanged(
 # --- 29 ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_29_updates_stop_once_the_policy_moved_beyond_one_and_a_half_targets(build: Build, batch: Any) -> None:
+def test_29_updates_stop_once_the_policy_moved_beyond_one_and_a_half_targets(build: Build, batch: Any, on_updates: Any) -> None:
     """1.5 * 0.5 = 0.75 itself does not stop."""
     trainer = build(early_stopping=True, target_kl=0.5, ppo_epochs=6, learning_rate=0.0)
     moves = iter([0.1, 0.7, 0.75, 0.76, 0.1, 0.1])
-    original = trainer._optimizer_step
-    trainer._optimizer_step = lambda *arguments: {**original(*arguments), "policy/policykl": next(moves)}  # type: ignore[method-assign]
+    on_updates(lambda figures: {**figures, "policy/policykl": next(moves)})
     stats = trainer.step(*batch)
     assert (stats["ppo/updates"], stats["ppo/early_stopped"], stats["ppo/policy/last_policykl"]) == (4.0, 1.0, 0.76)
 
@@ -262,7 +256,7 @@ def test_31_metrics_count_the_mask_alone(build: Build, batch: Any, make_model: A
         ids = torch.tensor([query + response])
         with torch.no_grad():
             ours, _, values = trainer.model(ids)
-            theirs = trainer.reference.model(ids).logits
+            theirs = trainer.networks.reference.model(ids).logits
         for token, counts in enumerate(masks[row]):
             if counts:
                 place = len(query) - 1 + token

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+import common.chunks as common_chunks
 import rlhf.ppo.chunks as chunks_module
-import rlhf.ppo.trainer as trainer_module
+import rlhf.ppo.update as update_module
 from common.freezing import apply_freezing
 from common.launch.runtime import Runtime
 from common.lora import add_lora
@@ -23,6 +24,7 @@ from rlhf.ppo.advantages import gae
 from rlhf.ppo.answers import gather_answers
 from rlhf.ppo.masked import masked_moments, masked_rescale
 from rlhf.ppo.models import Critic, with_value_head
+from rlhf.ppo.update import minibatch_order
 
 MakeModel = Callable[..., Any]
 QUERIES = [[5, 6, 7], [9] * 6, [4, 8], [30, 31, 32, 33], [7, 7], [50, 60, 70], [3, 2], [11, 12, 13]]
@@ -62,11 +64,10 @@ def test_26_the_first_update_sees_ratio_one_and_minus_the_mean_advantage(make_mo
     assert whole["ppo/loss/policy"] == pytest.approx(0.0, abs=1e-6)  # whitened over the batch, which is the minibatch
 
 
-def test_26_a_minibatch_has_minus_its_own_mean_advantage(make_model: MakeModel, tokenizer: Any) -> None:
+def test_26_a_minibatch_has_minus_its_own_mean_advantage(make_model: MakeModel, tokenizer: Any, on_updates: Any) -> None:
     trainer = make_trainer(make_model(), tokenizer, mini_batch_size=2, learning_rate=0.0)
     seen: list[dict[str, float]] = []
-    original = trainer._optimizer_step
-    trainer._optimizer_step = lambda *arguments: seen.append(original(*arguments)) or seen[-1]  # type: ignore[method-assign]
+    on_updates(seen.append)
     step(trainer)
     assert len(seen) == 4
     for figures in seen:
@@ -92,19 +93,18 @@ def test_28_accumulation_and_smaller_forwards_leave_the_update_unchanged(
 
     whole = updated()
     torch.testing.assert_close(updated(mini_batch_size=2, gradient_accumulation_steps=4), whole, rtol=1e-5, atol=1e-6)
-    monkeypatch.setitem(chunks_module.CHUNK_TOKENS, "cpu", 12)
+    monkeypatch.setitem(common_chunks.CHUNK_TOKENS, "cpu", 12)
     torch.testing.assert_close(updated(), whole, rtol=1e-5, atol=1e-6)
     start = parameters(make_trainer(make_model(), tokenizer))
     assert float((whole - start).abs().max()) > 1e-3
 
 
-def test_28_every_epoch_has_its_own_permutation_decided_by_seed_and_step(make_model: MakeModel, tokenizer: Any) -> None:
-    trainer = make_trainer(make_model(), tokenizer)
-    first, second = trainer._permutation(0, 64), trainer._permutation(1, 64)
-    assert sorted(first.tolist()) == list(range(64)) and not torch.equal(first, second)
-    assert torch.equal(first, make_trainer(make_model(), tokenizer)._permutation(0, 64))
-    trainer.steps_done = 1
-    assert not torch.equal(first, trainer._permutation(0, 64))
+def test_28_every_epoch_has_its_own_permutation_decided_by_seed_and_step() -> None:
+    usual = {"seed": 0, "step": 0, "rank": 0, "epoch": 0}
+    first = minibatch_order(64, **usual)
+    assert sorted(first.tolist()) == list(range(64)) and torch.equal(first, minibatch_order(64, **usual))
+    for name in usual:
+        assert not torch.equal(first, minibatch_order(64, **{**usual, name: 1})), name
 
 
 def test_padding_and_order_leave_the_update_unchanged(make_model: MakeModel, tokenizer: Any) -> None:
@@ -125,13 +125,10 @@ def test_29_early_stop_ends_the_epochs_and_says_so(make_model: MakeModel, tokeni
     assert free["ppo/early_stopped"] == 0.0 and free["ppo/updates"] == 5
 
 
-def test_29_the_last_updates_kl_is_what_stopped_and_not_the_mean(
-    make_model: MakeModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_29_the_last_updates_kl_is_what_stopped_and_not_the_mean(make_model: MakeModel, tokenizer: Any, on_updates: Any) -> None:
     trainer = make_trainer(make_model(), tokenizer, early_stopping=True, target_kl=1.0, ppo_epochs=5)
     moves = iter([0.5, 1.4, 1.6])
-    original = trainer._optimizer_step
-    monkeypatch.setattr(trainer, "_optimizer_step", lambda *arguments: {**original(*arguments), "policy/policykl": next(moves)})
+    on_updates(lambda figures: {**figures, "policy/policykl": next(moves)})
     stats = step(trainer)
     assert (stats["ppo/updates"], stats["ppo/policy/last_policykl"]) == (3.0, 1.6)
     assert stats["ppo/policy/policykl"] == pytest.approx(3.5 / 3)
@@ -239,18 +236,18 @@ def test_33_every_process_takes_part_in_the_sums_before_one_of_them_stops(
     make_model: MakeModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the others would wait in a sum that never ends: a bad loss in the first of several forwards is told after the last."""
-    monkeypatch.setitem(chunks_module.CHUNK_TOKENS, "cpu", 12)
+    monkeypatch.setitem(common_chunks.CHUNK_TOKENS, "cpu", 12)
     healthy, ill = make_trainer(make_model(), tokenizer), make_trainer(make_model(), tokenizer)
     expected, heard = overheard(healthy), overheard(ill)
     step(healthy)
-    original, calls = trainer_module.policy_loss, []
+    original, calls = update_module.policy_loss, []
 
     def spoilt(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         loss, share = original(*arguments, **options)
         return (loss * math.nan if len(calls) == 1 else loss), share
 
-    monkeypatch.setattr(trainer_module, "policy_loss", spoilt)
+    monkeypatch.setattr(update_module, "policy_loss", spoilt)
     before = parameters(ill)
     with pytest.raises(NonFiniteError, match="losses of rows"):
         step(ill)
@@ -518,10 +515,10 @@ def test_forwards_are_bounded_by_tokens_and_by_logits_with_an_encoders_prompt_co
         return [len(part) for part in parts]
 
     assert sizes("gpt2") == sizes("t5") == [8]
-    monkeypatch.setitem(chunks_module.CHUNK_TOKENS, "cpu", 44)
+    monkeypatch.setitem(common_chunks.CHUNK_TOKENS, "cpu", 44)
     assert sizes("gpt2") == [6, 2]  # of 3, 4, 5, 5, 6, 6 and 10, 11 tokens
     assert sizes("t5") == [5, 3]  # encoder + decoder: 2+2, 2+3, 3+3, 3+3, 3+4 and 2+5, 4+7, 6+6
-    monkeypatch.setitem(chunks_module.CHUNK_TOKENS, "cpu", 2048)
+    monkeypatch.setitem(common_chunks.CHUNK_TOKENS, "cpu", 2048)
     monkeypatch.setitem(chunks_module.CHUNK_LOGITS, "cpu", 6 * 280)  # 24 answer tokens in all
     parts = list(chunks_module.chunks(rows, gather_answers(QUERIES, RESPONSES, make_model("gpt2").config), 280))
     assert len(parts) > 3 and all(sum(len(RESPONSES[row]) for row in part.tolist()) <= 6 for part in parts)
@@ -572,7 +569,10 @@ def test_the_kl_of_a_rollout_asks_no_critic(make_model: MakeModel, tokenizer: An
     for query, response in zip(rollout.queries, rollout.responses, strict=True):
         ids = torch.tensor([query + response])
         with torch.no_grad():
-            both = [model(ids).logits[0, len(query) - 1 : -1].log_softmax(-1) for model in (trainer.policy.model, trainer.reference.model)]
+            both = [
+                model(ids).logits[0, len(query) - 1 : -1].log_softmax(-1)
+                for model in (trainer.policy.model, trainer.networks.reference.model)
+            ]
         tokens = torch.tensor(response)[:, None]
         stats_kl.append(float((both[0] - both[1]).gather(1, tokens).sum()))
     assert kept == pytest.approx(stats_kl, abs=1e-4)

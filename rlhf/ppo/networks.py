@@ -1,0 +1,163 @@
+"""The networks of a step (policy, reference, critic) and what is asked of them: numbers per answer token."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from common.models.lower_layers import LowerLayers
+from rlhf.ppo.answers import Answers, Forward, Output, critic_states
+from rlhf.ppo.chunks import chunks
+from rlhf.ppo.kl import full_kl
+from rlhf.ppo.losses import token_stats
+from rlhf.ppo.models import Critic, ModelWithValueHead
+from rlhf.ppo.rollout import Rollout
+
+Precision = Literal["no", "bf16"]
+
+
+class Passes(NamedTuple):
+    """What policy, reference and critic say about a batch before the update, each (B, T), 0 outside the answers."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    full_kl: Tensor | None
+    """KL over the whole vocabulary, where it was asked for."""
+    lower: LowerStates | None
+    """Where the update starts from, if the layers below do not train."""
+
+
+class LowerStates:
+    """States that enter the lowest trained layer, of every real token of a batch: (N, D), row after row."""
+
+    def __init__(self, layers: LowerLayers, answers: Answers) -> None:
+        self.layers, self.lengths = layers, answers.lengths
+        self.begins = answers.lengths.cumsum(0) - answers.lengths
+        self.states: Tensor | None = None
+
+    def compute(self, rows: Tensor, part: Answers) -> None:
+        """Run the layers below for some rows of the batch (`part`)."""
+        padded = self.layers.states(**part.inputs())
+        if self.states is None:
+            self.states = padded.new_empty((int(self.lengths.sum()), padded.shape[-1]))
+        real = torch.arange(padded.shape[1], device=padded.device) < part.lengths[:, None]
+        self.states[self._places(rows, padded.shape[1])[real]] = padded[real]
+
+    def entering(self, layers: LowerLayers, rows: Tensor, width: int) -> AbstractContextManager[None]:
+        """Inside, forwards of these rows, `width` columns wide, start from their states; `layers`: the policy's or a twin's."""
+        assert self.states is not None
+        places = self._places(rows, width).clamp(max=len(self.states) - 1)  # padding reads what follows; nobody reads padding
+        return layers.replaced(self.states[places])
+
+    def _places(self, rows: Tensor, width: int) -> Tensor:
+        return self.begins[rows][:, None] + torch.arange(width, device=rows.device)
+
+
+class Networks:
+    """Policy with value head, frozen reference, and perhaps a critic of its own, on one device."""
+
+    def __init__(
+        self,
+        model: ModelWithValueHead,
+        ref_model: ModelWithValueHead | nn.Module,
+        critic: Critic | None = None,
+        *,
+        mixed_precision: Precision = "no",
+        cache_frozen_layers: bool = True,
+    ) -> None:
+        plain = ref_model.pretrained_model if isinstance(ref_model, ModelWithValueHead) else ref_model
+        self.model, self.ref_model, self.critic = model, ref_model, critic
+        self.policy, self.reference = Forward(model.pretrained_model), Forward(plain)
+        self.vocab = int(model.config.get_text_config().vocab_size)
+        self.mixed_precision = mixed_precision
+        self.lower = LowerLayers.find(self.policy.trunk) if cache_frozen_layers and self.policy.trunk is not None else None
+        self.reference_lower = None
+        if self.lower is not None and self.reference.trunk is not None:
+            self.reference_lower = self.lower.in_twin(self.reference.trunk)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Matrix products in bfloat16 under `mixed_precision`; weights and everything that is summed stay float32."""
+        if self.mixed_precision == "no":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def switch_off_dropout(self) -> None:
+        """Eval mode for every network, whatever mode the caller left it in."""
+        for network in (self.model, self.ref_model, self.critic):
+            if network is not None:
+                network.eval()
+
+    def kept_logprobs(self, answers: Answers, sampled: Rollout | None) -> Tensor | None:
+        """Log-probabilities met while sampling, where those equal a full forward's (float32); else None."""
+        if sampled is None or self.mixed_precision != "no" or next(self.policy.model.parameters()).dtype != torch.float32:
+            return None
+        return sampled.logprobs[:, : answers.mask.shape[1]].to(answers.ids.device)
+
+    @torch.no_grad()
+    def logprobs(self, forward: Forward, answers: Answers, temperature: float) -> Tensor:
+        """Log-probabilities (B, T) of the answers, 0 outside them."""
+        logprobs = torch.zeros(answers.mask.shape, device=answers.ids.device)
+        for rows in chunks(torch.arange(len(answers), device=answers.ids.device), answers, self.vocab):
+            part = answers.select(rows)
+            with self.autocast():
+                logits = forward(part.places(), **part.inputs()).logits
+            _scatter(logprobs, rows, part.present, token_stats(logits, part.targets[part.present], temperature).logprobs)
+        return logprobs
+
+    @torch.no_grad()
+    def passes(self, answers: Answers, temperature: float, sampled: Rollout | None, *, full: bool, values: bool) -> Passes:
+        """Everything that a step needs before its update, in one walk over the batch.
+
+        `full`: the KL over the vocabulary, too; `values`: whether the estimator reads values (else they are 0).
+        """
+        kept = self.kept_logprobs(answers, sampled)
+        logprobs, ref_logprobs, critic_values, kl = (torch.zeros(answers.mask.shape, device=answers.ids.device) for _ in range(4))
+        if kept is not None:
+            assert sampled is not None
+            logprobs.copy_(kept)
+            if sampled.values is not None and values and self.critic is None:
+                critic_values.copy_(sampled.values[:, : critic_values.shape[1]])
+        lower = LowerStates(self.lower, answers) if self.lower is not None else None
+        for rows in chunks(torch.arange(len(answers), device=answers.ids.device), answers, self.vocab):
+            part = answers.select(rows)
+            targets = part.targets[part.present]
+            with self.autocast():
+                if lower is not None:
+                    lower.compute(rows, part)
+                ref_logits = self._run(self.reference, self.reference_lower, rows, part, lower).logits
+                output = self.policy_at(rows, part, lower) if kept is None or full else None
+                if self.critic is not None and values:
+                    _scatter(critic_values, rows, part.present, self.critic.v_head(critic_states(self.critic.trunk, part)))
+            _scatter(ref_logprobs, rows, part.present, token_stats(ref_logits, targets, temperature).logprobs)
+            if output is not None and full:
+                both = [(logits.float() / temperature).log_softmax(-1) for logits in (output.logits, ref_logits)]
+                _scatter(kl, rows, part.present, full_kl(*both))
+            if output is not None and kept is None:
+                _scatter(logprobs, rows, part.present, token_stats(output.logits, targets, temperature).logprobs)
+                if self.critic is None and values:
+                    _scatter(critic_values, rows, part.present, self.model.v_head(output.states))
+        return Passes(logprobs, ref_logprobs, critic_values, kl if full else None, lower)
+
+    def policy_at(self, rows: Tensor, part: Answers, lower: LowerStates | None) -> Output:
+        """The policy's states and logits at the answer tokens of some rows of the batch (`part`), from `lower` upwards if given."""
+        return self._run(self.policy, self.lower, rows, part, lower)
+
+    @staticmethod
+    def _run(forward: Forward, layers: LowerLayers | None, rows: Tensor, part: Answers, lower: LowerStates | None) -> Output:
+        start = nullcontext() if lower is None or layers is None else lower.entering(layers, rows, part.ids.shape[1])
+        with start:
+            return forward(part.places(), **part.inputs())
+
+
+def _scatter(buffer: Tensor, rows: Tensor, present: Tensor, flat: Tensor) -> None:
+    """Write per-token numbers (N,) of some rows into their places of `buffer` (B, T)."""
+    padded = torch.zeros(present.shape, device=buffer.device).masked_scatter_(present, flat.to(buffer.dtype))
+    buffer[rows, : present.shape[1]] = padded

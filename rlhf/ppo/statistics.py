@@ -1,0 +1,58 @@
+"""The statistics of one PPO step under their classic names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlhf.ppo.masked import Reduce, alone, masked_mean, masked_moments, masked_sum
+from rlhf.ppo.record import StepRecord
+
+Stats = dict[str, Any]
+COUNTED = {"skipped": "ppo/skipped_minibatches", "empty": "ppo/empty_minibatches", "early_stopped": "ppo/early_stopped"}
+"""Figures of an update that are summed over the step's updates; all others are averaged."""
+
+
+def step_statistics(record: StepRecord, updates: Sequence[dict[str, float]], *, kl_coef: float, reduce: Reduce = alone) -> Stats:
+    """What a step did: `updates` are the figures of its optimizer steps (`Update.run`), `kl_coef` the coefficient it used.
+
+    Scalars are over the answers of all processes; tensors (`objective/kl_dist` (B,), log-probabilities (B, T), advantages (N,)) are
+    this process's own.
+    """
+    mask = record.mask
+    answers = float(reduce(torch.tensor(float(len(mask)))))
+    kl_per_answer = torch.where(mask, record.kl, 0.0).sum(1)
+    surprise = -masked_sum(record.logprobs, mask)
+    score_mean, score_var = masked_moments(record.scores, torch.ones_like(record.scores), reduce)
+    query_lengths = record.answers.lengths - record.answers.present.sum(1)
+    if record.answers.encoder_mask is not None:
+        query_lengths = record.answers.encoder_mask.sum(1)
+    totals = reduce(torch.stack([kl_per_answer.sum(), surprise, query_lengths.sum().float(), record.answers.present.sum().float()]))
+    kl, surprise, query_length, answer_length = (totals / answers).tolist()
+    stats: Stats = {
+        "objective/kl": kl,
+        "objective/kl_dist": kl_per_answer,
+        "objective/logprobs": record.logprobs,
+        "objective/ref_logprobs": record.ref_logprobs,
+        "objective/kl_coef": kl_coef,
+        "objective/entropy": surprise,
+        "ppo/mean_non_score_reward": float(masked_mean(record.non_score_rewards, mask, reduce)),
+        "ppo/mean_scores": float(score_mean),
+        "ppo/std_scores": float(score_var.sqrt()),
+        "tokens/queries_len_mean": query_length,
+        "tokens/responses_len_mean": answer_length,
+        "ppo/policy/advantages": record.advantages[mask],
+    }
+    with_tokens = [update for update in updates if not update["empty"]] or updates
+    for name in updates[0]:
+        if name in COUNTED:
+            stats[COUNTED[name]] = sum(update[name] for update in updates)
+        else:
+            stats[f"ppo/{name}"] = sum(update[name] for update in with_tokens) / len(with_tokens)
+    stats["ppo/policy/last_policykl"] = updates[-1]["policy/policykl"]
+    stats["ppo/updates"] = float(len(updates))
+    explained = 1.0 - stats["ppo/val/error"] / stats["ppo/returns/var"] if stats["ppo/returns/var"] > 0 else 0.0
+    stats["ppo/val/explained_variance"] = stats["ppo/val/var_explained"] = explained
+    return stats

@@ -1,0 +1,159 @@
+"""The update of one PPO step: epochs over the batch in minibatches, each a clipped loss, its gradient and a step of the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.launch.runtime import Runtime
+from common.sampling import Stream, stream_keys
+from rlhf.ppo.answers import critic_states
+from rlhf.ppo.chunks import chunks
+from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.losses import policy_loss, token_stats, value_loss
+from rlhf.ppo.masked import masked_moments, masked_sum
+from rlhf.ppo.networks import LowerStates, Networks
+from rlhf.ppo.record import StepRecord
+
+Refuse = Callable[..., None]
+"""`refuse(what, bad, rows=None)`: raises where a row is bad in any process (`PPOTrainer._refuse_rows`)."""
+
+
+@dataclass
+class Update:
+    """The update of step number `step` (from 0) on what `record` holds."""
+
+    config: PPOConfig
+    networks: Networks
+    optimizer: torch.optim.Optimizer
+    parameters: list[torch.nn.Parameter]
+    runtime: Runtime
+    refuse: Refuse
+    record: StepRecord
+    lower: LowerStates | None
+    temperature: float
+    step: int
+    optimizer_steps: int
+    """Of the trainer so far; counts on."""
+
+    def run(self) -> list[dict[str, float]]:
+        """All epochs; returns one dict of figures per optimizer step."""
+        config = self.config
+        updates: list[dict[str, float]] = []
+        for epoch in range(config.ppo_epochs):
+            order = minibatch_order(len(self.record.answers), config.seed, self.step, self.runtime.rank, epoch)
+            for rows in order.to(self.networks.device).split(config.backward_batch_size):
+                updates.append(self.optimizer_step(rows))
+            if config.early_stopping and updates[-1]["policy/policykl"] > 1.5 * config.target_kl:
+                updates[-1]["early_stopped"] = 1.0
+                break
+        return updates
+
+    def optimizer_step(self, rows: Tensor) -> dict[str, float]:
+        """Gradient of the loss over `rows`, in forwards of `mini_batch_size` rows at most, and one step of the optimizer."""
+        config, record, reduce = self.config, self.record, self.runtime.sum
+        count = reduce(record.mask[rows].sum().float())
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        unusable = torch.zeros(len(record.answers), dtype=torch.bool, device=rows.device)
+        for minibatch in rows.split(config.mini_batch_size):
+            for chunk in chunks(minibatch, record.answers, self.networks.vocab):
+                figures_of_chunk, bad = self.backward(chunk, count.clamp(min=1))
+                unusable[chunk] = bad
+                for name, value in figures_of_chunk.items():
+                    sums[name] = sums[name] + value if name in sums else value
+        self.refuse("losses", unusable)
+        names = list(sums)
+        figures = dict(zip(names, reduce(torch.stack([sums[name] for name in names])).tolist(), strict=True))
+        for name, tensor in (("returns", record.returns), ("val", record.values)):
+            mean, var = masked_moments(tensor[rows], record.mask[rows], reduce)
+            figures |= {f"{name}/mean": float(mean), f"{name}/var": float(var)}
+        figures |= {"skipped": 0.0, "empty": 0.0, "early_stopped": 0.0, "gradient_norm": 0.0}
+        if float(count) == 0:  # nothing to learn from; a step of Adam would move by its momentum alone
+            self.optimizer.zero_grad(set_to_none=True)
+            return {**figures, "empty": 1.0}
+        if figures["policy/ratio"] > config.ratio_threshold:
+            self.optimizer.zero_grad(set_to_none=True)
+            return {**figures, "skipped": 1.0, "loss/policy": 0.0, "loss/value": 0.0, "loss/total": 0.0}
+        figures["gradient_norm"] = self.apply_gradients(rows)
+        return figures
+
+    def backward(self, rows: Tensor, count: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Add the gradient of some rows, unless their loss is not finite.
+
+        Returns their part of each figure (a sum over tokens divided by `count`), and which rows' losses are not finite (B,).
+        """
+        config, record, networks = self.config, self.record, self.networks
+        warming = self.step < config.critic_warmup_steps
+        answers = record.answers.select(rows)
+        width = answers.mask.shape[1]
+        old_logprobs, old_values, advantages, returns = (
+            tensor[rows, :width][answers.present] for tensor in (record.logprobs, record.values, record.advantages, record.returns)
+        )
+        mask, targets = answers.mask[answers.present], answers.targets[answers.present]
+        with networks.autocast(), torch.set_grad_enabled(not warming):
+            output = networks.policy_at(rows, answers, self.lower)
+        with torch.set_grad_enabled(not warming):
+            stats = token_stats(output.logits, targets, self.temperature, entropy=True, entropy_gradient=config.entropy_coef > 0)
+        logprobs, entropy = stats.logprobs, stats.entropy
+        assert entropy is not None
+        if networks.critic is None:
+            values = networks.model.v_head(output.states)
+        else:
+            with networks.autocast():
+                states = critic_states(networks.critic.trunk, answers)
+            values = networks.critic.v_head(states)
+        loss_v, clipped_v = value_loss(values, old_values, returns, mask, config.cliprange_value, count=count)
+        loss_p, clipped_p = policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange, dual_clip=config.dual_clip, count=count)
+        loss = config.vf_coef * loss_v
+        if not warming:
+            loss = loss + loss_p
+            if config.entropy_coef > 0:
+                loss = loss - config.entropy_coef * masked_sum(entropy, mask) / count
+        bad = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        if not bool(torch.isfinite(loss)):
+            per_token = torch.zeros_like(answers.mask).masked_scatter_(answers.present, ~torch.isfinite(logprobs + values))
+            bad = (per_token if bool(per_token.any()) else answers.present).any(1)
+        elif loss.requires_grad:
+            loss.backward()
+        with torch.no_grad():
+            moved = logprobs - old_logprobs
+            means = {
+                "policy/entropy": entropy,
+                "policy/approxkl": 0.5 * moved.square(),
+                "policy/policykl": -moved,
+                "policy/ratio": moved.exp(),
+                "policy/advantages_mean": advantages,
+                "val/vpred": values,
+                "val/error": (values - returns).square(),
+            }
+            figures = {name: masked_sum(tensor, mask) / count for name, tensor in means.items()}
+            figures |= {"policy/clipfrac": clipped_p, "val/clipfrac": clipped_v}
+            figures |= {"loss/policy": loss_p.detach(), "loss/value": loss_v.detach(), "loss/total": loss.detach()}
+        return figures, bad
+
+    def apply_gradients(self, rows: Tensor) -> float:
+        """Sum gradients over processes, refuse non-finite ones, clip, and step; returns the norm before clipping."""
+        if self.runtime.world_size > 1:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad = self.runtime.sum(parameter.grad)
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        if not bool(torch.isfinite(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.refuse("gradients", torch.ones(len(rows), dtype=torch.bool), rows)
+        clips = not (self.config.classic_quirks and self.optimizer_steps)
+        self.optimizer_steps += 1
+        if self.config.max_grad_norm is not None and clips:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
+        self.optimizer.step()
+        return float(norm)
+
+
+def minibatch_order(count: int, seed: int, step: int, rank: int, epoch: int) -> Tensor:
+    """Row numbers 0 … count - 1 in an order of their own for each step, process and epoch."""
+    key = stream_keys(seed, step, torch.tensor([rank]), epoch, Stream.MINIBATCHES)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(int(key)))
