@@ -7,7 +7,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 # Threads that spin while they wait take the cores from commands beside them. (OMP_PROC_BIND would put all of these on one core.)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help venv quickstart test lint format docs data clean
+.PHONY: help venv quickstart test lint format docs data bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -45,6 +45,22 @@ docs: venv
 # make data         regenerate the sample data
 data: venv
 	$(BIN)/python -m examples.world.make_data
+
+# make bench        PPO beside its peers, in environments of theirs (BENCH_ENVS, 4 GB); BENCH="--size s --eos-hazard 0.04 --only floor,ours"
+BENCH_ENVS ?= .bench
+BENCH ?=
+# Without an exact torch pip would take one for CUDA.
+PEERS_new := torch==2.13.0 trl==1.16.0 lightning pytorch-lightning
+PEERS_ppo := torch==2.13.0 trl==1.12.0
+PEERS_classic := torch==2.13.0 trl==0.11.4 transformers==4.46.3 'accelerate<1.3' 'numpy>=2,<2.3' rich
+
+bench: venv $(foreach peer,new ppo classic,$(BENCH_ENVS)/$(peer)/.installed)
+	$(BIN)/python benchmarks/compare.py --envs $(BENCH_ENVS) $(BENCH)
+
+$(BENCH_ENVS)/%/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PEERS_$*)
+	@touch $@
 
 # make clean        remove the environment and caches; runs and results stay
 clean:
