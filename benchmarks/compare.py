@@ -30,7 +30,7 @@ THREADS = {"OMP_PROC_BIND": "true", "OMP_WAIT_POLICY": "passive"}
 
 @dataclass(frozen=True)
 class Contender:
-    """A script with its interpreter; `slow` ones run only where `--only` names them."""
+    """A script with its interpreter; `slow` ones (bfloat16 without instructions for it is) run only where `--only` names them."""
 
     python: Path
     script: Path
@@ -50,6 +50,7 @@ def contenders(envs: Path) -> dict[str, Contender]:
         "floor": Contender(plain if plain.exists() else ours, floor),
         "ours": Contender(ours, HERE / "ppo.py"),
         "ours-top2": Contender(ours, HERE / "ppo.py", ("--top", "2")),
+        "ours-bf16": Contender(ours, HERE / "ppo.py", ("--bf16",), slow=True),
         "target": Contender(plain if plain.exists() else ours, SHARED / "ppo_target.py"),
         "trl-classic": Contender(classic, HERE / "ppo_trl_classic.py"),
         "trl-classic-one-by-one": Contender(classic, HERE / "ppo_trl_classic.py", ("--one-by-one",), slow=True),

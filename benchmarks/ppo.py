@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
@@ -43,6 +43,7 @@ from benchmarks.synthetic import (
     build_policy,
     build_prompts,
     build_tokenizer,
+    peak_rss_mib,
     phase_seconds,
     print_result,
     result,
@@ -67,6 +68,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--top", type=int, metavar="K", help="train the K upper layers, norms and value head alone (default: everything)")
     parser.add_argument("--critic", action="store_true", help="a critic of its own, of the policy's size, instead of a value head")
+    parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16 under autocast, weights in float32")
     parser.add_argument("--without", nargs="+", default=[], choices=FAST_PARTS, help="leave out fast parts")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of PPOConfig")
     return parser.parse_args(argv)
@@ -86,6 +88,7 @@ def trainer_config(options: argparse.Namespace) -> PPOConfig:
         "vf_coef": 0.1,
         "max_grad_norm": None,
         "classic_quirks": False,
+        "mixed_precision": "bf16" if options.bf16 else "no",
     }
     for text in options.set:
         name, _, value = text.partition("=")
@@ -123,8 +126,19 @@ def judge(scorer: RewardScorer, rollout: Rollout) -> list[float]:
     return scorer.score_inputs([RewardInput(query + response) for query, response in zip(rollout.queries, rollout.responses, strict=True)])
 
 
-def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, float]], list[list[tuple[int, int]]], int]:
-    """Figures of the iterations that count, their rows' lengths (prompt, answer) in tokens, and parameters of the policy."""
+class Measured(NamedTuple):
+    iterations: list[dict[str, float]]
+    """Figures of the iterations that count."""
+    lengths: list[list[tuple[int, int]]]
+    """Tokens (prompt, answer) of every row, iteration by iteration."""
+    parameters: int
+    """Of the policy."""
+    start_rss_mib: float
+    """Most memory of the process before its first iteration."""
+
+
+def measure(options: argparse.Namespace, folder: Path) -> Measured:
+    """Run the iterations; metrics go to `folder`."""
     torch.set_num_threads(options.threads)
     tokenizer = build_tokenizer()
     trainer = build_trainer(options, tokenizer)
@@ -132,6 +146,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, f
     scorer = RewardScorer(build_reward_model(options), tokenizer=tokenizer, manifest=manifest)
     generation = GenerateParams(max_new_tokens=options.new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     prompts = build_prompts(options.batch * (options.warmup + options.iters))
+    start_rss = peak_rss_mib()
     iterations: list[dict[str, float]] = []
     lengths: list[list[tuple[int, int]]] = []
     with CpuLog() as cpu, Tracker.start(folder, stage="rlhf", config=vars(options)) as tracker:
@@ -149,20 +164,21 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, f
             iterations.append(phase_seconds((begun, generated, prepared, time.perf_counter()), cpu, sum(map(len, rollout.responses))))
             lengths.append([(len(query), len(response)) for query, response in zip(rollout.queries, rollout.responses, strict=True)])
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    return iterations[options.warmup :], lengths[options.warmup :], parameters
+    return Measured(iterations[options.warmup :], lengths[options.warmup :], parameters, start_rss)
 
 
 def contender(options: argparse.Namespace) -> str:
     """What the options make of it, in a word: `ours-top2-bf16`."""
-    parts = ["ours", *(f"top{options.top}" for _ in range(options.top is not None)), *["critic"] * options.critic]
+    parts = ["ours", *(f"top{options.top}" for _ in range(options.top is not None)), *["critic"] * options.critic, *["bf16"] * options.bf16]
     return "-".join([*parts, *(f"no_{part}" for part in options.without), *options.set])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     with tempfile.TemporaryDirectory() as folder:
-        iterations, _, parameters = measure(options, Path(folder))
-    print_result(result(contender(options), options.size, options.batch, iterations, params=parameters))
+        found = measure(options, Path(folder))
+    more = {"params": found.parameters, "start_rss_mb": round(found.start_rss_mib)}
+    print_result(result(contender(options), options.size, options.batch, found.iterations, **more))
     return 0
 
 

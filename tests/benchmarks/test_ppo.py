@@ -30,6 +30,7 @@ def test_it_prints_a_result(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["name"], found["size"], len(found["iters"]), found["params"]) == ("ours", "xs", 2, 985_985)
     median = found["median"]
     assert median["total"] == pytest.approx(median["generate"] + median["score"] + median["train"], rel=0.5)
+    assert 100 < found["start_rss_mb"] <= found["peak_rss_mb"]
     assert found["episodes_per_s"] == pytest.approx(4 / median["total"], rel=0.01)
 
 
@@ -42,7 +43,7 @@ def test_it_runs_from_another_folder(root: Path, tmp_path: Path) -> None:
 
 
 def test_metrics_are_logged_for_every_iteration(tmp_path: Path) -> None:
-    iterations, lengths, _ = measure(parse([*TINY, "--iters", "1", "--warmup", "1"]), tmp_path)
+    iterations, lengths, *_ = measure(parse([*TINY, "--iters", "1", "--warmup", "1"]), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1] and all("ppo/loss/total" in line and "train/score" in line for line in lines)
     assert len(iterations) == 1 and sum(answer for _, answer in lengths[0]) == iterations[0]["resp_tokens"]
