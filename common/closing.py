@@ -42,7 +42,7 @@ class RunResult:
 
 
 def opening_lines(
-    run_dir: Path,
+    run_dir: Path | None,
     *,
     parameters: Iterable[Tensor],
     rows: Mapping[str, int],
@@ -51,7 +51,7 @@ def opening_lines(
     device: str = "",
     step_name: str = "optimizer",
 ) -> list[str]:
-    """What starts now: how many parameters there are and train, rows per split, steps, and where the results go."""
+    """What starts now: how many parameters there are and train, rows per split, steps, and where the results go (None: nowhere)."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in parameters]
     total, trainable = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     splits = ", ".join(f"{count:,} {split}" for split, count in rows.items())
@@ -59,7 +59,7 @@ def opening_lines(
     return [
         f"model: {total:,} parameters, {trainable:,} of them train{where}",
         f"data: {splits} rows; {steps:,} {step_name} steps{f' of {batch}' if batch else ''}",
-        f"output: {run_dir}",
+        *([f"output: {run_dir}"] if run_dir is not None else []),
     ]
 
 
@@ -79,6 +79,11 @@ def summary_of(run_dir: Path, stage: str, result: RunResult, extra: Mapping[str,
     }
 
 
+def cost_line(steps: int, seconds: float, peak_memory_gib: float) -> str:
+    """What a training took."""
+    return f"done: {steps:,} steps in {duration(seconds)}, peak memory {peak_memory_gib:.2f} GiB"
+
+
 def closing_lines(run_dir: Path, result: RunResult, *, latest: Path | None, curves: Path | None) -> list[str]:
     """A few lines: the best figure, what it took, and the paths."""
     if not result.validated:
@@ -95,7 +100,7 @@ def closing_lines(run_dir: Path, result: RunResult, *, latest: Path | None, curv
         others = ", ".join(beside[:SHOWN_BESIDE])
         best = f"best {result.monitor} {format_figure(result.best_value)}{f' ({others})' if others else ''}"
     lines = [
-        f"done: {result.steps:,} steps in {duration(result.seconds)}, peak memory {result.peak_memory_gib:.2f} GiB",
+        cost_line(result.steps, result.seconds, result.peak_memory_gib),
         f"{best}, {result.model.name}",
         f"model:   {latest or run_dir / BEST}{f' -> {result.model}' if latest else ''}{_not_above_the_start(result)}",
         f"metrics: {run_dir / METRICS_CSV}, {SUMMARY_FILE}",

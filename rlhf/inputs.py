@@ -102,10 +102,10 @@ def read_prompts(config: PPORunConfig) -> Splits[PromptRecord]:
     splits: Splits[PromptRecord] = read_rows(data.data_file_path, "prompt", data, seed=config.seed, require=("train", "val"))
     columns = dict.fromkeys(name for record in [*splits.train, *splits.val] for name in record.columns)
     check_columns(config.reward_config, columns)
-    return replace(splits, train=_with_columns(splits.train, columns), val=_with_columns(splits.val, columns))
+    return replace(splits, train=with_columns(splits.train, columns), val=with_columns(splits.val, columns))
 
 
-def _with_columns(records: Sequence[PromptRecord], columns: Iterable[str]) -> list[PromptRecord]:
+def with_columns(records: Sequence[PromptRecord], columns: Iterable[str]) -> list[PromptRecord]:
     """Every row with all columns, None where it has none: a reward function that asks for one gets it for every batch."""
     return [replace(record, columns={**dict.fromkeys(columns), **record.columns}) for record in records]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.ppo.kl import KLPenalty
 
@@ -58,8 +58,16 @@ class PPOConfig:
     """bf16: matrix products in bfloat16 over float32 weights; log-probabilities then differ by about 1e-2 nats from float32."""
     cache_frozen_layers: bool = True
     """Run the layers below the lowest trained one once per batch, not in every epoch; costs their states of the batch in memory."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward."""
     seed: int = 0
     """Of the order of minibatches and of sampling."""
+    steps: int | None = None
+    """PPO steps of `PPOTrainer.train`; None: passes over the prompts decide."""
+    log_with: Literal["wandb", "tensorboard"] | None = None
+    tracker_project_name: str | None = None
+    tracker_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `wandb.init`, flat or under `wandb`."""
 
     def __post_init__(self) -> None:
         backward = self.mini_batch_size * self.gradient_accumulation_steps
@@ -79,5 +87,5 @@ class PPOConfig:
     @classmethod
     def from_params(cls, params: PPOParams, seed: int) -> PPOConfig:
         """The settings of a config file; there, the classic trainer's faults are mended."""
-        shared = {field.name: getattr(params, field.name) for field in fields(cls) if field.name in type(params).model_fields}
+        shared = {own.name: getattr(params, own.name) for own in fields(cls) if own.name in type(params).model_fields}
         return cls(**{**shared, "mini_batch_size": params.minibatch, "seed": seed, "classic_quirks": False})

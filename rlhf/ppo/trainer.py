@@ -17,8 +17,10 @@ from common.errors import UserError
 from common.freezing import find_blocks
 from common.launch.runtime import Runtime
 from common.models.load import set_dropout
+from common.models.modes import recompute_activations
 from common.optim import adamw
 from common.schema import GenerateParams
+from rlhf.ppo import loop
 from rlhf.ppo.advantages import classic_whitened_rewards, gae
 from rlhf.ppo.answers import Answers, gather_answers
 from rlhf.ppo.config import PPOConfig
@@ -26,6 +28,7 @@ from rlhf.ppo.kl import adapted_kl_coef, kl_per_token
 from rlhf.ppo.masked import masked_rescale, masked_whiten
 from rlhf.ppo.models import Critic, ModelWithValueHead, reference_copy
 from rlhf.ppo.networks import Networks
+from rlhf.ppo.prompts import as_ids
 from rlhf.ppo.record import StepRecord
 from rlhf.ppo.rewards import RunningMoments, kl_shaped_rewards, transform_scores
 from rlhf.ppo.rollout import Rollout, collect_rollout
@@ -60,7 +63,9 @@ class PPOTrainer:
         data_collator: Callable[[list[Any]], Any] | None = None,
         num_shared_layers: int | None = None,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        training_data_collator: Callable[[list[Any]], Any] | None = None,
         *,
+        reward: Any = None,
         critic: Critic | None = None,
         runtime: Runtime | None = None,
     ) -> None:
@@ -96,11 +101,15 @@ class PPOTrainer:
         self.optimizer = optimizer or adamw(
             trained, learning_rate=self.config.learning_rate, eps=self.config.adam_eps, weight_decay=self.config.weight_decay
         )
+        if self.config.gradient_checkpointing:
+            recompute_activations(self.policy.model)
         # transformers recompute activations in training mode only; with every dropout at 0 the modes do not differ.
         self.recomputes = _recomputes(self.policy.model)
         if self.recomputes:
             set_dropout(self.policy.model, 0.0)
         self.lr_scheduler = lr_scheduler
+        self.reward = reward
+        self.dataset = dataset
         self.dataloader = self._dataloader(dataset, data_collator) if dataset is not None else None
         self.kl_coef = self.config.init_kl_coef
         self.moments = RunningMoments()
@@ -109,6 +118,8 @@ class PPOTrainer:
         self.sampled_rows = 0
         self.record: StepRecord | None = None
         """Tensors of the last step."""
+
+    train = loop.train
 
     # --- sampling ------------------------------------------------------------------------------------------------------------------
 
@@ -127,7 +138,7 @@ class PPOTrainer:
         `generation_kwargs` are those of a config's `generation_config`. An encoder-decoder's answers never contain the prompt.
         """
         single = isinstance(query_tensor, Tensor)
-        queries = [_ids(query_tensor)] if isinstance(query_tensor, Tensor) else [_ids(query) for query in query_tensor]
+        queries = [as_ids(query_tensor)] if isinstance(query_tensor, Tensor) else [as_ids(query) for query in query_tensor]
         if length_sampler is not None:
             generation_kwargs["max_new_tokens"] = int(length_sampler())
         generation_kwargs.pop("pad_token_id", None)  # padding is told by position here
@@ -186,12 +197,12 @@ class PPOTrainer:
         Raises ValueError for lists that do not fit together, NonFiniteError before anything non-finite reaches a parameter.
         """
         started = time.perf_counter()
-        query_ids, response_ids = [_ids(query) for query in queries], [_ids(response) for response in responses]
+        query_ids, response_ids = [as_ids(query) for query in queries], [as_ids(response) for response in responses]
         if sampled is not None and (sampled.queries, sampled.responses) != (query_ids, response_ids):
             raise ValueError("sampled holds other queries or responses than those given")
         if sampled is not None and sampled.temperature != temperature:
             raise ValueError(f"temperature {temperature} is not the {sampled.temperature} that the rollout was sampled at")
-        masks = None if response_masks is None else [_ids(mask) for mask in response_masks]
+        masks = None if response_masks is None else [as_ids(mask) for mask in response_masks]
         raw_scores = torch.tensor([float(score) for score in scores], dtype=torch.float32)
         self._check_batch(query_ids, response_ids, raw_scores, masks)
         self.networks.switch_off_dropout()
@@ -336,12 +347,6 @@ class PPOTrainer:
         return torch.utils.data.DataLoader(
             dataset, batch_size=self.config.batch_size, collate_fn=data_collator, shuffle=True, drop_last=True, generator=generator
         )
-
-
-def _ids(tokens: Ids) -> list[int]:
-    if isinstance(tokens, Tensor):
-        return [int(token) for token in tokens.reshape(-1).tolist()]
-    return [int(token) for token in tokens]
 
 
 def _freeze_below(model: nn.Module, layers: int) -> None:

@@ -3,7 +3,7 @@
 Importing this package imports no torch; `check_pipeline` runs before the first model is loaded.
 """
 
-from rlhf.reward_pipelines.build import RewardPipeline, build_pipeline, check_pipeline
+from rlhf.reward_pipelines.build import RewardPipeline, as_pipeline, build_pipeline, check_pipeline
 from rlhf.reward_pipelines.part import Answers, RewardPart, RewardResult
 
-__all__ = ["Answers", "RewardPart", "RewardPipeline", "RewardResult", "build_pipeline", "check_pipeline"]
+__all__ = ["Answers", "RewardPart", "RewardPipeline", "RewardResult", "as_pipeline", "build_pipeline", "check_pipeline"]

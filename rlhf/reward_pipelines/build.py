@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
@@ -155,6 +156,30 @@ def build_pipeline(settings: RewardSettings, *, device: torch.device | str = "cp
     """Load what the settings name. Call `check_pipeline` before, so that what can fail fails before models are loaded."""
     root = _component(settings)
     return RewardPipeline(_build(root, _names(root), settings, device, trust_remote_code))
+
+
+def as_pipeline(reward: Any, *, device: torch.device | str = "cpu") -> RewardPipeline:
+    """The pipeline of what a user has: a function, its path (`module:function`), a reward model's directory, a part, or a pipeline.
+
+    Raises UserError where there is no such function or model.
+    """
+    if isinstance(reward, RewardPipeline):
+        return reward
+    if isinstance(reward, RewardPart):
+        return RewardPipeline(reward)
+    if isinstance(reward, str | Path):
+        path = str(reward)
+        if ":" in path and not Path(path).exists():
+            return RewardPipeline(PythonFunction(path.rpartition(":")[2], path, load_function(path)))
+        settings = RewardSettings(reward_model_name=path)
+        check_pipeline(settings)
+        return build_pipeline(settings, device=device)
+    if callable(reward):
+        name = getattr(reward, "__name__", type(reward).__name__)
+        return RewardPipeline(PythonFunction(name if name.isidentifier() else "function", name, reward))
+    raise UserError(
+        f"reward: got {type(reward).__name__}, expected a function, module:function, the directory of a reward model or a RewardPipeline"
+    )
 
 
 def _component(settings: RewardSettings) -> RewardComponent:

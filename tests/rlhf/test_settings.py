@@ -35,7 +35,7 @@ def test_every_setting_is_read(section: type, root: Path) -> None:
 
 
 def test_the_trainer_reads_every_setting_of_its_own(root: Path) -> None:
-    code = "".join((root / "rlhf" / "ppo" / f"{name}.py").read_text() for name in ("trainer", "update", "config"))
+    code = "".join((root / "rlhf" / "ppo" / f"{name}.py").read_text() for name in ("trainer", "update", "loop", "config"))
     assert [name for name in trainer_settings() if not re.search(rf"(config|self)\.{name}\b", code)] == []
 
 

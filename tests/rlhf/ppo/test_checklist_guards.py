@@ -15,9 +15,10 @@ from common.errors import UserError
 from common.record_types import Prompt, PromptRecord
 from common.schema import GenerateParams
 from rlhf.config import PPOData, PPOGeneration, PPOParams, PPORunConfig, RewardSettings
-from rlhf.evaluation import Evaluator
 from rlhf.inputs import prompt_limit
 from rlhf.ppo import NonFiniteError, PPOTrainer
+from rlhf.ppo.evaluation import Evaluator
+from rlhf.ppo.prompts import EncodedPrompt
 from rlhf.ppo.rewards import penalised_scores
 from rlhf.reward_pipelines.build import RewardPipeline
 from rlhf.reward_pipelines.rules import RepetitionRule
@@ -77,7 +78,7 @@ def test_33_what_is_not_finite_stops_before_the_optimizer_with_its_rows(
 def test_34_two_evaluations_of_one_model_give_the_same_numbers(build: Build, batch: Any) -> None:
     """Whatever was drawn and trained on in between; another model and another seed give other ones."""
     trainer = build()
-    records = [PromptRecord(Prompt(f"{row}?"), columns={}, where="") for row in range(4)]
+    prompts = [EncodedPrompt(ids, PromptRecord(Prompt(f"{row}?"), columns={}, where="")) for row, ids in enumerate(batch.queries)]
 
     def penalise(scores: Any, rollout: Any) -> torch.Tensor:
         return penalised_scores(torch.tensor(scores), torch.tensor(list(map(len, rollout.responses))), torch.tensor(rollout.ended))
@@ -85,7 +86,7 @@ def test_34_two_evaluations_of_one_model_give_the_same_numbers(build: Build, bat
     def evaluator(seed: int) -> Evaluator:
         params = GenerateParams(do_sample=True, max_new_tokens=8)
         pipeline = RewardPipeline(RepetitionRule("repetition", 1))
-        return Evaluator(trainer, pipeline, records, batch.queries, params, penalise=penalise, seed=seed, samples=4, batch_size=2)
+        return Evaluator(trainer, pipeline, prompts, params, penalise=penalise, seed=seed, samples=4, batch_size=2)
 
     evaluate = evaluator(0)
     first = evaluate()

@@ -14,10 +14,11 @@ from common.record_types import Prompt, PromptRecord
 from common.sampling import filter_logits
 from common.schema import GenerateParams, LoraSettings
 from rlhf.config import PPOGeneration
-from rlhf.evaluation import score_rollout
 from rlhf.ppo import PPOTrainer
 from rlhf.ppo.answers import gather_answers
+from rlhf.ppo.evaluation import score_rollout
 from rlhf.ppo.models import with_value_head
+from rlhf.ppo.prompts import EncodedPrompt
 from rlhf.ppo.rewards import penalised_scores
 from rlhf.ppo.rollout import collect_rollout
 from rlhf.reward_pipelines.build import RewardPipeline
@@ -156,8 +157,8 @@ def test_13_nothing_after_the_first_eos_is_scored_or_trained_on(write: Write, ma
     assert rollout.ended == [True, False]
     assert not rollout.logprobs[0, len(yes) + 1 :].any() and bool(rollout.logprobs[0, : len(yes) + 1].all())
     listener = Listener()
-    records = [PromptRecord(Prompt("Is it?"), columns={}, where="here") for _ in range(2)]
-    score_rollout(RewardPipeline(listener), records, rollout)
+    prompts = [EncodedPrompt(ids, PromptRecord(Prompt("Is it?"), columns={}, where="here")) for ids in rollout.queries]
+    score_rollout(RewardPipeline(listener), prompts, rollout)
     assert listener.heard == [("Yes", True), ("Yes" + tokenizer.decode([40, 41, 42]), False)]
 
 

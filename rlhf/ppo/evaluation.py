@@ -6,17 +6,20 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from common.record_types import PromptRecord
 from common.schema import GenerateParams
+from rlhf.ppo.prompts import EncodedPrompt
 from rlhf.ppo.rollout import Rollout
-from rlhf.ppo.trainer import PPOTrainer
 from rlhf.reward_pipelines.build import RewardPipeline
 from rlhf.reward_pipelines.part import RewardResult
+
+if TYPE_CHECKING:
+    from rlhf.ppo.trainer import PPOTrainer
 
 NOISE_STREAM = 1 << 40
 """The `step` of evaluation's sampling noise, far from any training step."""
@@ -38,8 +41,7 @@ class Evaluator:
         self,
         trainer: PPOTrainer,
         pipeline: RewardPipeline,
-        records: Sequence[PromptRecord],
-        prompt_ids: Sequence[list[int]],
+        prompts: Sequence[EncodedPrompt],
         params: GenerateParams,
         *,
         penalise: Callable[[Sequence[float], Rollout], Tensor],
@@ -48,12 +50,13 @@ class Evaluator:
         **decoding: Any,
     ) -> None:
         """`penalise`: scores (B,) of a rollout as training sees them; `decoding`: further arguments of `collect_rollout`."""
-        self.trainer, self.pipeline, self.records, self.prompt_ids = trainer, pipeline, records, prompt_ids
-        self.params, self.penalise, self.seed, self.samples, self.decoding = params, penalise, seed, samples, decoding
+        self.trainer, self.pipeline, self.prompts, self.params = trainer, pipeline, prompts, params
+        self.penalise, self.seed, self.samples, self.decoding = penalise, seed, samples, decoding
 
     def __call__(self) -> Evaluation:
-        rollout = self.trainer.rollout(self.prompt_ids, self.params, seed=self.seed, step=NOISE_STREAM, **self.decoding)
-        result = score_rollout(self.pipeline, self.records, rollout)
+        ids = [prompt.ids for prompt in self.prompts]
+        rollout = self.trainer.rollout(ids, self.params, seed=self.seed, step=NOISE_STREAM, **self.decoding)
+        result = score_rollout(self.pipeline, self.prompts, rollout)
         scores = result.scores
         kl = self.trainer.sampled_kl(rollout, self.params.temperature)
         texts = Counter(rollout.texts)
@@ -69,14 +72,15 @@ class Evaluator:
         }
         shown = range(min(self.samples, len(rollout)))
         rows = [
-            (self.records[row].prompt.question, rollout.texts[row], round(scores[row], 4), round(kl[row], 4), rollout.ended[row])
+            (self.prompts[row].record.prompt.question, rollout.texts[row], round(scores[row], 4), round(kl[row], 4), rollout.ended[row])
             for row in shown
         ]
         return Evaluation(figures, rows)
 
 
-def score_rollout(pipeline: RewardPipeline, records: Sequence[PromptRecord], rollout: Rollout) -> RewardResult:
+def score_rollout(pipeline: RewardPipeline, prompts: Sequence[EncodedPrompt], rollout: Rollout) -> RewardResult:
     """What the reward pipeline says about a rollout's texts."""
+    records = [prompt.record for prompt in prompts]
     return pipeline.score([record.prompt for record in records], rollout.texts, [record.columns for record in records], rollout.ended)
 
 

@@ -1,0 +1,345 @@
+"""The whole loop, `PPOTrainer.train`, top to bottom: sample, score, update; look at fixed prompts now and then; keep the best."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from common.checkpoint import new_manifest, save_model_directory
+from common.closing import RunResult, cost_line, finish_run, opening_lines
+from common.errors import UserError
+from common.failed_start import removed_if_unused
+from common.launch.checkpointing import CheckpointKeeper
+from common.launch.runtime import peak_memory_gib
+from common.launch.signals import StopSignals
+from common.models.kinds import positions_of
+from common.progress import Progress, format_figure
+from common.prompts import PromptFormat
+from common.runs import write_config
+from common.schema import GenerateParams, WandbSettings
+from common.tracking import Tracker
+from rlhf.config import PPOGeneration
+from rlhf.inputs import UNLIMITED_PROMPT, with_columns
+from rlhf.ppo.evaluation import SAMPLE_COLUMNS, Evaluator, score_rollout
+from rlhf.ppo.metrics import METRICS
+from rlhf.ppo.prompts import EncodedPrompt, as_prompts
+from rlhf.ppo.rewards import penalised_scores
+from rlhf.ppo.rollout import Rollout, collect_rollout
+from rlhf.prompt_order import PromptOrder
+from rlhf.reward_pipelines.build import RewardPipeline, as_pipeline
+from rlhf.sampling_options import check_sampling_options
+
+if TYPE_CHECKING:
+    from rlhf.ppo.config import PPOConfig
+    from rlhf.ppo.trainer import PPOTrainer
+
+MONITOR = "eval/penalised_score"
+SHOWN_FIGURES = (MONITOR, "eval/kl", "eval/eos_rate", "eval/length")
+
+
+@dataclass(frozen=True)
+class RunOutput:
+    """Where a run writes, and what it says there about itself."""
+
+    directory: Path
+    """New or empty."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The settings, without secrets, as `config.yaml` and manifests hold them."""
+    data_fingerprint: str | None = None
+    publish_in: Path | None = None
+    """Folder whose link `latest` shall name the best model."""
+    wandb: WandbSettings = field(default_factory=WandbSettings)
+    tensorboard: bool = False
+
+
+def train(
+    trainer: PPOTrainer,
+    prompts: Iterable[Any] | None = None,
+    *,
+    reward: Any = None,
+    generation: GenerateParams | Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    epochs: int = 1,
+    eval_prompts: Iterable[Any] = (),
+    eval_every: int = 10,
+    save_to: RunOutput | Path | str | None = None,
+    save_every: int = 100,
+    keep_last: int = 1,
+    prompt_format: PromptFormat = "qa",
+    max_prompt_length: int | None = None,
+    missing_eos_penalty: float | None = None,
+    missing_eos_score: float | None = None,
+    length_penalty: float = 0.0,
+    samples_logged: int = 8,
+    decoding: Mapping[str, Any] | None = None,
+) -> list[dict[str, float]]:
+    """Train on prompts; returns what was logged, one dict per line of `metrics.jsonl` (`METRICS` defines the names).
+
+    prompts, eval_prompts: questions, rows or ids (`as_prompts`); without `prompts` the trainer's dataset. Evaluation prompts should be
+        others than those trained on.
+    reward: what judges the answers (`as_pipeline`); without it the trainer's.
+    generation: how answers are sampled, as `generation_config` of a config: `{"max_new_tokens": 32}`.
+    steps: PPO steps; without it `config.steps`, else as many as `epochs` passes over the prompts give.
+    eval_every, save_every: in steps. keep_last: checkpoints kept beside the best one.
+    save_to: a new folder for metrics, tables and checkpoints; its `best` is a transformers directory. None: nothing is written.
+    prompt_format: how questions become text; recorded with checkpoints. max_prompt_length: tokens that questions are cut to, by default
+        what the model's positions leave.
+    missing_eos_penalty, missing_eos_score, length_penalty: see `penalised_scores`.
+    samples_logged: rows of the sample table. decoding: further arguments of `collect_rollout`.
+
+    A second call goes on where the first ended. SIGINT and SIGTERM save, then raise `Stopped`. Raises UserError for what cannot be used.
+    """
+    # 1. what judges the answers, how they are sampled, which prompts
+    config, runtime, model = trainer.config, trainer.runtime, trainer.model
+    pipeline = as_pipeline(_given(reward, trainer.reward, "reward"), device=runtime.device)
+    params = _sampling(generation)
+    limit = max_prompt_length or _room(model.config, params.max_new_tokens)
+    encoded = partial(
+        as_prompts,
+        tokenizer=trainer.tokenizer,
+        prompt_format=prompt_format,
+        max_length=limit,
+        is_encoder_decoder=bool(model.config.is_encoder_decoder),
+    )
+    training = _with_all_columns(encoded(_given(prompts, trainer.dataset, "prompts"), name="prompts"))
+    held_out = _with_all_columns(encoded(eval_prompts, name="eval_prompts"))
+    decoding = {"batch_size": config.batch_size, **(decoding or {})}
+    if pipeline.needs_calibration:
+        calibrate(pipeline, model, trainer.tokenizer, training[: max(config.batch_size, len(held_out))], params, config.seed, decoding)
+    penalise = partial(
+        _penalised, missing_eos_penalty=missing_eos_penalty, missing_eos_score=missing_eos_score, length_penalty=length_penalty
+    )
+    evaluate = Evaluator(trainer, pipeline, held_out, params, penalise=penalise, seed=config.seed, samples=samples_logged, **decoding)
+
+    # 2. how long, and in which order
+    steps = steps or config.steps or len(training) * epochs // (config.batch_size * runtime.world_size)
+    if steps == 0:
+        raise UserError(f"{len(training)} prompts x {epochs} epochs make no batch of {config.batch_size * runtime.world_size}")
+    first = trainer.steps_done
+    order = PromptOrder(len(training), config.batch_size, seed=config.seed, world_size=runtime.world_size, rank=runtime.rank)
+
+    # 3. where it writes
+    output = _output(save_to, config)
+    history: list[dict[str, float]] = []
+    with contextlib.ExitStack() as stack:
+        tracker = Tracker(Path(), is_main=False)  # writes nothing
+        keeper = None
+        if output is not None:
+            stack.enter_context(removed_if_unused(output.directory))
+            write_config(output.directory, output.config)
+            tracker = stack.enter_context(start_tracker(config, output, is_main=runtime.is_main))
+            facts = {"prompt_format": prompt_format, "max_prompt_length": limit, "max_length": limit + params.max_new_tokens}
+            save = partial(_save, trainer, output, facts)
+            keeper = CheckpointKeeper(output.directory, save, monitor=MONITOR, mode="max", keep_last=keep_last)
+        stop = stack.enter_context(StopSignals())
+
+        def log(figures: Mapping[str, float], step: int) -> None:
+            tracker.log(figures, step)
+            history.append({"step": step, **figures})
+
+        def look(step: int, remark: str = "") -> dict[str, float]:
+            """Evaluate; returns the figures."""
+            evaluation = evaluate()
+            log(evaluation.figures, step)
+            tracker.table("eval/samples", SAMPLE_COLUMNS, evaluation.samples, step)
+            remark = remark or (standing(keeper, evaluation.figures, start[MONITOR]) if keeper is not None else "")
+            progress.note(f"step {step}: {shown(evaluation.figures)}{remark}")
+            return evaluation.figures
+
+        for line in opening_lines(
+            output.directory if output is not None else None,
+            parameters=[*model.parameters(), *(trainer.critic.parameters() if trainer.critic is not None else ())],
+            rows={"train": len(training), "evaluation": len(held_out)},
+            steps=steps,
+            batch=f"{config.batch_size} answers",
+            device=str(runtime.device),
+            step_name="PPO",
+        ):
+            print(line)
+        started = time.perf_counter()
+        progress = Progress(first + steps, done=first, label="PPO", enabled=runtime.is_main)
+        start = look(first, "  (the start)") if held_out else {}
+
+        # 4. the loop
+        for step in range(first + 1, first + steps + 1):
+            begun = time.perf_counter()
+            rows, numbers = order.batch(step - 1)
+            batch = [training[row] for row in rows]
+            rollout = trainer.rollout([prompt.ids for prompt in batch], params, seed=config.seed, step=step, rows=numbers, **decoding)
+            sampled = time.perf_counter()
+            cut_before = pipeline.texts_cut
+            result = score_rollout(pipeline, batch, rollout)
+            scored = time.perf_counter()
+            scores = penalise(result.scores, rollout)
+            stats = trainer.step(rollout.queries, rollout.responses, scores, temperature=params.temperature, sampled=rollout)
+            ended = time.perf_counter()
+
+            plain = torch.tensor(result.scores)
+            figures = {name: value for name, value in stats.items() if name in METRICS}
+            figures |= {
+                "train/score": float(plain.mean()),
+                "train/score_std": float(plain.std()) if len(plain) > 1 else 0.0,
+                "train/eos_rate": sum(rollout.ended) / len(rollout),
+                "train/judge_texts_cut": pipeline.texts_cut - cut_before,
+                "train/epoch": step * config.batch_size * runtime.world_size / len(training),
+                **{f"reward/{name}": sum(values) / len(values) for name, values in result.components.items()},
+                "perf/rollout_seconds": sampled - begun,
+                "perf/reward_seconds": scored - sampled,
+                "perf/update_seconds": ended - scored,
+                "perf/tokens_per_second": sum(map(len, rollout.responses)) / (ended - begun),
+                "perf/memory_gib": peak_memory_gib(runtime.device),
+            }
+            log(figures, step)
+            progress.update(
+                step, {"score": figures["train/score"], "kl": figures["objective/kl"], "length": stats["tokens/responses_len_mean"]}
+            )
+            if stats["ppo/early_stopped"]:
+                moved, limit_of_kl = stats["ppo/policy/last_policykl"], 1.5 * config.target_kl
+                progress.note(f"step {step}: early stop, an update moved {moved:.3g} nats per token (1.5 x target_kl = {limit_of_kl:.3g})")
+            if stats["ppo/skipped_minibatches"]:
+                progress.note(f"step {step}: {int(stats['ppo/skipped_minibatches'])} updates skipped, their ratio exceeded the threshold")
+            is_last = step == first + steps
+            evaluated = look(step) if held_out and (step % eval_every == 0 or is_last) else None
+            if keeper is not None and (step % save_every == 0 or is_last or stop.received or (evaluated and keeper.improves(evaluated))):
+                keeper.save(step, evaluated)
+            if stop.received is not None:
+                if keeper is not None:
+                    progress.note(f"saved {keeper.last}; stopping")
+                stop.stop()
+        progress.close()
+
+        # 5. what came of it
+        seconds, memory = time.perf_counter() - started, peak_memory_gib(runtime.device)
+        if output is None or keeper is None:
+            print(cost_line(steps, seconds, memory))
+            return history
+        keeper.close()
+        assert keeper.best is not None
+        outcome = RunResult(
+            model=keeper.best,
+            monitor=MONITOR,
+            best_value=keeper.best_value,
+            best_metrics=keeper.best_metrics,
+            steps=steps,
+            seconds=seconds,
+            peak_memory_gib=memory,
+            validated=bool(held_out),
+            start_value=start.get(MONITOR),
+            started_from=getattr(model.config, "_name_or_path", None),
+        )
+        extra = {"first_score": start[MONITOR]} if start else {}
+        finish_run(tracker, outcome, runs_root=output.publish_in, extra=extra, log_model=output.wandb.log_model)
+    return history
+
+
+def start_tracker(config: PPOConfig, output: RunOutput, *, is_main: bool = True) -> Tracker:
+    """Metrics to files always; to wandb or TensorBoard by `log_with` (TensorBoard by the output's own switch too)."""
+    wandb: WandbSettings | None = None
+    if config.log_with == "wandb":
+        wandb = output.wandb
+        if config.tracker_project_name is not None:
+            wandb = wandb.model_copy(update={"project_name": config.tracker_project_name})
+    return Tracker.start(
+        output.directory,
+        stage="rlhf",
+        config=output.config,
+        wandb=wandb,
+        tensorboard=output.tensorboard or config.log_with == "tensorboard",
+        directions={MONITOR: "max"},
+        is_main=is_main,
+        init_arguments=dict(config.tracker_kwargs.get("wandb", config.tracker_kwargs)),
+    )
+
+
+def calibrate(
+    pipeline: RewardPipeline,
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[EncodedPrompt],
+    params: GenerateParams,
+    seed: int,
+    decoding: Mapping[str, Any],
+) -> None:
+    """Show the pipeline what the starting policy, which is the reference, answers to training prompts."""
+    rollout = collect_rollout(model, tokenizer, [prompt.ids for prompt in prompts], params, seed=seed, **decoding)
+    records = [prompt.record for prompt in prompts]
+    pipeline.calibrate([record.prompt for record in records], rollout.texts, [record.columns for record in records], rollout.ended)
+
+
+def shown(figures: Mapping[str, float]) -> str:
+    """What a line about an evaluation says of it."""
+    return "  ".join(f"{name} {format_figure(round(figures[name], 6))}" for name in SHOWN_FIGURES)
+
+
+def standing(keeper: CheckpointKeeper, figures: Mapping[str, float], start: float) -> str:
+    """How an evaluation compares with the checkpoints before it, and the best of them with the start."""
+    if not keeper.improves(figures):
+        return ""
+    return f"  (best so far{'' if figures[MONITOR] > start else f', but not above the start: {format_figure(start)}'})"
+
+
+def _given(argument: Any, own: Any, name: str) -> Any:
+    """What `train` was given, else what the trainer has."""
+    if argument is None and own is None:
+        raise UserError(f"train needs {name}: pass {name} to it, or {'dataset' if name == 'prompts' else name} to PPOTrainer")
+    return own if argument is None else argument
+
+
+def _sampling(generation: GenerateParams | Mapping[str, Any] | None) -> GenerateParams:
+    params = generation if isinstance(generation, GenerateParams) else PPOGeneration.model_validate(dict(generation or {}))
+    if not params.do_sample:
+        raise UserError("generation: got do_sample false; PPO learns from different answers to a question, leave it true")
+    check_sampling_options(params, setting="generation")
+    return params
+
+
+def _room(model_config: Any, max_new_tokens: int) -> int:
+    """Prompt tokens that fit the model beside an answer."""
+    positions = positions_of(model_config)
+    if positions is None:
+        return UNLIMITED_PROMPT
+    return positions if model_config.is_encoder_decoder else positions - max_new_tokens
+
+
+def _with_all_columns(prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
+    records = with_columns([prompt.record for prompt in prompts], {name: None for prompt in prompts for name in prompt.record.columns})
+    return [EncodedPrompt(prompt.ids, record) for prompt, record in zip(prompts, records, strict=True)]
+
+
+def _penalised(scores: Sequence[float], rollout: Rollout, **penalties: Any) -> Tensor:
+    """Scores (B,) of a rollout after its penalties."""
+    lengths = torch.tensor([len(response) for response in rollout.responses])
+    return penalised_scores(torch.tensor(scores), lengths, torch.tensor(rollout.ended), **penalties)
+
+
+def _output(save_to: RunOutput | Path | str | None, config: PPOConfig) -> RunOutput | None:
+    if save_to is None or isinstance(save_to, RunOutput):
+        return save_to
+    directory = Path(save_to)
+    if directory.is_dir() and any(directory.iterdir()):
+        raise UserError(f"save_to: {directory} is not empty; runs are never mixed or overwritten, give a new folder")
+    directory.mkdir(parents=True, exist_ok=True)
+    return RunOutput(directory, {"ppo_config": asdict(config)})
+
+
+def _save(trainer: PPOTrainer, output: RunOutput, facts: Mapping[str, Any], directory: Path, figures: dict[str, float], step: int) -> None:
+    """One checkpoint: a transformers directory with a manifest of these `facts`, and the value head where there is no other critic."""
+    manifest = new_manifest(
+        "ppo",
+        trainer.tokenizer,
+        metrics=figures,
+        data_fingerprint=output.data_fingerprint,
+        config=dict(output.config),
+        step=step,
+        **facts,
+    )
+    head = trainer.model.v_head.save if trainer.critic is None else None
+    save_model_directory(directory, trainer.model.pretrained_model, trainer.tokenizer, manifest, extra=head)
