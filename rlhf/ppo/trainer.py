@@ -71,6 +71,11 @@ class PPOTrainer:
     ) -> None:
         if model is None or tokenizer is None:
             raise ValueError("PPOTrainer needs a model with a value head and its tokenizer")
+        if training_data_collator is not None:
+            raise ValueError(
+                "training_data_collator has nothing to do here: prompts and answers are padded by position, and padding changes no number; "
+                "leave it out (data_collator makes the dataloader's batches)"
+            )
         self.config = config or PPOConfig()
         self.model = model.eval()
         self.tokenizer = tokenizer
