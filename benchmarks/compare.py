@@ -119,12 +119,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option in ("size", "iters", "warmup", "epochs", "eos_hazard"):
         arguments += [f"--{option.replace('_', '-')}", getattr(options, option)]
     results: dict[str, list[dict[str, Any]]] = {}
-    for _ in range(options.rounds):
+    for number in range(options.rounds):
         for name in chosen:
             found = run(known[name], arguments)
             if found is None:
                 continue
             results.setdefault(name, []).append(found)
+            print(f"round {number + 1}: {name} {found['median']['total']:.2f} s per iteration", file=sys.stderr, flush=True)
             if options.json is not None:
                 with options.json.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"contender": name, **found}) + "\n")

@@ -14,7 +14,7 @@ from benchmarks.compare import Contender, contenders, main, run, table
 
 def measured(total: float, cpu: float, peak: int) -> dict[str, object]:
     figures = {"generate": 0.5, "score": 0.25, "train": total - 0.75, "total": total, "cpu_total": cpu}
-    return {"iters": [figures, {**figures, "total": total + 2}], "peak_rss_mb": peak, "versions": {"torch": "2"}}
+    return {"median": figures, "iters": [figures, {**figures, "total": total + 2}], "peak_rss_mb": peak, "versions": {"torch": "2"}}
 
 
 def script(folder: Path, text: str) -> Path:
