@@ -20,7 +20,7 @@ def add_lora(model: nn.Module, settings: LoraSettings, *, seed: int = 0) -> Any:
 
     The adapters' fresh weights depend on `seed` alone. Raises UserError where `target_modules` names no layer.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     config = LoraConfig(
         r=settings.r,
@@ -30,14 +30,28 @@ def add_lora(model: nn.Module, settings: LoraSettings, *, seed: int = 0) -> Any:
         bias="none",
         fan_in_fan_out=_is_conv1d(model),
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # peft asks transformers under a name that transformers is about to drop
-        warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            return add_adapters(model, config)
         except ValueError as error:
             raise UserError(f"lora.target_modules: {settings.target_modules} fits no layer of {type(model).__name__}: {error}") from None
+
+
+def add_adapters(model: nn.Module, config: Any) -> Any:
+    """Wrap `model` as a `peft.LoraConfig` says; fresh weights come from torch's generator.
+
+    Raises UserError for adapters of another kind, which cannot be merged, ValueError where they fit no layer.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if not isinstance(config, LoraConfig) or config.use_dora:
+        got = "use_dora" if isinstance(config, LoraConfig) else type(config).__name__
+        raise UserError(f"peft_config: got {got}, expected a LoraConfig without use_dora: only those are merged into the weights saved")
+    with warnings.catch_warnings():
+        # peft asks transformers under a name that transformers is about to drop
+        warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def _is_conv1d(model: nn.Module) -> bool:

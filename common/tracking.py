@@ -58,6 +58,7 @@ class Sink(Protocol):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
+    def histogram(self, name: str, values: Sequence[float], step: int) -> None: ...
     def artifact(self, directory: Path, name: str) -> None: ...
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None: ...
 
@@ -130,6 +131,11 @@ class Tracker:
         lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False, default=str) for row in rows]
         write_text_atomically(folder / f"{_file_name(name)}-step-{step:06d}.jsonl", "".join(line + "\n" for line in lines))
         self._each(lambda sink: sink.table(name, columns, rows, int(step)))
+
+    def histogram(self, name: str, values: Sequence[float], step: int) -> None:
+        """Hand the distribution of the finite ones of some numbers to the trackers; the files hold none."""
+        if finite := [value for value in values if math.isfinite(value)]:
+            self._each(lambda sink: sink.histogram(name, finite, int(step)))
 
     def artifact(self, directory: Path, name: str | None = None) -> None:
         """Hand a checkpoint directory to the trackers that store such things."""
@@ -318,6 +324,11 @@ class WandbSink:
         self._define(name, axis)
         self._run.log({name: self._wandb.Table(columns=list(columns), data=[list(row) for row in rows]), axis: step})
 
+    def histogram(self, name: str, values: Sequence[float], step: int) -> None:
+        axis = _step_axis(name)
+        self._define(name, axis)
+        self._run.log({name: self._wandb.Histogram(values), axis: step})
+
     def artifact(self, directory: Path, name: str) -> None:
         artifact = self._wandb.Artifact(_file_name(name), type="model")
         artifact.add_dir(str(directory))
@@ -365,6 +376,11 @@ class TensorBoardSink:
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         self._writer.add_text(name, markdown_table(columns, rows), step)
+
+    def histogram(self, name: str, values: Sequence[float], step: int) -> None:
+        import numpy as np
+
+        self._writer.add_histogram(name, np.asarray(values), step)
 
     def artifact(self, directory: Path, name: str) -> None:
         self._writer.add_text("checkpoint", str(directory))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from common.errors import UserError
 
 T = TypeVar("T")
 
@@ -32,7 +35,10 @@ class Runtime:
 
     @classmethod
     def local(cls, device: torch.device | str | None = None) -> Runtime:
-        """The single process of a plain start."""
+        """The single process of a plain start. Raises UserError where a launcher started several."""
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1:
+            raise UserError(f"WORLD_SIZE is {started}, but PPO runs in one process: each of them would train alone; start it with python")
         return cls(device=torch.device(device) if device is not None else best_device())
 
     @property

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from common.errors import UserError
+from rlhf.ppo.classic_names import elsewhere_lines
 from rlhf.ppo.kl import KLPenalty
 
 if TYPE_CHECKING:
@@ -63,13 +65,35 @@ class PPOConfig:
     seed: int = 0
     """Of the order of minibatches and of sampling."""
     steps: int | None = None
-    """PPO steps of `PPOTrainer.train`; None: passes over the prompts decide."""
+    """PPO steps (batches) of `PPOTrainer.train`; None: passes over the prompts decide."""
+    remove_unused_columns: bool = True
+    """Of a `datasets.Dataset` the dataloader keeps `input_ids`, `attention_mask`, `label`, `query` and `response` alone."""
     log_with: Literal["wandb", "tensorboard"] | None = None
+    """Where `log_stats` and `train` log, beside files; None: `log_stats` does nothing unless `project_kwargs` names a folder."""
     tracker_project_name: str | None = None
     tracker_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of `wandb.init`, flat or under `wandb`."""
+    project_kwargs: dict[str, str] = field(default_factory=dict)
+    """`logging_dir` (or `project_dir`): folder for the runs of `log_stats`; default `runs`."""
+    exp_name: str = "ppo"
+    """Such a run is `desc-EXP_NAME,index-N` there."""
+    task_name: str | None = None
+    model_name: str | None = None
+    query_dataset: str | None = None
+    reward_model: str | None = None
+    """These four are for the script that reads them and for the tracker's record."""
+
+    def __new__(cls, *values: Any, **settings: Any) -> Self:
+        """Raises UserError for settings of trl that stand elsewhere here, saying where."""
+        if lines := elsewhere_lines(list(settings)):
+            raise UserError(*lines)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        if unknown := sorted(self.project_kwargs.keys() - {"logging_dir", "project_dir"}):
+            raise ValueError(f"project_kwargs: got {', '.join(unknown)}, expected logging_dir or project_dir")
+        if self.log_with not in (None, "wandb", "tensorboard"):
+            raise ValueError(f"log_with: got {self.log_with}, expected wandb, tensorboard or None")
         backward = self.mini_batch_size * self.gradient_accumulation_steps
         if self.batch_size % backward:
             raise ValueError(

@@ -29,6 +29,7 @@ from common.tracking import Tracker
 from rlhf.config import PPOGeneration
 from rlhf.inputs import UNLIMITED_PROMPT, with_columns
 from rlhf.ppo.evaluation import SAMPLE_COLUMNS, Evaluator, score_rollout
+from rlhf.ppo.logs import MONITOR, start_tracker
 from rlhf.ppo.metrics import METRICS
 from rlhf.ppo.prompts import EncodedPrompt, as_prompts
 from rlhf.ppo.rewards import penalised_scores
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from rlhf.ppo.config import PPOConfig
     from rlhf.ppo.trainer import PPOTrainer
 
-MONITOR = "eval/penalised_score"
 SHOWN_FIGURES = (MONITOR, "eval/kl", "eval/eos_rate", "eval/length")
 
 
@@ -89,7 +89,8 @@ def train(
     generation: how answers are sampled, as `generation_config` of a config: `{"max_new_tokens": 32}`.
     steps: PPO steps; without it `config.steps`, else as many as `epochs` passes over the prompts give.
     eval_every, save_every: in steps. keep_last: checkpoints kept beside the best one.
-    save_to: a new folder for metrics, tables and checkpoints; its `best` is a transformers directory. None: nothing is written.
+    save_to: a new folder for metrics, tables and checkpoints; its `best` is a transformers directory. None: nothing is saved, and
+        metrics go where `log_stats` has them.
     prompt_format: how questions become text; recorded with checkpoints. max_prompt_length: tokens that questions are cut to, by default
         what the model's positions leave.
     missing_eos_penalty, missing_eos_score, length_penalty: see `penalised_scores`.
@@ -130,12 +131,21 @@ def train(
     output = _output(save_to, config)
     history: list[dict[str, float]] = []
     with contextlib.ExitStack() as stack:
-        tracker = Tracker(Path(), is_main=False)  # writes nothing
+        tracker = trainer.tracker if output is None and trainer.tracker is not None else Tracker(Path(), is_main=False)  # writes nothing
         keeper = None
         if output is not None:
             stack.enter_context(removed_if_unused(output.directory))
             write_config(output.directory, output.config)
-            tracker = stack.enter_context(start_tracker(config, output, is_main=runtime.is_main))
+            tracker = stack.enter_context(
+                start_tracker(
+                    config,
+                    output.directory,
+                    output.config,
+                    wandb=output.wandb,
+                    tensorboard=output.tensorboard,
+                    is_main=runtime.is_main,
+                )
+            )
             facts = {"prompt_format": prompt_format, "max_prompt_length": limit, "max_length": limit + params.max_new_tokens}
             save = partial(_save, trainer, output, facts)
             keeper = CheckpointKeeper(output.directory, save, monitor=MONITOR, mode="max", keep_last=keep_last)
@@ -238,25 +248,6 @@ def train(
         extra = {"first_score": start[MONITOR]} if start else {}
         finish_run(tracker, outcome, runs_root=output.publish_in, extra=extra, log_model=output.wandb.log_model)
     return history
-
-
-def start_tracker(config: PPOConfig, output: RunOutput, *, is_main: bool = True) -> Tracker:
-    """Metrics to files always; to wandb or TensorBoard by `log_with` (TensorBoard by the output's own switch too)."""
-    wandb: WandbSettings | None = None
-    if config.log_with == "wandb":
-        wandb = output.wandb
-        if config.tracker_project_name is not None:
-            wandb = wandb.model_copy(update={"project_name": config.tracker_project_name})
-    return Tracker.start(
-        output.directory,
-        stage="rlhf",
-        config=output.config,
-        wandb=wandb,
-        tensorboard=output.tensorboard or config.log_with == "tensorboard",
-        directions={MONITOR: "max"},
-        is_main=is_main,
-        init_arguments=dict(config.tracker_kwargs.get("wandb", config.tracker_kwargs)),
-    )
 
 
 def calibrate(

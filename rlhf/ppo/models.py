@@ -7,19 +7,33 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.lora import is_lora, merged_copy
+from common.errors import UserError
+from common.freezing import find_blocks
+from common.lora import add_adapters, is_lora, merged_copy
 from common.models.load import Dtype, load_generator
 from common.models.readouts import LastToken
 from common.models.reward import RewardModel, hidden_size
 
 VALUE_HEAD_FILE = "value_head.safetensors"
+
+_LOAD_IT = "is transformers' own; load the model with AutoModelForCausalLM.from_pretrained(…, {}=…) (or Seq2SeqLM) and pass the model"
+_NOT_QUANTISED = "weights are not quantised here; dtype='bfloat16' with peft_config=LoraConfig(…) takes half the memory of float32"
+_INSTEAD = {
+    "load_in_8bit": _NOT_QUANTISED,
+    "load_in_4bit": _NOT_QUANTISED,
+    "quantization_config": _NOT_QUANTISED,
+    "device_map": "leave it out; PPOTrainer moves the model to the GPU where there is one",
+    "reward_adapter": "a reward is the trainer's: PPOTrainer(reward=…) or scores for step",
+    "is_trainable": "load it with peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER, is_trainable=True) and pass the model",
+}
+"""What to do instead of an argument that the classic classes took."""
 
 
 class ValueHead(nn.Module):
@@ -54,27 +68,54 @@ class ModelWithValueHead(nn.Module):
                 f"{type(self).__name__} needs {kinds[self.encoder_decoder]}, got {type(pretrained_model).__name__}; "
                 f"{kinds[not self.encoder_decoder]} goes into the other class"
             )
+        adapters = {config.peft_type.value for config in getattr(pretrained_model, "peft_config", {}).values()}
+        if not adapters <= {"LORA"}:
+            raise ValueError(f"adapters of kind {', '.join(sorted(adapters))}: only LoRA's can be merged into the weights that are saved")
         self.pretrained_model: Any = pretrained_model
-        self.v_head = ValueHead(hidden_size(pretrained_model.config), summary_dropout_prob)
+        self.v_head = ValueHead(hidden_size(pretrained_model.config), summary_dropout_prob).to(next(pretrained_model.parameters()).device)
 
     @classmethod
     def from_pretrained(
         cls,
         name_or_model: PreTrainedModel | Path | str | Any,
         *,
-        dtype: Dtype = "float32",
+        dtype: Dtype | torch.dtype | None = None,
+        torch_dtype: Dtype | torch.dtype | None = None,
         trust_remote_code: bool = False,
+        peft_config: Any = None,
         summary_dropout_prob: float = 0.0,
+        v_head_init_strategy: Literal["normal"] | None = None,
+        v_head_initializer_range: float = 0.2,
+        **others: Any,
     ) -> Self:
-        """Around a model in memory, or one loaded from a directory or hub name; a directory's saved value head is loaded too."""
+        """Around a model in memory, or one loaded from a directory or hub name; a directory's saved value head is loaded too.
+
+        `dtype` (or `torch_dtype`): of loaded weights, default float32. `peft_config`: a `LoraConfig`; its adapters are added. The value
+        head starts at zero, or normal with standard deviation `v_head_initializer_range`. Raises UserError for any other argument,
+        saying what to do instead.
+        """
+        refused = [name for name, value in others.items() if value not in (None, False)]
+        if refused:
+            raise UserError(*(f"{cls.__name__}.from_pretrained: {name}: {_INSTEAD.get(name, _LOAD_IT).format(name)}" for name in refused))
+        if v_head_init_strategy not in (None, "normal"):
+            raise UserError(f"v_head_init_strategy: got {v_head_init_strategy!r}, expected None (zeros) or normal")
+        pretrained: Any = name_or_model
+        saved = None
         if isinstance(name_or_model, str | Path):
-            pretrained: Any = load_generator(str(name_or_model), dtype=dtype, trust_remote_code=trust_remote_code)
-            model = cls(pretrained, summary_dropout_prob)
-            saved = Path(name_or_model) / VALUE_HEAD_FILE
-            if saved.is_file():
-                model.v_head.load_state_dict(load_file(saved))
-            return model
-        return cls(name_or_model, summary_dropout_prob)
+            folder = Path(name_or_model)
+            if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+                raise UserError(f"{folder} holds an adapter without its model; {_INSTEAD['is_trainable']}")
+            loaded_as = _dtype_name(dtype or torch_dtype or "float32")
+            pretrained = load_generator(str(name_or_model), dtype=loaded_as, trust_remote_code=trust_remote_code)
+            saved = folder / VALUE_HEAD_FILE
+        elif dtype or torch_dtype or trust_remote_code:
+            raise UserError("dtype and trust_remote_code have no effect on a model that is loaded already; leave them out")
+        model = cls(add_adapters(pretrained, peft_config) if peft_config is not None else pretrained, summary_dropout_prob)
+        if v_head_init_strategy == "normal":
+            nn.init.normal_(model.v_head.summary.weight, std=v_head_initializer_range)
+        if saved is not None and saved.is_file():
+            model.v_head.load_state_dict(load_file(saved))
+        return model
 
     @property
     def config(self) -> Any:
@@ -115,6 +156,13 @@ class AutoModelForSeq2SeqLMWithValueHead(ModelWithValueHead):
     """An encoder-decoder policy; the value head reads the decoder."""
 
     encoder_decoder = True
+
+
+def _dtype_name(dtype: Dtype | torch.dtype) -> Dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name not in get_args(Dtype):
+        raise UserError(f"dtype: got {dtype}, expected {', '.join(get_args(Dtype))}")
+    return cast(Dtype, name)
 
 
 def with_value_head(model: PreTrainedModel | Any) -> ModelWithValueHead:
@@ -158,3 +206,24 @@ def reference_copy(model: Any) -> Any:
     for parameter in reference.parameters():
         parameter.requires_grad_(False)
     return reference.eval()
+
+
+def create_reference_model(model: ModelWithValueHead, num_shared_layers: int | None = None) -> ModelWithValueHead:
+    """A frozen copy of a policy. The embeddings and the first `num_shared_layers` blocks are frozen in the policy too, and shared."""
+    if num_shared_layers is not None:
+        freeze_below(model.pretrained_model, num_shared_layers)
+    reference: ModelWithValueHead = reference_copy(model)
+    return reference
+
+
+def freeze_below(model: nn.Module, layers: int) -> None:
+    """Freeze the embeddings and the first `layers` blocks. Raises ValueError where there are not so many."""
+    blocks = find_blocks(model)
+    count = len(blocks)
+    if not 0 < layers <= count:
+        raise ValueError(f"num_shared_layers {layers} is not between 1 and the model's {count} layers")
+    below = tuple(block.prefix for block in blocks if block.index < layers)
+    embeddings = {id(parameter) for module in model.modules() if isinstance(module, nn.Embedding) for parameter in module.parameters()}
+    for name, parameter in model.named_parameters():
+        if name.startswith(below) or id(parameter) in embeddings:
+            parameter.requires_grad_(False)

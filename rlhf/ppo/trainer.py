@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.freezing import find_blocks
 from common.launch.runtime import Runtime
 from common.models.load import set_dropout
 from common.models.modes import recompute_activations
 from common.optim import adamw
 from common.schema import GenerateParams
-from rlhf.ppo import loop
+from common.tracking import Tracker
+from rlhf.ppo import logs, loop
 from rlhf.ppo.advantages import classic_whitened_rewards, gae
 from rlhf.ppo.answers import Answers, gather_answers
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.kl import adapted_kl_coef, kl_per_token
 from rlhf.ppo.masked import masked_rescale, masked_whiten
-from rlhf.ppo.models import Critic, ModelWithValueHead, reference_copy
+from rlhf.ppo.models import Critic, ModelWithValueHead, freeze_below, reference_copy
 from rlhf.ppo.networks import Networks
 from rlhf.ppo.prompts import as_ids
 from rlhf.ppo.record import StepRecord
@@ -36,7 +37,12 @@ from rlhf.ppo.statistics import Stats, step_statistics
 from rlhf.ppo.update import Update
 from rlhf.sampling_options import check_sampling_options
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 Ids = Sequence[int] | Tensor
+KEPT_COLUMNS = frozenset({"input_ids", "attention_mask", "label", "query", "response"})
+"""Of a `datasets.Dataset`, with `remove_unused_columns`."""
 
 
 class NonFiniteError(UserError):
@@ -47,9 +53,10 @@ class PPOTrainer:
     """Trains a policy with a value head (`model`) against its reference.
 
     The arguments have the classic order. `ref_model`: None for a frozen copy of `model` as it is now (LoRA: adapters included).
-    `optimizer`: None for Adam (AdamW with `config.weight_decay`). `dataset`, `data_collator` make `dataloader`. `num_shared_layers`:
-    embeddings and this many layers from below are frozen and shared with the reference. `lr_scheduler` steps once per PPO step.
-    `critic`: a value model of its own instead of the value head. `runtime`: this process among others.
+    `optimizer`: None for Adam (AdamW with `config.weight_decay`). `dataset`, `data_collator` make `dataloader`, and `train` takes its
+    prompts from the dataset. `num_shared_layers`: embeddings and this many layers from below are frozen and shared with the reference.
+    `lr_scheduler` steps once per PPO step. `reward`: what judges answers in `train`. `critic`: a value model of its own instead of the
+    value head. `runtime`: this process among others; without it a model that lies on the CPU moves to the GPU where there is one.
     """
 
     def __init__(
@@ -69,24 +76,21 @@ class PPOTrainer:
         critic: Critic | None = None,
         runtime: Runtime | None = None,
     ) -> None:
-        if model is None or tokenizer is None:
-            raise ValueError("PPOTrainer needs a model with a value head and its tokenizer")
-        if training_data_collator is not None:
-            raise ValueError(
-                "training_data_collator has nothing to do here: prompts and answers are padded by position, and padding changes no number; "
-                "leave it out (data_collator makes the dataloader's batches)"
-            )
+        _check_arguments(config, model, ref_model, tokenizer, num_shared_layers, training_data_collator)
+        assert model is not None
         self.config = config or PPOConfig()
-        self.model = model.eval()
+        self.runtime = runtime or Runtime.local(model.device if model.device.type != "cpu" else None)
+        device = self.runtime.device
+        self.model = model.eval().to(device)
         self.tokenizer = tokenizer
-        self.critic = critic.eval() if critic is not None else None
-        self.runtime = runtime or Runtime.local(model.device)
+        self.reward = reward
+        self.critic = critic.eval().to(device) if critic is not None else None
         if num_shared_layers is not None:
-            _freeze_below(model.pretrained_model, num_shared_layers)
+            freeze_below(model.pretrained_model, num_shared_layers)
         if critic is not None:
             model.v_head.requires_grad_(False)  # the critic's head takes its place
         reference = ref_model if ref_model is not None else reference_copy(model)
-        self.ref_model = reference.eval().requires_grad_(False) if ref_model is not None else reference
+        self.ref_model = reference.eval().requires_grad_(False).to(device) if ref_model is not None else reference
         self.networks = Networks(
             model,
             self.ref_model,
@@ -113,9 +117,8 @@ class PPOTrainer:
         if self.recomputes:
             set_dropout(self.policy.model, 0.0)
         self.lr_scheduler = lr_scheduler
-        self.reward = reward
         self.dataset = dataset
-        self.dataloader = self._dataloader(dataset, data_collator) if dataset is not None else None
+        self.dataloader = _dataloader(dataset, data_collator, self.config) if dataset is not None else None
         self.kl_coef = self.config.init_kl_coef
         self.moments = RunningMoments()
         self.steps_done = 0
@@ -124,6 +127,29 @@ class PPOTrainer:
         self.record: StepRecord | None = None
         """Tensors of the last step."""
 
+    # --- what classic scripts ask a trainer -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def accelerator(self) -> Accelerator:
+        """accelerate's own object, for scripts that ask it for `device`, `num_processes`, `is_main_process`, `unwrap_model` …"""
+        from accelerate import Accelerator
+
+        return Accelerator(cpu=self.current_device.type == "cpu")
+
+    @property
+    def current_device(self) -> torch.device:
+        return self.runtime.device
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self.policy.encoder_decoder
+
+    @cached_property
+    def tracker(self) -> Tracker | None:
+        """Where `log_stats` logs, in a run directory made now; None where `config` asks for no log."""
+        return logs.own_tracker(self.config, is_main=self.runtime.is_main)
+
+    log_stats = logs.log_stats
     train = loop.train
 
     # --- sampling ------------------------------------------------------------------------------------------------------------------
@@ -139,32 +165,36 @@ class PPOTrainer:
     ) -> Any:
         """Answers to one prompt (ids (S,) -> (1, S + T)) or a list of prompts (-> list of ids), as tensors without padding.
 
-        `length_sampler` draws `max_new_tokens`. With `generate_ref_response` also the reference's answers, as a second result.
-        `generation_kwargs` are those of a config's `generation_config`. An encoder-decoder's answers never contain the prompt.
+        `length_sampler` draws `max_new_tokens`, for each `batch_size` prompts anew. With `generate_ref_response` also the reference's
+        answers, as a second result. `generation_kwargs` are those of a config's `generation_config`. An encoder-decoder's answers contain
+        neither the prompt nor the decoder's start token.
         """
         single = isinstance(query_tensor, Tensor)
+        if isinstance(query_tensor, Tensor) and query_tensor.ndim > 1 and len(query_tensor) > 1:
+            raise ValueError(f"query_tensor of shape {tuple(query_tensor.shape)}: one prompt is a tensor (S,), several are a list of those")
         queries = [as_ids(query_tensor)] if isinstance(query_tensor, Tensor) else [as_ids(query) for query in query_tensor]
-        if length_sampler is not None:
-            generation_kwargs["max_new_tokens"] = int(length_sampler())
         generation_kwargs.pop("pad_token_id", None)  # padding is told by position here
-        params = GenerateParams.model_validate(generation_kwargs)
-        check_sampling_options(params, setting="generate")
         # Numbers among the queries of all processes, which bring as many each.
         first = self.sampled_rows + self.runtime.rank * len(queries)
-        rows = range(first, first + len(queries))
         self.sampled_rows += len(queries) * self.runtime.world_size
-        results = []
-        for model in [self.model, self.ref_model][: 2 if generate_ref_response else 1]:
-            rollout = collect_rollout(
-                model, self.tokenizer, queries, params, seed=self.config.seed, step=self.steps_done, rows=rows, batch_size=batch_size
-            )
-            with_prompt = return_prompt and not self.policy.encoder_decoder
-            answers = [
-                torch.tensor([*query, *response] if with_prompt else response, device=self.model.device)
-                for query, response in zip(queries, rollout.responses, strict=True)
-            ]
-            results.append(answers[0][None] if single else answers)
-        return tuple(results) if generate_ref_response else results[0]
+        results: tuple[list[Tensor], ...] = ([], []) if generate_ref_response else ([],)
+        part = batch_size if length_sampler is not None else max(1, len(queries))
+        for begin in range(0, len(queries), part):
+            if length_sampler is not None:
+                generation_kwargs["max_new_tokens"] = int(length_sampler())
+            params = GenerateParams.model_validate(generation_kwargs)
+            check_sampling_options(params, setting="generate")
+            asked = queries[begin : begin + part]
+            rows = range(first + begin, first + begin + len(asked))
+            options: dict[str, Any] = {"seed": self.config.seed, "step": self.steps_done, "rows": rows, "batch_size": batch_size}
+            networks = ((self.model, self.policy), (self.ref_model, self.networks.reference))
+            for answers, (model, forward) in zip(results, networks, strict=False):
+                rollout = collect_rollout(model, self.tokenizer, asked, params, forward=forward, **options)
+                for query, response in zip(asked, rollout.responses, strict=True):
+                    with_prompt = return_prompt and not self.is_encoder_decoder
+                    answers.append(torch.tensor([*query, *response] if with_prompt else response, device=self.current_device))
+        shaped = tuple(answers[0][None] if single else answers for answers in results)
+        return shaped if generate_ref_response else shaped[0]
 
     def rollout(self, queries: Sequence[Sequence[int]], params: GenerateParams, **options: Any) -> Rollout:
         """`collect_rollout` of the policy; options are its keyword arguments."""
@@ -347,24 +377,40 @@ class PPOTrainer:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def _dataloader(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None) -> torch.utils.data.DataLoader[Any]:
-        generator = torch.Generator().manual_seed(self.config.seed)
-        return torch.utils.data.DataLoader(
-            dataset, batch_size=self.config.batch_size, collate_fn=data_collator, shuffle=True, drop_last=True, generator=generator
+
+def _check_arguments(
+    config: Any, model: Any, ref_model: Any, tokenizer: Any, num_shared_layers: int | None, training_data_collator: Any
+) -> None:
+    if config is not None and not isinstance(config, PPOConfig):
+        raise ValueError(f"config: got {type(config).__module__}.{type(config).__name__}, expected rlhf.ppo.PPOConfig")
+    if model is None or tokenizer is None:
+        raise ValueError("PPOTrainer needs a model with a value head and its tokenizer")
+    if not isinstance(model, ModelWithValueHead):
+        raise ValueError(
+            f"model: got {type(model).__name__}, expected AutoModelForCausalLMWithValueHead.from_pretrained(…) or, for encoder-decoders, "
+            "AutoModelForSeq2SeqLMWithValueHead.from_pretrained(…); both take a name, a directory or a model"
+        )
+    if ref_model is model:
+        raise ValueError("ref_model is model itself, which would change with it; leave it out for a frozen copy")
+    if ref_model is not None and num_shared_layers is not None:
+        raise ValueError("num_shared_layers shares layers with the copy that is made without ref_model; leave one of them out")
+    if training_data_collator is not None:
+        raise ValueError(
+            "training_data_collator has nothing to do here: prompts and answers are padded by position, and padding changes no number; "
+            "leave it out (data_collator makes the dataloader's batches)"
         )
 
 
-def _freeze_below(model: nn.Module, layers: int) -> None:
-    """Freeze the embeddings and the first `layers` blocks."""
-    blocks = find_blocks(model)
-    count = len(blocks)
-    if not 0 < layers <= count:
-        raise ValueError(f"num_shared_layers {layers} is not between 1 and the model's {count} layers")
-    below = tuple(block.prefix for block in blocks if block.index < layers)
-    embeddings = {id(parameter) for module in model.modules() if isinstance(module, nn.Embedding) for parameter in module.parameters()}
-    for name, parameter in model.named_parameters():
-        if name.startswith(below) or id(parameter) in embeddings:
-            parameter.requires_grad_(False)
+def _dataloader(dataset: Any, data_collator: Callable[[list[Any]], Any] | None, config: PPOConfig) -> torch.utils.data.DataLoader[Any]:
+    """Whole batches of `config.batch_size` rows in an order that the seed decides."""
+    if len(dataset) < config.batch_size:
+        raise ValueError(f"dataset: {len(dataset)} rows make no batch of batch_size {config.batch_size}")
+    if config.remove_unused_columns and hasattr(dataset, "remove_columns"):
+        dataset = dataset.remove_columns([name for name in dataset.column_names if name not in KEPT_COLUMNS])
+    generator = torch.Generator().manual_seed(config.seed)
+    return torch.utils.data.DataLoader(
+        dataset, batch_size=config.batch_size, collate_fn=data_collator, shuffle=True, drop_last=True, generator=generator
+    )
 
 
 def _recomputes(model: nn.Module) -> bool:

@@ -159,6 +159,9 @@ class BrokenSink:
     def table(self, name: str, columns: Any, rows: Any, step: int) -> None:
         self._call("table")
 
+    def histogram(self, name: str, values: Any, step: int) -> None:
+        self._call("histogram")
+
     def artifact(self, directory: Path, name: str) -> None:
         self._call("artifact")
 
@@ -166,7 +169,7 @@ class BrokenSink:
         self._call("finish")
 
 
-@pytest.mark.parametrize("at", ["log", "table", "artifact", "finish"])
+@pytest.mark.parametrize("at", ["log", "table", "histogram", "artifact", "finish"])
 def test_a_tracker_that_fails_is_one_warning_and_training_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str], at: str) -> None:
     with Tracker(tmp_path) as tracker:
         broken, whole = BrokenSink(at), BrokenSink("never")
@@ -174,8 +177,10 @@ def test_a_tracker_that_fails_is_one_warning_and_training_goes_on(tmp_path: Path
         for step in (1, 2):
             tracker.log({"x": float(step)}, step)
             tracker.table("t", ("a",), [(1,)], step)
+            tracker.histogram("h", [1.0, math.nan], step)
+            tracker.histogram("nothing", [math.inf], step)
             tracker.artifact(tmp_path)
-    assert whole.calls == ["log", "table", "artifact"] * 2 + ["finish"]
+    assert whole.calls == ["log", "table", "histogram", "artifact"] * 2 + ["finish"]
     assert broken.calls.count(at) == 1 and broken.calls[-1] == at  # left alone after its failure
     assert [line["x"] for line in read_metrics(tmp_path)] == [1.0, 2.0]
     assert capsys.readouterr().err.splitlines() == [
@@ -234,12 +239,13 @@ def test_wandb_offline_keeps_its_files_in_the_run_and_the_key_in_no_file(
     with Tracker.start(run, stage="sft", config={"seed": 1}, wandb=settings, tensorboard=True) as tracker:
         tracker.log({"train/loss": 1.0, "val/loss": 2.0}, 1)
         tracker.table("val/answers", ("a",), [("x",)], 1)
+        tracker.histogram("val/lengths", [1.0, 2.0, 2.0], 1)
         identity = (run / "wandb" / "run-id.txt").read_text()
         assert tracker._sinks.keys() == {"wandb", "TensorBoard"}
         wandb_sink = tracker._sinks["wandb"]
         assert isinstance(wandb_sink, WandbSink)
         assert (wandb_sink._run.name, wandb_sink._run.group, wandb_sink._run.job_type) == ("n", "g", "sft")
-        assert wandb_sink._defined == {"train/step", "val/step", "train/loss", "val/loss", "val/answers"}
+        assert wandb_sink._defined == {"train/step", "val/step", "train/loss", "val/loss", "val/answers", "val/lengths"}
     assert "WANDB_CACHE_DIR" not in os.environ
     assert list((run / "wandb").glob("offline-run-*/*.wandb")) and list((run / "tensorboard").iterdir())
     assert len(identity.strip()) == 16

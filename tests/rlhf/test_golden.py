@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.launch.runtime import Runtime
 from rlhf.ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 GOLDEN = Path(__file__).parent / "golden" / "ppo_step_trl_0_11_4"
@@ -29,7 +30,8 @@ def make_trainer(config: dict[str, Any], **changes: Any) -> PPOTrainer:
     reference = AutoModelForCausalLM.from_pretrained(GOLDEN / "reference", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "policy")
     optimizer = torch.optim.Adam(model.parameters(), lr=config["learning_rate"])
-    return PPOTrainer(PPOConfig(**{**config, **changes}), model, reference, tokenizer, optimizer=optimizer)
+    settings = PPOConfig(**{**config, **changes})
+    return PPOTrainer(settings, model, reference, tokenizer, optimizer=optimizer, runtime=Runtime.local("cpu"))
 
 
 def step(trainer: PPOTrainer, inputs: dict[str, Any], **options: Any) -> dict[str, Any]:

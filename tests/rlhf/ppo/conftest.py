@@ -79,7 +79,7 @@ def build(make_model: Any, tokenizer: Any) -> Callable[..., PPOTrainer]:
         torch.nn.init.normal_(policy.v_head.summary.weight, std=0.3, generator=torch.Generator().manual_seed(5))
         usual = {"batch_size": 4, "mini_batch_size": 4, "ppo_epochs": 1, "learning_rate": 0.05, "classic_quirks": False}
         config = PPOConfig(**{**usual, **settings})
-        trainer = PPOTrainer(config, policy, reference, reader, critic=critic)
+        trainer = PPOTrainer(config, policy, reference, reader, critic=critic, runtime=Runtime.local("cpu"))
         if optimizer == "sgd":
             trainer.optimizer = torch.optim.SGD(trainer.parameters, lr=config.learning_rate)
         return trainer

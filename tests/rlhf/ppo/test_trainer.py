@@ -42,7 +42,7 @@ def make_trainer(
         policy.v_head.summary.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(5))
     base = {"batch_size": 8, "mini_batch_size": 8, "ppo_epochs": 1, "learning_rate": 0.05, "classic_quirks": False}
     config = PPOConfig(**{**base, **settings})
-    trainer = PPOTrainer(config, policy, other, tokenizer, critic=critic)
+    trainer = PPOTrainer(config, policy, other, tokenizer, critic=critic, runtime=Runtime.local("cpu"))
     if optimizer == "sgd":  # plain gradients show in the parameters
         trainer.optimizer = torch.optim.SGD(trainer.parameters, lr=config.learning_rate)
     return trainer
