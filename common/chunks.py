@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-FORWARD_TOKENS = {"cpu": 48, "cuda": 4096}
+FORWARD_TOKENS = {"cpu": 128, "cuda": 4096}
 """What one more forward costs, in tokens of padding: its calls, kernel starts and additions to gradients."""
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Padded tokens of one forward at most."""

@@ -6,10 +6,11 @@ That makes the gradient the same however a batch is split.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rlhf.ppo.masked import masked_sum
 
@@ -26,17 +27,48 @@ def token_stats(
 ) -> TokenStats:
     """Log-probabilities (N,) in float32 of `tokens` (N,) under softmax(logits / temperature), logits (N, V); entropy in nats.
 
-    `entropy_gradient`: False where the entropy is a figure to look at and no term of the loss.
+    `entropy_gradient`: False where the entropy is a figure to look at and no term of the loss. Logits of -inf have probability 0.
     """
-    logits = logits.float()
-    if temperature != 1.0:
-        logits = logits / temperature
-    all_logprobs = logits.log_softmax(-1)
-    chosen = all_logprobs.gather(-1, tokens[:, None]).squeeze(-1)
-    if not entropy:
-        return TokenStats(chosen, None)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
-        return TokenStats(chosen, -(all_logprobs.exp() * all_logprobs).sum(-1))
+    chosen, distribution_entropy = _TokenStats.apply(logits, tokens, temperature, entropy, entropy and entropy_gradient)
+    return TokenStats(chosen, distribution_entropy if entropy else None)
+
+
+class _TokenStats(torch.autograd.Function):
+    """Keeps one (N, V) tensor for the gradient, the probabilities, and turns it into the gradient in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, entropy: bool, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
+        top = scaled.amax(-1, keepdim=True)
+        probabilities = (scaled - top).exp_()
+        total = probabilities.sum(-1, keepdim=True)
+        log_total = top + total.log()
+        probabilities /= total
+        chosen = (scaled.gather(-1, tokens[:, None]) - log_total).squeeze(-1)
+        spread = torch.zeros_like(chosen)
+        if entropy:
+            # 0 * -inf is no number: a token that cannot come adds nothing.
+            spread = (log_total.squeeze(-1) - torch.linalg.vecdot(probabilities, scaled.clamp(min=-1e30))).clamp(min=0.0)
+        ctx.mark_non_differentiable(*(() if entropy_gradient else (spread,)))
+        ctx.save_for_backward(probabilities, tokens, spread)
+        ctx.temperature, ctx.entropy_gradient, ctx.dtype = temperature, entropy_gradient, logits.dtype
+        return chosen, spread
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, chosen_gradient: Tensor, spread_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        probabilities, tokens, spread = ctx.saved_tensors
+        weight = -chosen_gradient[:, None]
+        if ctx.entropy_gradient:  # dH / dx = -p (log p + H)
+            surprise = torch.where(probabilities > 0, probabilities.log(), 0.0) + spread[:, None]
+            weight = weight - surprise * spread_gradient[:, None]
+        gradient = probabilities.mul_(weight)
+        gradient.scatter_add_(-1, tokens[:, None], chosen_gradient[:, None])
+        if ctx.temperature != 1.0:
+            gradient /= ctx.temperature
+        return gradient.to(ctx.dtype), None, None, None, None
 
 
 def policy_loss(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from common.collate import left_pad, right_pad
 from common.decoding import check_positions, eos_ids, holds_stop, read_answers
 from common.models.backbone import decoder_start
+from common.models.kv_cache import make_room
 from common.models.modes import evaluating
 from common.schema import GenerateParams
 from common.token_choice import TokenChooser
@@ -127,7 +128,7 @@ class _Decoder:
     def run(self, queries: list[list[int]], rows: Tensor, pad_to: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Tokens, log-probabilities and values (B, max_new_tokens), answer lengths (B,) and whether they ended (B,)."""
         batch, steps = len(queries), self.params.max_new_tokens
-        text = _Text(self.forward, queries, pad_to, self.device, self.use_cache)
+        text = _Text(self.forward, queries, pad_to, self.device, self.use_cache, steps)
         tokens = torch.full((batch, steps), PADDING_ID, dtype=torch.long, device=self.device)
         logprobs = torch.zeros((batch, steps), device=self.device)
         values = torch.zeros((batch, steps), device=self.device)
@@ -167,8 +168,11 @@ class _Decoder:
 class _Text:
     """Prompts and what was written to them, with the model's cache: gives the output at the last column, takes the next tokens."""
 
-    def __init__(self, forward: Forward, queries: list[list[int]], pad_to: int | None, device: torch.device, use_cache: bool) -> None:
-        self.forward, self.use_cache = forward, use_cache
+    def __init__(
+        self, forward: Forward, queries: list[list[int]], pad_to: int | None, device: torch.device, use_cache: bool, room: int
+    ) -> None:
+        """`room`: tokens that may be written."""
+        self.forward, self.use_cache, self.room = forward, use_cache, room
         self.cache: Any = None
         self.encoded: Any = None
         self.encoder_mask: Tensor | None = None
@@ -196,6 +200,8 @@ class _Text:
             if self.positions:
                 inputs["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, new]
         output = self.forward(**inputs)
+        if self.use_cache and self.cache is None:
+            make_room(output.cache, self.room)
         self.cache = output.cache if self.use_cache else None
         return output.states, output.logits
 
