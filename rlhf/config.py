@@ -95,6 +95,9 @@ class PPOParams(Section):
     mixed_precision: Literal["no", "bf16"] = Field(
         "no", description="`bf16`: matrix products in bfloat16 over float32 weights, for speed; log-probabilities move by about 1e-2 nats."
     )
+    padding_free: bool = Field(
+        True, description="Update and passes over answers without padding, on a CPU and for models that can; false: padded rows."
+    )
     cache_frozen_layers: bool = Field(
         True,
         description="Run frozen layers below the lowest trained one once per batch, not in every epoch; costs memory for their states.",

@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from transformers.activations import AccurateGELUActivation, FastGELUActivation, NewGELUActivation
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
+from common.models.packed import attend_to_own_text, texts_in_line
+
 
 class FusedGPTNeoSelfAttention(GPTNeoSelfAttention):
     """GPT-Neo's attention in one kernel: no (B, heads, S, S) weights are kept, and decoding reads no keys beyond a local window.
@@ -41,18 +43,25 @@ class FusedGPTNeoSelfAttention(GPTNeoSelfAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """States (B, Q, D) -> states (B, Q, D); `attention_mask` (B, 1, Q, K) is added to the logits, as transformers hands it over."""
-        if output_attentions or attention_mask is None or (self.training and self.attn_dropout.p > 0):
+        packed = texts_in_line() is not None and not output_attentions
+        plainly = output_attentions or attention_mask is None or (self.training and self.attn_dropout.p > 0)
+        if plainly and not packed:
             plain: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states, attention_mask, layer_past, use_cache, output_attentions, **kwargs
             )
             return plain
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (self._split_heads(layer(hidden_states), self.num_heads, self.head_dim) for layer in projections)
+        window = self.config.window_size if self.attention_type == "local" else None
+        if packed:
+            dropout = self.attn_dropout.p if self.training else 0.0
+            own = attend_to_own_text(query, key, value, scale=1.0, window=window, dropout=dropout)
+            return self.resid_dropout(self.out_proj(own.flatten(2))), None
+        assert attention_mask is not None
         start: int | Tensor = 0  # position of the first query among the keys
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_id)
             start = layer_past.get_seq_length(self.layer_id) - query.shape[-2]
-        window = self.config.window_size if self.attention_type == "local" else None
         mixed = _attend(query, key, value, attention_mask, start, window)
         merged = self._merge_heads(mixed, self.num_heads, self.head_dim)
         return self.resid_dropout(self.out_proj(merged)), None

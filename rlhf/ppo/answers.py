@@ -6,6 +6,7 @@ Rows are padded on the right, so that causality alone hides padding; masks come 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from common.collate import right_pad
 from common.models.backbone import decoder_start
+from common.models.lower_layers import LowerLayers
+from common.models.packed import can_pack, line_positions, packed_line
 
 PADDING_ID = 0
 """What fills padding; any id would do, since nothing reads it."""
@@ -68,9 +71,19 @@ class Answers:
         return {"input_ids": self.encoder_ids, "attention_mask": self.encoder_mask.long(), "decoder_input_ids": self.ids}
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """(row, column) of every output that predicts an answer token, row by row, each (N,)."""
+        """(row, column) of every output that predicts an answer token, row by row, each (M,)."""
         rows, tokens = self.present.nonzero(as_tuple=True)
         return rows, self.starts[rows] + tokens
+
+    def real(self) -> Tensor:
+        """(B, S) True where `ids` are no padding."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
+
+    def line(self) -> Line:
+        """The rows of a causal model without their padding, N tokens in all."""
+        begins = self.lengths.cumsum(0) - self.lengths
+        rows, columns = self.places()
+        return Line(self.ids[self.real()][None], self.lengths.tolist(), begins[rows] + columns)
 
 
 def gather_answers(
@@ -114,6 +127,21 @@ def gather_answers(
     )
 
 
+def without_adapters(model: Any) -> Any:
+    """The transformers model inside peft's wrapper, its adapters in place; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class Line(NamedTuple):
+    """Prompts and answers one behind the other, without padding."""
+
+    ids: Tensor
+    """(1, N)."""
+    lengths: list[int]
+    answers: Tensor
+    """(M,) places whose output predicts an answer token, row by row."""
+
+
 class Output(NamedTuple):
     """At chosen places: hidden states (N, D) and logits (N, V); and the cache where one was asked for."""
 
@@ -122,46 +150,88 @@ class Output(NamedTuple):
     cache: Any = None
 
 
+class Trunk:
+    """A causal transformer without output layer over a batch of answers: without padding where it can read a line of texts."""
+
+    def __init__(self, module: nn.Module, *, pack: bool = True) -> None:
+        self.module = module
+        self.packs = pack and can_pack(module)
+
+    def at_answers(self, answers: Answers, lower: LowerLayers | None = None, entering: Tensor | None = None) -> Tensor:
+        """Last hidden states (M, D) where an answer token is predicted; they start above `lower` from `entering` (real tokens, D)."""
+        if self.packs:
+            line = answers.line()
+            states = self._read(answers, line, lower, None if entering is None else entering[None])
+            return states[0].index_select(0, line.answers)
+        padded = None
+        if entering is not None:
+            padded = entering.new_zeros((*answers.ids.shape, entering.shape[-1]))
+            padded[answers.real()] = entering
+        return self._read(answers, None, lower, padded)[answers.places()]
+
+    def below(self, answers: Answers, lower: LowerLayers) -> Tensor:
+        """What `lower` hands on for every real token (N, D), row after row."""
+        if not self.packs:
+            return lower.states(**answers.inputs())[answers.real()]
+        line = answers.line()
+        with packed_line(self.module, line.lengths):
+            return lower.states(input_ids=line.ids, position_ids=line_positions(line.lengths, line.ids.device))[0]
+
+    def _read(self, answers: Answers, line: Line | None, lower: LowerLayers | None, entering: Tensor | None) -> Tensor:
+        above = nullcontext() if lower is None or entering is None else lower.replaced(entering)
+        if line is None:
+            with above:
+                result = self.module(**answers.inputs(), use_cache=False)
+        else:
+            with above, packed_line(self.module, line.lengths):
+                positions = line_positions(line.lengths, line.ids.device)
+                result = self.module(input_ids=line.ids, position_ids=positions, use_cache=False)
+        states: Tensor = result.last_hidden_state
+        return states
+
+
 class Forward:
     """Runs a text generator and applies its output layer at chosen places only, where the model allows it."""
 
-    def __init__(self, model: Any) -> None:
-        """`model`: a transformers model, perhaps wrapped by peft."""
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    def __init__(self, model: Any, *, pack: bool = True) -> None:
+        """`model`: a transformers model, perhaps wrapped by peft. `pack`: read batches without padding, where the model can."""
+        self.model = without_adapters(model)
         self.encoder_decoder = bool(self.model.config.is_encoder_decoder)
         prefix = getattr(self.model, "base_model_prefix", "")
-        self.trunk: nn.Module | None = None if self.encoder_decoder else getattr(self.model, prefix, None)
         self.head: nn.Module | None = self.model.get_output_embeddings()
-        if self.trunk is not None and not self._splits():
-            self.trunk = None
+        module: nn.Module | None = None if self.encoder_decoder else getattr(self.model, prefix, None)
+        self.trunk = Trunk(module, pack=pack) if module is not None and self._splits(module) else None
 
-    def _splits(self) -> bool:
+    def _splits(self, trunk: nn.Module) -> bool:
         """Whether the logits are the output layer of the last hidden states and nothing else (no cap, no scale)."""
-        if self.head is None or self.trunk is None:
+        if self.head is None:
             return False
         weight = next(self.model.parameters())
         ids = torch.arange(1, 4, device=weight.device)[None]
         with torch.no_grad():
             whole = self.model(input_ids=ids, use_cache=False).logits
-            split = self.head(self.trunk(input_ids=ids, use_cache=False).last_hidden_state)
+            split = self.head(trunk(input_ids=ids, use_cache=False).last_hidden_state)
         return torch.allclose(whole, split, rtol=1e-5, atol=1e-6)
 
-    def __call__(self, places: tuple[Tensor, Tensor] | None = None, **inputs: Any) -> Output:
-        """Output at `places` (rows, columns); None: at every row's last column. Inputs are those of the model's forward."""
+    def __call__(self, **inputs: Any) -> Output:
+        """Output at every row's last column. Inputs are those of the model's forward."""
         inputs.setdefault("use_cache", False)
         if self.trunk is not None and self.head is not None:
-            result = self.trunk(**inputs)
-            states = _pick(result.last_hidden_state, places)
+            result = self.trunk.module(**inputs)
+            states = result.last_hidden_state[:, -1]
             return Output(states, self.head(states), result.past_key_values)
         result = self.model(**inputs, output_hidden_states=True)
-        hidden = (result.decoder_hidden_states if self.encoder_decoder else result.hidden_states)[-1]
-        return Output(_pick(hidden, places), _pick(result.logits, places), result.past_key_values)
+        return Output(self._last_states(result)[:, -1], result.logits[:, -1], result.past_key_values)
 
+    def at_answers(self, answers: Answers, lower: LowerLayers | None = None, entering: Tensor | None = None) -> Output:
+        """Output where an answer token is predicted; above `lower` from `entering`, as in `Trunk.at_answers`."""
+        if self.trunk is not None and self.head is not None:
+            states = self.trunk.at_answers(answers, lower, entering)
+            return Output(states, self.head(states))
+        result = self.model(**answers.inputs(), use_cache=False, output_hidden_states=True)
+        places = answers.places()
+        return Output(self._last_states(result)[places], result.logits[places])
 
-def critic_states(trunk: nn.Module, answers: Answers) -> Tensor:
-    """Last hidden states (N, D) of a critic's own transformer at the answers' places."""
-    return _pick(trunk(**answers.inputs(), use_cache=False).last_hidden_state, answers.places())
-
-
-def _pick(tensor: Tensor, places: tuple[Tensor, Tensor] | None) -> Tensor:
-    return tensor[:, -1] if places is None else tensor[places]
+    def _last_states(self, result: Any) -> Tensor:
+        states: Tensor = (result.decoder_hidden_states if self.encoder_decoder else result.hidden_states)[-1]
+        return states

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.models.lower_layers import LowerLayers
-from rlhf.ppo.answers import Answers, Forward, Output, critic_states
+from rlhf.ppo.answers import Answers, Forward, Output, Trunk
 from rlhf.ppo.chunks import chunks
 from rlhf.ppo.kl import full_kl
 from rlhf.ppo.losses import token_stats
@@ -35,26 +35,24 @@ class LowerStates:
     """States that enter the lowest trained layer, of every real token of a batch: (N, D), row after row."""
 
     def __init__(self, layers: LowerLayers, answers: Answers) -> None:
-        self.layers, self.lengths = layers, answers.lengths
-        self.begins = answers.lengths.cumsum(0) - answers.lengths
+        self.layers = layers
+        self.begins = (answers.lengths.cumsum(0) - answers.lengths).tolist()
+        self.ends = answers.lengths.cumsum(0).tolist()
         self.states: Tensor | None = None
 
-    def compute(self, rows: Tensor, part: Answers) -> None:
-        """Run the layers below for some rows of the batch (`part`)."""
-        padded = self.layers.states(**part.inputs())
+    def put(self, rows: Tensor, states: Tensor) -> None:
+        """Store the states of some rows (N', D)."""
         if self.states is None:
-            self.states = padded.new_empty((int(self.lengths.sum()), padded.shape[-1]))
-        real = torch.arange(padded.shape[1], device=padded.device) < part.lengths[:, None]
-        self.states[self._places(rows, padded.shape[1])[real]] = padded[real]
+            self.states = states.new_empty((self.ends[-1], states.shape[-1]))
+        self.states[self._places(rows)] = states
 
-    def entering(self, layers: LowerLayers, rows: Tensor, width: int) -> AbstractContextManager[None]:
-        """Inside, forwards of these rows, `width` columns wide, start from their states; `layers`: the policy's or a twin's."""
+    def of(self, rows: Tensor) -> Tensor:
+        """The states of some rows (N', D)."""
         assert self.states is not None
-        places = self._places(rows, width).clamp(max=len(self.states) - 1)  # padding reads what follows; nobody reads padding
-        return layers.replaced(self.states[places])
+        return self.states[self._places(rows)]
 
-    def _places(self, rows: Tensor, width: int) -> Tensor:
-        return self.begins[rows][:, None] + torch.arange(width, device=rows.device)
+    def _places(self, rows: Tensor) -> Tensor:
+        return torch.cat([torch.arange(self.begins[row], self.ends[row], device=rows.device) for row in rows.tolist()])
 
 
 class Networks:
@@ -68,16 +66,19 @@ class Networks:
         *,
         mixed_precision: Precision = "no",
         cache_frozen_layers: bool = True,
+        pack: bool = True,
     ) -> None:
+        """`pack`: read batches without padding, where a model can."""
         plain = ref_model.pretrained_model if isinstance(ref_model, ModelWithValueHead) else ref_model
         self.model, self.ref_model, self.critic = model, ref_model, critic
-        self.policy, self.reference = Forward(model.pretrained_model), Forward(plain)
+        self.policy, self.reference = (Forward(network, pack=pack) for network in (model.pretrained_model, plain))
+        self.critic_trunk = Trunk(critic.trunk, pack=pack) if critic is not None and not self.policy.encoder_decoder else None
         self.vocab = int(model.config.get_text_config().vocab_size)
         self.mixed_precision = mixed_precision
-        self.lower = LowerLayers.find(self.policy.trunk) if cache_frozen_layers and self.policy.trunk is not None else None
+        self.lower = LowerLayers.find(self.policy.trunk.module) if cache_frozen_layers and self.policy.trunk is not None else None
         self.reference_lower = None
         if self.lower is not None and self.reference.trunk is not None:
-            self.reference_lower = self.lower.in_twin(self.reference.trunk)
+            self.reference_lower = self.lower.in_twin(self.reference.trunk.module)
 
     @property
     def device(self) -> torch.device:
@@ -105,10 +106,10 @@ class Networks:
     def logprobs(self, forward: Forward, answers: Answers, temperature: float) -> Tensor:
         """Log-probabilities (B, T) of the answers, 0 outside them."""
         logprobs = torch.zeros(answers.mask.shape, device=answers.ids.device)
-        for rows in chunks(torch.arange(len(answers), device=answers.ids.device), answers, self.vocab):
+        for rows in self.chunks(torch.arange(len(answers), device=answers.ids.device), answers):
             part = answers.select(rows)
             with self.autocast():
-                logits = forward(part.places(), **part.inputs()).logits
+                logits = forward.at_answers(part).logits
             _scatter(logprobs, rows, part.present, token_stats(logits, part.targets[part.present], temperature).logprobs)
         return logprobs
 
@@ -126,16 +127,17 @@ class Networks:
             if sampled.values is not None and values and self.critic is None:
                 critic_values.copy_(sampled.values[:, : critic_values.shape[1]])
         lower = LowerStates(self.lower, answers) if self.lower is not None else None
-        for rows in chunks(torch.arange(len(answers), device=answers.ids.device), answers, self.vocab):
+        for rows in self.chunks(torch.arange(len(answers), device=answers.ids.device), answers):
             part = answers.select(rows)
             targets = part.targets[part.present]
             with self.autocast():
-                if lower is not None:
-                    lower.compute(rows, part)
+                if lower is not None and self.policy.trunk is not None:
+                    lower.put(rows, self.policy.trunk.below(part, lower.layers))
                 ref_logits = self._run(self.reference, self.reference_lower, rows, part, lower).logits
                 output = self.policy_at(rows, part, lower) if kept is None or full else None
-                if self.critic is not None and values:
-                    _scatter(critic_values, rows, part.present, self.critic.v_head(critic_states(self.critic.trunk, part)))
+                critic_states = self.critic_at(part) if self.critic is not None and values else None
+            if self.critic is not None and critic_states is not None:
+                _scatter(critic_values, rows, part.present, self.critic.v_head(critic_states))
             _scatter(ref_logprobs, rows, part.present, token_stats(ref_logits, targets, temperature).logprobs)
             if output is not None and full:
                 both = [(logits.float() / temperature).log_softmax(-1) for logits in (output.logits, ref_logits)]
@@ -150,11 +152,23 @@ class Networks:
         """The policy's states and logits at the answer tokens of some rows of the batch (`part`), from `lower` upwards if given."""
         return self._run(self.policy, self.lower, rows, part, lower)
 
+    def critic_at(self, part: Answers) -> Tensor:
+        """States (M, D) of the critic's own transformer at the answer tokens."""
+        assert self.critic is not None
+        if self.critic_trunk is not None:
+            return self.critic_trunk.at_answers(part)
+        states: Tensor = self.critic.trunk(**part.inputs(), use_cache=False).last_hidden_state
+        return states[part.places()]
+
     @staticmethod
     def _run(forward: Forward, layers: LowerLayers | None, rows: Tensor, part: Answers, lower: LowerStates | None) -> Output:
-        start = nullcontext() if lower is None or layers is None else lower.entering(layers, rows, part.ids.shape[1])
-        with start:
-            return forward(part.places(), **part.inputs())
+        if lower is None or layers is None:
+            return forward.at_answers(part)
+        return forward.at_answers(part, layers, lower.of(rows))
+
+    def chunks(self, rows: Tensor, answers: Answers) -> list[Tensor]:
+        """The rows (numbers in `answers`) in forwards that memory holds."""
+        return chunks(rows, answers, self.vocab, packed=self.policy.trunk is not None and self.policy.trunk.packs)
 
 
 def _scatter(buffer: Tensor, rows: Tensor, present: Tensor, flat: Tensor) -> None:

@@ -79,7 +79,13 @@ def collect_rollout(
     check_positions(policy.config, max(map(len, prompts), default=0), params.max_new_tokens)
     end_ids = eos_ids(params, tokenizer, policy)
     decoder = _Decoder(
-        forward or Forward(policy), head, tokenizer, TokenChooser(params, end_ids, seed=seed, step=step), params, end_ids, use_cache
+        forward or Forward(policy, pack=False),
+        head,
+        tokenizer,
+        TokenChooser(params, end_ids, seed=seed, step=step),
+        params,
+        end_ids,
+        use_cache,
     )
     tokens = torch.full((len(prompts), params.max_new_tokens), PADDING_ID, dtype=torch.long)
     logprobs, values = torch.zeros(tokens.shape), torch.zeros(tokens.shape)
@@ -221,6 +227,6 @@ class _Text:
 
 
 def _takes_positions(forward: Forward) -> bool:
-    module = forward.trunk if forward.trunk is not None else forward.model
+    module = forward.trunk.module if forward.trunk is not None else forward.model
     parameters = inspect.signature(module.forward).parameters
     return "position_ids" in parameters

@@ -23,7 +23,7 @@ from common.schema import GenerateParams
 from common.tracking import Tracker
 from rlhf.ppo import logs, loop
 from rlhf.ppo.advantages import classic_whitened_rewards, gae
-from rlhf.ppo.answers import Answers, gather_answers
+from rlhf.ppo.answers import Answers, gather_answers, without_adapters
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.kl import adapted_kl_coef, kl_per_token
 from rlhf.ppo.masked import masked_rescale, masked_whiten
@@ -91,12 +91,21 @@ class PPOTrainer:
             model.v_head.requires_grad_(False)  # the critic's head takes its place
         reference = ref_model if ref_model is not None else reference_copy(model)
         self.ref_model = reference.eval().requires_grad_(False).to(device) if ref_model is not None else reference
+        plain = without_adapters(model.pretrained_model)
+        if self.config.gradient_checkpointing:
+            recompute_activations(plain)
+        # transformers recompute activations in training mode only; with every dropout at 0 the modes do not differ.
+        self.recomputes = _recomputes(plain)
+        if self.recomputes:
+            set_dropout(plain, 0.0)
         self.networks = Networks(
             model,
             self.ref_model,
             self.critic,
             mixed_precision=self.config.mixed_precision,
             cache_frozen_layers=self.config.cache_frozen_layers,
+            # Recomputing happens in backward, which no longer knows the texts of a line; on a GPU each text would start kernels of its own.
+            pack=self.config.padding_free and not self.recomputes and self.runtime.device.type == "cpu",
         )
         self.policy = self.networks.policy
         trained = nn.ModuleList([model] if critic is None else [model, critic])
@@ -110,12 +119,6 @@ class PPOTrainer:
         self.optimizer = optimizer or adamw(
             trained, learning_rate=self.config.learning_rate, eps=self.config.adam_eps, weight_decay=self.config.weight_decay
         )
-        if self.config.gradient_checkpointing:
-            recompute_activations(self.policy.model)
-        # transformers recompute activations in training mode only; with every dropout at 0 the modes do not differ.
-        self.recomputes = _recomputes(self.policy.model)
-        if self.recomputes:
-            set_dropout(self.policy.model, 0.0)
         self.lr_scheduler = lr_scheduler
         self.dataset = dataset
         self.dataloader = _dataloader(dataset, data_collator, self.config) if dataset is not None else None

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from common.launch.runtime import Runtime
 from common.sampling import Stream, stream_keys
-from rlhf.ppo.answers import critic_states
-from rlhf.ppo.chunks import chunks
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.losses import policy_loss, token_stats, value_loss
 from rlhf.ppo.masked import masked_moments, masked_sum
@@ -60,7 +58,7 @@ class Update:
         sums: dict[str, Tensor] = {}
         unusable = torch.zeros(len(record.answers), dtype=torch.bool, device=rows.device)
         for minibatch in rows.split(config.mini_batch_size):
-            for chunk in chunks(minibatch, record.answers, self.networks.vocab):
+            for chunk in self.networks.chunks(minibatch, record.answers):
                 figures_of_chunk, bad = self.backward(chunk, count.clamp(min=1))
                 unusable[chunk] = bad
                 for name, value in figures_of_chunk.items():
@@ -104,7 +102,7 @@ class Update:
             values = networks.model.v_head(output.states)
         else:
             with networks.autocast():
-                states = critic_states(networks.critic.trunk, answers)
+                states = networks.critic_at(answers)
             values = networks.critic.v_head(states)
         loss_v, clipped_v = value_loss(values, old_values, returns, mask, config.cliprange_value, count=count)
         loss_p, clipped_p = policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange, dual_clip=config.dual_clip, count=count)

@@ -44,7 +44,7 @@ def recomputed(model: Any, rollout: Rollout, temperature: float = 1.0) -> tuple[
     with torch.no_grad():
         for row, (query, response) in enumerate(zip(rollout.queries, rollout.responses, strict=True)):
             answers = gather_answers([query], [response], model.config)
-            output = forward(answers.places(), **answers.inputs())
+            output = forward.at_answers(answers)
             logprobs[row, : len(response)] = token_stats(output.logits, torch.tensor(response), temperature).logprobs
             values[row, : len(response)] = model.v_head(output.states)
     return logprobs, values
