@@ -58,7 +58,7 @@ def own_tracker(config: PPOConfig, *, is_main: bool) -> Tracker | None:
         return None
     if not is_main:
         return Tracker(Path(), is_main=False)
-    directory = create_run_directory(Path(folder or RUNS_FOLDER), config.exp_name)
+    directory = create_run_directory(Path(folder or RUNS_FOLDER).absolute(), config.exp_name)
     print(f"metrics: {directory}")
     tracker = start_tracker(config, directory, {"ppo_config": asdict(config)})
     atexit.register(tracker.finish)

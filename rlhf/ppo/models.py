@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from common.errors import UserError
 from common.freezing import find_blocks
 from common.lora import add_adapters, is_lora, merged_copy
-from common.models.load import Dtype, load_generator
+from common.models.load import Dtype, load_generator, quiet
 from common.models.readouts import LastToken
 from common.models.reward import RewardModel, hidden_size
 
@@ -88,7 +90,7 @@ class ModelWithValueHead(nn.Module):
         v_head_initializer_range: float = 0.2,
         **others: Any,
     ) -> Self:
-        """Around a model in memory, or one loaded from a directory or hub name; a directory's saved value head is loaded too.
+        """Around a model in memory, or one loaded from a directory or hub name; a directory's saved value head (trl's, too) is loaded.
 
         `dtype` (or `torch_dtype`): of loaded weights, default float32. `peft_config`: a `LoraConfig`; its adapters are added. The value
         head starts at zero, or normal with standard deviation `v_head_initializer_range`. Raises UserError for any other argument,
@@ -107,14 +109,14 @@ class ModelWithValueHead(nn.Module):
                 raise UserError(f"{folder} holds an adapter without its model; {_INSTEAD['is_trainable']}")
             loaded_as = _dtype_name(dtype or torch_dtype or "float32")
             pretrained = load_generator(str(name_or_model), dtype=loaded_as, trust_remote_code=trust_remote_code)
-            saved = folder / VALUE_HEAD_FILE
+            saved = _saved_head(folder)
         elif dtype or torch_dtype or trust_remote_code:
             raise UserError("dtype and trust_remote_code have no effect on a model that is loaded already; leave them out")
         model = cls(add_adapters(pretrained, peft_config) if peft_config is not None else pretrained, summary_dropout_prob)
         if v_head_init_strategy == "normal":
             nn.init.normal_(model.v_head.summary.weight, std=v_head_initializer_range)
-        if saved is not None and saved.is_file():
-            model.v_head.load_state_dict(load_file(saved))
+        if saved is not None:
+            model.v_head.load_state_dict(saved)
         return model
 
     @property
@@ -142,7 +144,8 @@ class ModelWithValueHead(nn.Module):
         """Write the model (adapters merged) and its value head; a plain transformers model loads from the folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         plain = merged_copy(self.pretrained_model) if is_lora(self.pretrained_model) else self.pretrained_model
-        plain.save_pretrained(str(folder))
+        with quiet():
+            plain.save_pretrained(str(folder))
         self.v_head.save(folder)
 
 
@@ -156,6 +159,17 @@ class AutoModelForSeq2SeqLMWithValueHead(ModelWithValueHead):
     """An encoder-decoder policy; the value head reads the decoder."""
 
     encoder_decoder = True
+
+
+def _saved_head(folder: Path) -> dict[str, Tensor] | None:
+    """The value head in a directory: its own file, or where trl put it, among the weights."""
+    if (folder / VALUE_HEAD_FILE).is_file():
+        return load_file(folder / VALUE_HEAD_FILE)
+    if not (folder / SAFE_WEIGHTS_NAME).is_file():
+        return None
+    with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as weights:
+        head = {name.removeprefix("v_head."): weights.get_tensor(name) for name in weights.keys() if name.startswith("v_head.")}  # noqa: SIM118
+    return head or None
 
 
 def _dtype_name(dtype: Dtype | torch.dtype) -> Dtype:

@@ -18,8 +18,8 @@ COUNTED = {"skipped": "ppo/skipped_minibatches", "empty": "ppo/empty_minibatches
 def step_statistics(record: StepRecord, updates: Sequence[dict[str, float]], *, kl_coef: float, reduce: Reduce = alone) -> Stats:
     """What a step did: `updates` are the figures of its optimizer steps (`Update.run`), `kl_coef` the coefficient it used.
 
-    Scalars are over the answers of all processes; tensors (`objective/kl_dist` (B,), log-probabilities (B, T), advantages (N,)) are
-    this process's own.
+    Scalars are over the answers of all processes; tensors (`objective/kl_dist`, `tokens/…_dist` (B,), log-probabilities (B, T),
+    advantages (N,)) are this process's own.
     """
     mask = record.mask
     answers = float(reduce(torch.tensor(float(len(mask)))))
@@ -29,8 +29,7 @@ def step_statistics(record: StepRecord, updates: Sequence[dict[str, float]], *, 
     query_lengths = record.answers.lengths - record.answers.present.sum(1)
     if record.answers.encoder_mask is not None:
         query_lengths = record.answers.encoder_mask.sum(1)
-    totals = reduce(torch.stack([kl_per_answer.sum(), surprise, query_lengths.sum().float(), record.answers.present.sum().float()]))
-    kl, surprise, query_length, answer_length = (totals / answers).tolist()
+    kl, surprise = (reduce(torch.stack([kl_per_answer.sum(), surprise])) / answers).tolist()
     stats: Stats = {
         "objective/kl": kl,
         "objective/kl_dist": kl_per_answer,
@@ -41,10 +40,11 @@ def step_statistics(record: StepRecord, updates: Sequence[dict[str, float]], *, 
         "ppo/mean_non_score_reward": float(masked_mean(record.non_score_rewards, mask, reduce)),
         "ppo/mean_scores": float(score_mean),
         "ppo/std_scores": float(score_var.sqrt()),
-        "tokens/queries_len_mean": query_length,
-        "tokens/responses_len_mean": answer_length,
         "ppo/policy/advantages": record.advantages[mask],
     }
+    for name, lengths in (("queries", query_lengths), ("responses", record.answers.present.sum(1))):
+        mean, var = masked_moments(lengths.float(), torch.ones_like(lengths), reduce)
+        stats |= {f"tokens/{name}_len_mean": float(mean), f"tokens/{name}_len_std": float(var.sqrt()), f"tokens/{name}_dist": lengths}
     with_tokens = [update for update in updates if not update["empty"]] or updates
     for name in updates[0]:
         if name in COUNTED:

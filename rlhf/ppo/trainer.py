@@ -263,6 +263,7 @@ class PPOTrainer:
         self.steps_done += 1
         stats["time/ppo/prepare"] = prepared - started
         stats["time/ppo/optimize"] = time.perf_counter() - prepared
+        stats["time/ppo/total"] = time.perf_counter() - started
         return stats
 
     def _check_batch(self, queries: list[list[int]], responses: list[list[int]], scores: Tensor, masks: list[list[int]] | None) -> None:

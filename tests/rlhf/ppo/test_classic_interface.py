@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser
 
 from common.errors import UserError
@@ -180,6 +181,11 @@ def test_the_value_head_starts_as_asked_and_comes_back_from_a_directory(policy_d
     weight = model.v_head.summary.weight.detach()
     assert 0.25 < float(weight.std()) < 0.75 and model.v_head.dropout.p == 0.1
     model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path).v_head.summary.weight, weight)
+    weights = load_file(policy_dir / "model.safetensors")  # trl puts the head among them
+    head = {f"v_head.{name}": tensor for name, tensor in model.v_head.state_dict().items() if name.startswith("summary")}
+    (tmp_path / "value_head.safetensors").unlink()
+    save_file({**weights, **head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert torch.equal(AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path).v_head.summary.weight, weight)
     with pytest.raises(UserError, match="v_head_init_strategy: got 'uniform'"):
         AutoModelForCausalLMWithValueHead.from_pretrained(policy_dir, v_head_init_strategy="uniform")  # type: ignore[arg-type]
