@@ -26,6 +26,7 @@ from common.schema import (
     WandbSettings,
 )
 from common.tracking import init_argument_problems
+from rlhf.setting_rules import WITHOUT_VALUES, AdvantageEstimator, check_settings
 
 
 class PPOData(RowSettings):
@@ -53,7 +54,7 @@ class PPOParams(Section):
     )
     seed: NonNegativeInt | None = Field(None, description="Seed; default: the top-level `seed`.")
     steps: PositiveInt | None = Field(None, description="PPO steps (batches) at most; null: as many as `global_epochs` gives.")
-    batch_size: PositiveInt = Field(64, description="Prompts per step and process.")
+    batch_size: PositiveInt = Field(64, description="Answers per step and process.")
     mini_batch_size: PositiveInt | None = Field(None, description="Answers per forward in the update; null: `batch_size`.")
     gradient_accumulation_steps: PositiveInt = Field(1, description="Minibatches per optimizer step.")
     ppo_epochs: PositiveInt = Field(4, description="Passes over a batch.")
@@ -66,7 +67,16 @@ class PPOParams(Section):
     adap_kl_ctrl: bool = Field(True, description="Adapt the coefficient to `target`; false: fixed.")
     target: PositiveFloat = Field(6.0, description="KL per answer (nats) that the adaptive controller aims at.")
     horizon: PositiveFloat = Field(10000.0, description="Answers over which the controller adapts.")
-    kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = Field("kl", description="KL estimator per token.")
+    kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = Field(
+        "kl", description="KL estimator per token (`grpo`: of what is logged and controlled; its loss has `k3`)."
+    )
+    advantage_estimator: AdvantageEstimator = Field(
+        "gae",
+        description="`gae`: value head or critic. `rloo`, `grpo`: several answers to a prompt are compared, no value is trained.",
+    )
+    samples_per_prompt: PositiveInt = Field(
+        1, description="Answers to each prompt: a step takes `batch_size / samples_per_prompt` prompts. `rloo` and `grpo` need 2 or more."
+    )
     gamma: Fraction = Field(1.0, description="Discount.")
     lam: Fraction = Field(0.95, description="GAE's lambda.")
     cliprange: PositiveFloat = Field(0.2, description="Clip range of the policy's ratio.")
@@ -116,21 +126,21 @@ class PPOParams(Section):
     def minibatch(self) -> int:
         return self.mini_batch_size or self.batch_size
 
+    @property
+    def prompts_per_batch(self) -> int:
+        """Per step and process."""
+        return self.batch_size // self.samples_per_prompt
+
     @model_validator(mode="after")
-    def _divisible(self) -> PPOParams:
-        backward = self.minibatch * self.gradient_accumulation_steps
-        if self.batch_size % backward:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not divisible by mini_batch_size {self.minibatch} "
-                f"x gradient_accumulation_steps {self.gradient_accumulation_steps} = {backward}"
-            )
+    def _consistent(self) -> PPOParams:
+        check_settings(self, self.minibatch)
         if self.model_dtype != "float32" and self.lora is None:
             raise ValueError(
                 f"model_dtype: got {self.model_dtype}, in which small updates of the weights are lost to rounding; use float32, or "
                 f"{self.model_dtype} with lora, whose adapters stay float32"
             )
-        if self.use_score_norm and not self.use_score_scaling:
-            raise ValueError("use_score_norm has no effect without use_score_scaling: true")
+        if self.critic == "model" and self.advantage_estimator in WITHOUT_VALUES:
+            raise ValueError(f"critic: model: advantage_estimator {self.advantage_estimator} needs no critic; leave it at head")
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise ValueError("missing_eos_penalty and missing_eos_score exclude each other")
         return self

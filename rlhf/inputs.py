@@ -125,11 +125,13 @@ def unique(records: Sequence[PromptRecord]) -> list[PromptRecord]:
 
 def total_steps(config: PPORunConfig, prompts: int, world_size: int = 1) -> int:
     """PPO steps of the run: whole batches in `global_epochs` passes, or fewer by `ppo_config.steps`."""
-    batch = config.ppo_config.batch_size * world_size
+    params = config.ppo_config
+    batch = params.prompts_per_batch * world_size
     available = prompts * config.global_epochs // batch
     if available == 0:
+        asked = f" ({params.samples_per_prompt} answers to each)" if params.samples_per_prompt > 1 else ""
         raise UserError(
-            f"{prompts} prompts x global_epochs {config.global_epochs} make no batch of {batch}; lower ppo_config.batch_size or raise "
-            "global_epochs"
+            f"{prompts} prompts x global_epochs {config.global_epochs} make no batch of {batch}{asked}; lower ppo_config.batch_size or "
+            "raise global_epochs"
         )
-    return min(available, config.ppo_config.steps or available)
+    return min(available, params.steps or available)

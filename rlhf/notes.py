@@ -6,6 +6,7 @@ from common.errors import UserError
 from common.schema import WandbSettings
 from rlhf.config import PPORunConfig
 from rlhf.inputs import Sources, prompt_limit
+from rlhf.setting_rules import WITHOUT_VALUES
 
 
 def idle_settings(config: PPORunConfig, steps: int) -> list[str]:
@@ -26,6 +27,14 @@ def idle_settings(config: PPORunConfig, steps: int) -> list[str]:
         idle([f"ppo_config.{name}" for name in ("target", "horizon") if name in given], "adap_kl_ctrl is false")
     elif params.init_kl_coef == 0:
         idle(["ppo_config.adap_kl_ctrl"], "the controller multiplies init_kl_coef, which is 0")
+    if params.advantage_estimator in WITHOUT_VALUES:
+        of_values = [name for name in ("gamma", "lam", "cliprange_value", "vf_coef") if name in given]
+        idle([f"ppo_config.{name}" for name in of_values], f"advantage_estimator {params.advantage_estimator} trains no value")
+        if params.score_clip is None:
+            cancels = ["use_score_norm"] if params.advantage_estimator == "rloo" else ["use_score_scaling", "use_score_norm"]
+            names = [f"ppo_config.{name}" for name in cancels if getattr(params, name)]
+            it = "it cancels" if len(names) == 1 else "they cancel"
+            idle(names, f"{it} where {params.advantage_estimator} compares the answers to a prompt")
     if not params.early_stopping and "target_kl" in given:
         idle(["ppo_config.target_kl"], "early_stopping is false")
     if params.lora is not None and params.lora.lora_dropout > 0:
@@ -42,10 +51,14 @@ def idle_settings(config: PPORunConfig, steps: int) -> list[str]:
 
 def repeated_prompts(config: PPORunConfig, prompts: int) -> list[str]:
     """A line where a batch is larger than the set of prompts, so that it holds some of them more than once."""
-    batch = config.ppo_config.batch_size
-    if batch <= prompts:
+    params = config.ppo_config
+    if params.prompts_per_batch <= prompts:
         return []
-    return [f"ppo_config.batch_size {batch} exceeds the {prompts} training prompts: within a batch prompts repeat, each with other answers"]
+    each = f" / samples_per_prompt {params.samples_per_prompt}" if params.samples_per_prompt > 1 else ""
+    return [
+        f"ppo_config.batch_size {params.batch_size}{each} exceeds the {prompts} training prompts: within a batch prompts repeat, each with "
+        "other answers"
+    ]
 
 
 def lengths_beyond_a_judge(config: PPORunConfig, sources: Sources) -> list[str]:

@@ -10,21 +10,22 @@ from common.sampling import Stream, stream_keys
 class PromptOrder:
     """Batches from passes over the prompts, each pass in an order of its own; a batch may reach into the next pass.
 
-    Step s of all processes together takes the prompts number s * B * N to (s + 1) * B * N of the endless sequence of passes, each
-    process its share of B.
+    A batch has B rows in each of N processes, `samples` side by side for each prompt, all of them in one process. So step s of all
+    processes together takes the P = B * N / samples prompts from number s * P on of the endless sequence of passes.
     """
 
-    def __init__(self, prompts: int, batch_size: int, *, seed: int, world_size: int = 1, rank: int = 0) -> None:
-        assert prompts > 0
-        self.prompts, self.batch_size, self.seed, self.world_size, self.rank = prompts, batch_size, seed, world_size, rank
+    def __init__(self, prompts: int, batch_size: int, *, seed: int, samples: int = 1, world_size: int = 1, rank: int = 0) -> None:
+        assert prompts > 0 and batch_size % samples == 0
+        self.prompts, self.batch_size, self.samples = prompts, batch_size, samples
+        self.seed, self.world_size, self.rank = seed, world_size, rank
         self._orders: dict[int, list[int]] = {}
 
     def batch(self, step: int) -> tuple[list[int], list[int]]:
-        """Prompt indices of this process's batch at `step` (from 0), and each one's number within the batch of all processes."""
+        """Prompt index of each row of this process's batch at `step` (from 0), and the row's number in the batch of all processes."""
         own = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        first = step * self.batch_size * self.world_size
+        first = step * (self.batch_size * self.world_size // self.samples)
         self._orders = {number: order for number, order in self._orders.items() if number >= first // self.prompts}
-        places = [divmod(first + number, self.prompts) for number in own]
+        places = [divmod(first + number // self.samples, self.prompts) for number in own]
         return [self._order(passed)[place] for passed, place in places], list(own)
 
     def _order(self, passed: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Advantages and returns: generalised advantage estimation (Schulman et al. 2016)."""
+"""Advantages: generalised advantage estimation with its returns, and two ways to compare several answers to one prompt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf.ppo.masked import Reduce, alone, masked_moments
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, both (B, T), from rewards and old values (B, T).
+    """Generalised advantage estimation (Schulman et al. 2016): advantages and returns, both (B, T), from rewards and old values (B, T).
 
         delta_t = r_t + gamma * V_(t+1) - V_t
         A_t     = delta_t + gamma * lam * A_(t+1)
@@ -26,6 +26,38 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         running = deltas[:, t] + gamma * lam * running
         advantages[:, t] = running
     return advantages, advantages + values
+
+
+def rloo(scores: Tensor, rewards: Tensor, mask: Tensor, group: int) -> Tensor:
+    """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, section 2.2): advantages (B, T), one number per answer.
+
+        R_i = score_i - kl_coef * sum over tokens of kl_t
+        A_i = R_i - mean of R_j over the `group` - 1 other answers to the prompt
+
+    `scores` (B,); `rewards` (B, T) as `kl_shaped_rewards` gives them, whose sum is R; rows g * group to (g + 1) * group - 1 answer
+    one prompt. An answer without any token, which has no row of rewards, counts with its score. The baseline does not depend on
+    the answer, so sum_i A_i * grad log p(answer_i) / B is an unbiased gradient of the expected R.
+    """
+    returns = torch.where(mask.any(1), torch.where(mask, rewards, 0.0).sum(1), scores).view(-1, group)
+    others = (returns.sum(1, keepdim=True) - returns) / (group - 1)
+    return _on_every_token((returns - others).flatten(), mask)
+
+
+def grpo(scores: Tensor, mask: Tensor, group: int) -> Tensor:
+    """Group-relative advantages (Shao et al. 2024, section 4.1.2), (B, T), one number per answer:
+
+        A_i = (score_i - mean of the group) / (standard deviation of the group + 1e-4)
+
+    `scores` (B,) without KL, which is a term of the loss; the deviation's divisor is `group` - 1. Rows as in `rloo`. Answers of
+    one score get 0.
+    """
+    groups = scores.view(-1, group)
+    centred = groups - groups.mean(1, keepdim=True)
+    return _on_every_token((centred / (groups.std(1, keepdim=True) + 1e-4)).flatten(), mask)
+
+
+def _on_every_token(advantages: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, advantages[:, None], 0.0)
 
 
 def classic_whitened_rewards(rewards: Tensor, mask: Tensor, trailing: Tensor, reduce: Reduce = alone) -> Tensor:

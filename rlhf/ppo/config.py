@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from common.errors import UserError
 from rlhf.ppo.classic_names import elsewhere_lines
 from rlhf.ppo.kl import KLPenalty
+from rlhf.setting_rules import AdvantageEstimator, check_settings
 
 if TYPE_CHECKING:
     from rlhf.config import PPOParams
@@ -37,6 +38,10 @@ class PPOConfig:
     horizon: float = 10000.0
     """Answers over which it adapts."""
     kl_penalty: KLPenalty = "kl"
+    advantage_estimator: AdvantageEstimator = "gae"
+    """See `rlhf.ppo.estimators`. `gamma`, `lam`, `cliprange_value` and `vf_coef` belong to gae."""
+    samples_per_prompt: int = 1
+    """Answers to each prompt, side by side in a batch."""
     gamma: float = 1.0
     lam: float = 0.95
     cliprange: float = 0.2
@@ -96,12 +101,11 @@ class PPOConfig:
             raise ValueError(f"project_kwargs: got {', '.join(unknown)}, expected logging_dir or project_dir")
         if self.log_with not in (None, "wandb", "tensorboard"):
             raise ValueError(f"log_with: got {self.log_with}, expected wandb, tensorboard or None")
-        backward = self.mini_batch_size * self.gradient_accumulation_steps
-        if self.batch_size % backward:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not divisible by mini_batch_size {self.mini_batch_size} "
-                f"x gradient_accumulation_steps {self.gradient_accumulation_steps} = {backward}"
-            )
+        if self.samples_per_prompt < 1:
+            raise ValueError(f"samples_per_prompt: got {self.samples_per_prompt}, expected at least 1")
+        if self.advantage_estimator not in get_args(AdvantageEstimator):
+            raise ValueError(f"advantage_estimator: got {self.advantage_estimator}, expected gae, rloo or grpo")
+        check_settings(self, self.mini_batch_size)
         if self.kl_penalty not in ("kl", "abs", "mse", "k3", "full"):
             raise ValueError(f"kl_penalty: got {self.kl_penalty}, expected kl, abs, mse, k3 or full")
 
@@ -109,6 +113,11 @@ class PPOConfig:
     def backward_batch_size(self) -> int:
         """Answers per optimizer step and process."""
         return self.mini_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def prompts_per_batch(self) -> int:
+        """Per step and process."""
+        return self.batch_size // self.samples_per_prompt
 
     @classmethod
     def from_params(cls, params: PPOParams, seed: int) -> PPOConfig:

@@ -121,11 +121,12 @@ def train(
     evaluate = Evaluator(trainer, pipeline, held_out, params, penalise=penalise, seed=config.seed, samples=samples_logged, **decoding)
 
     # 2. how long, and in which order
-    steps = steps or config.steps or len(training) * epochs // (config.batch_size * runtime.world_size)
+    each, batch_of_prompts = config.samples_per_prompt, config.prompts_per_batch * runtime.world_size
+    steps = steps or config.steps or len(training) * epochs // batch_of_prompts
     if steps == 0:
-        raise UserError(f"{len(training)} prompts x {epochs} epochs make no batch of {config.batch_size * runtime.world_size}")
+        raise UserError(f"{len(training)} prompts x {epochs} epochs make no batch of {batch_of_prompts}")
     first = trainer.steps_done
-    order = PromptOrder(len(training), config.batch_size, seed=config.seed, world_size=runtime.world_size, rank=runtime.rank)
+    order = PromptOrder(len(training), config.batch_size, seed=config.seed, samples=each, world_size=runtime.world_size, rank=runtime.rank)
 
     # 3. where it writes
     output = _output(save_to, config)
@@ -169,7 +170,7 @@ def train(
             parameters=[*model.parameters(), *(trainer.critic.parameters() if trainer.critic is not None else ())],
             rows={"train": len(training), "evaluation": len(held_out)},
             steps=steps,
-            batch=f"{config.batch_size} answers",
+            batch=f"{config.batch_size} answers{f', {each} to each prompt' if each > 1 else ''}",
             device=str(runtime.device),
             step_name="PPO",
         ):
@@ -199,7 +200,7 @@ def train(
                 "train/score_std": float(plain.std()) if len(plain) > 1 else 0.0,
                 "train/eos_rate": sum(rollout.ended) / len(rollout),
                 "train/judge_texts_cut": pipeline.texts_cut - cut_before,
-                "train/epoch": step * config.batch_size * runtime.world_size / len(training),
+                "train/epoch": step * batch_of_prompts / len(training),
                 **{f"reward/{name}": sum(values) / len(values) for name, values in result.components.items()},
                 "perf/rollout_seconds": sampled - begun,
                 "perf/reward_seconds": scored - sampled,
@@ -322,7 +323,7 @@ def _output(save_to: RunOutput | Path | str | None, config: PPOConfig) -> RunOut
 
 
 def _save(trainer: PPOTrainer, output: RunOutput, facts: Mapping[str, Any], directory: Path, figures: dict[str, float], step: int) -> None:
-    """One checkpoint: a transformers directory with a manifest of these `facts`, and the value head where there is no other critic."""
+    """One checkpoint: a transformers directory with a manifest of these `facts`, and the value head where it is what estimates values."""
     manifest = new_manifest(
         "ppo",
         trainer.tokenizer,
@@ -332,5 +333,5 @@ def _save(trainer: PPOTrainer, output: RunOutput, facts: Mapping[str, Any], dire
         step=step,
         **facts,
     )
-    head = trainer.model.v_head.save if trainer.critic is None else None
+    head = trainer.model.v_head.save if trainer.estimator.reads_values and trainer.critic is None else None
     save_model_directory(directory, trainer.model.pretrained_model, trainer.tokenizer, manifest, extra=head)

@@ -19,14 +19,16 @@ class StepRecord:
     """(B,) after scaling, centring and clipping."""
     logprobs: Tensor
     ref_logprobs: Tensor
-    values: Tensor
+    values: Tensor | None
+    """None where the estimator reads no values."""
     kl: Tensor
     """KL to the reference per token, by the configured estimator."""
     rewards: Tensor
     non_score_rewards: Tensor
     advantages: Tensor
-    """Whitened over the batch."""
-    returns: Tensor
+    """What weighs each token in the policy's loss; whitened over the batch where the estimator does so."""
+    returns: Tensor | None
+    """What values are trained towards; None where none is."""
 
     @property
     def mask(self) -> Tensor:

@@ -53,6 +53,8 @@ def step_statistics(record: StepRecord, updates: Sequence[dict[str, float]], *, 
             stats[f"ppo/{name}"] = sum(update[name] for update in with_tokens) / len(with_tokens)
     stats["ppo/policy/last_policykl"] = updates[-1]["policy/policykl"]
     stats["ppo/updates"] = float(len(updates))
+    if record.returns is None:
+        return stats
     explained = 1.0 - stats["ppo/val/error"] / stats["ppo/returns/var"] if stats["ppo/returns/var"] > 0 else 0.0
     stats["ppo/val/explained_variance"] = stats["ppo/val/var_explained"] = explained
     return stats

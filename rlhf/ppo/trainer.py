@@ -22,9 +22,10 @@ from common.optim import adamw
 from common.schema import GenerateParams
 from common.tracking import Tracker
 from rlhf.ppo import logs, loop
-from rlhf.ppo.advantages import classic_whitened_rewards, gae
+from rlhf.ppo.advantages import classic_whitened_rewards
 from rlhf.ppo.answers import Answers, gather_answers, without_adapters
 from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.estimators import ESTIMATORS
 from rlhf.ppo.kl import adapted_kl_coef, kl_per_token
 from rlhf.ppo.masked import masked_rescale, masked_whiten
 from rlhf.ppo.models import Critic, ModelWithValueHead, freeze_below, reference_copy
@@ -79,6 +80,9 @@ class PPOTrainer:
         _check_arguments(config, model, ref_model, tokenizer, num_shared_layers, training_data_collator)
         assert model is not None
         self.config = config or PPOConfig()
+        self.estimator = ESTIMATORS[self.config.advantage_estimator]
+        if critic is not None and not self.estimator.reads_values:
+            raise ValueError(f"critic: advantage_estimator {self.config.advantage_estimator} needs none")
         self.runtime = runtime or Runtime.local(model.device if model.device.type != "cpu" else None)
         device = self.runtime.device
         self.model = model.eval().to(device)
@@ -87,8 +91,8 @@ class PPOTrainer:
         self.critic = critic.eval().to(device) if critic is not None else None
         if num_shared_layers is not None:
             freeze_below(model.pretrained_model, num_shared_layers)
-        if critic is not None:
-            model.v_head.requires_grad_(False)  # the critic's head takes its place
+        if critic is not None or not self.estimator.reads_values:
+            model.v_head.requires_grad_(False)  # the critic's head takes its place, or nothing reads it
         reference = ref_model if ref_model is not None else reference_copy(model)
         self.ref_model = reference.eval().requires_grad_(False).to(device) if ref_model is not None else reference
         plain = without_adapters(model.pretrained_model)
@@ -228,6 +232,7 @@ class PPOTrainer:
     ) -> Stats:
         """One PPO step on `config.batch_size` answers; returns statistics under their classic names.
 
+        With `config.samples_per_prompt` k, rows i * k to (i + 1) * k - 1 are answers to one prompt.
         `queries`, `responses`: token ids, responses with their EOS. `scores`: one number per answer. `response_masks`: 1 on response
         tokens that count. `temperature`: what the responses were sampled at. `sampled`: the rollout they come from, whose
         log-probabilities and values then need no forward (float32 models).
@@ -273,6 +278,12 @@ class PPOTrainer:
         for name, count in counts.items():
             if count != self.config.batch_size:
                 raise ValueError(f"{name}: got {count}, expected batch_size {self.config.batch_size} of them")
+        group = self.config.samples_per_prompt
+        for row, query in enumerate(queries):
+            if query != queries[row - row % group]:
+                raise ValueError(
+                    f"queries {row - row % group} and {row} differ: samples_per_prompt {group} consecutive rows have one query"
+                )
         self._refuse_rows("scores", ~torch.isfinite(scores))
 
     def _strip_start(self, responses: list[list[int]], masks: list[list[int]] | None) -> None:
@@ -299,37 +310,37 @@ class PPOTrainer:
 
     @torch.no_grad()
     def _prepare(self, answers: Answers, scores: Tensor, temperature: float, sampled: Rollout | None) -> tuple[StepRecord, Update]:
-        config, reduce, mask = self.config, self.runtime.sum, answers.mask
+        config, estimator, reduce, mask = self.config, self.estimator, self.runtime.sum, answers.mask
         scores = transform_scores(
             scores, self.moments, scale=config.use_score_scaling, centre=config.use_score_norm, clip=config.score_clip, reduce=reduce
         )
-        passes = self.networks.passes(answers, temperature, sampled, full=config.kl_penalty == "full", values=True)
+        passes = self.networks.passes(answers, temperature, sampled, full=config.kl_penalty == "full", values=estimator.reads_values)
         logprobs, ref_logprobs, values = passes.logprobs, passes.ref_logprobs, passes.values
         for name, tensor in (("log-probabilities", logprobs), ("the reference's log-probabilities", ref_logprobs), ("values", values)):
             self._refuse_rows(name, ~torch.isfinite(tensor))
         kl = kl_per_token(logprobs, ref_logprobs, config.kl_penalty) if passes.full_kl is None else passes.full_kl
-        rewards, non_score = kl_shaped_rewards(scores, kl, mask, self.kl_coef)
+        rewards, non_score = kl_shaped_rewards(scores, kl, mask, 0.0 if estimator.kl_in_loss else self.kl_coef)
         shaped = rewards
         if config.whiten_rewards and config.classic_quirks:
             shaped = classic_whitened_rewards(rewards, mask, answers.lengths.max() - answers.lengths, reduce)
         elif config.whiten_rewards:
             shaped = masked_rescale(rewards, mask, reduce)
         extra = shaped.shape[1] - mask.shape[1]
-        advantages, returns = gae(
-            shaped, nn.functional.pad(values, (0, extra)), nn.functional.pad(mask, (0, extra)), config.gamma, config.lam
+        advantages, returns = estimator.estimate(
+            scores, shaped, nn.functional.pad(values, (0, extra)), nn.functional.pad(mask, (0, extra)), config
         )
-        width = mask.shape[1]
+        advantages = advantages[:, : mask.shape[1]]
         record = StepRecord(
             answers=answers,
             scores=scores,
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
-            values=torch.where(mask, values, 0.0),
+            values=torch.where(mask, values, 0.0) if estimator.reads_values else None,
             kl=kl,
             rewards=rewards,
             non_score_rewards=non_score,
-            advantages=masked_whiten(advantages[:, :width], mask, reduce),
-            returns=returns[:, :width],
+            advantages=masked_whiten(advantages, mask, reduce) if estimator.whitens else advantages,
+            returns=None if returns is None else returns[:, : mask.shape[1]],
         )
         update = Update(
             config,
@@ -341,6 +352,7 @@ class PPOTrainer:
             record,
             passes.lower,
             temperature,
+            self.kl_coef if estimator.kl_in_loss else None,
             self.steps_done,
             self.optimizer_steps,
         )
@@ -406,14 +418,15 @@ def _check_arguments(
 
 
 def _dataloader(dataset: Any, data_collator: Callable[[list[Any]], Any] | None, config: PPOConfig) -> torch.utils.data.DataLoader[Any]:
-    """Whole batches of `config.batch_size` rows in an order that the seed decides."""
-    if len(dataset) < config.batch_size:
-        raise ValueError(f"dataset: {len(dataset)} rows make no batch of batch_size {config.batch_size}")
+    """Whole batches of `config.batch_size / config.samples_per_prompt` rows in an order that the seed decides."""
+    rows, of = config.prompts_per_batch, "batch_size" if config.samples_per_prompt == 1 else "batch_size / samples_per_prompt"
+    if len(dataset) < rows:
+        raise ValueError(f"dataset: {len(dataset)} rows make no batch of {of} {rows}")
     if config.remove_unused_columns and hasattr(dataset, "remove_columns"):
         dataset = dataset.remove_columns([name for name in dataset.column_names if name not in KEPT_COLUMNS])
     generator = torch.Generator().manual_seed(config.seed)
     return torch.utils.data.DataLoader(
-        dataset, batch_size=config.batch_size, collate_fn=data_collator, shuffle=True, drop_last=True, generator=generator
+        dataset, batch_size=rows, collate_fn=data_collator, shuffle=True, drop_last=True, generator=generator
     )
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from common.launch.runtime import Runtime
 from common.sampling import Stream, stream_keys
+from rlhf.ppo.answers import Answers
 from rlhf.ppo.config import PPOConfig
+from rlhf.ppo.kl import kl_per_token
 from rlhf.ppo.losses import policy_loss, token_stats, value_loss
 from rlhf.ppo.masked import masked_moments, masked_sum
 from rlhf.ppo.networks import LowerStates, Networks
@@ -33,6 +35,8 @@ class Update:
     record: StepRecord
     lower: LowerStates | None
     temperature: float
+    kl_loss_coef: float | None
+    """Weight of the KL in the loss; None where the rewards have it."""
     step: int
     optimizer_steps: int
     """Of the trainer so far; counts on."""
@@ -67,15 +71,16 @@ class Update:
         names = list(sums)
         figures = dict(zip(names, reduce(torch.stack([sums[name] for name in names])).tolist(), strict=True))
         for name, tensor in (("returns", record.returns), ("val", record.values)):
-            mean, var = masked_moments(tensor[rows], record.mask[rows], reduce)
-            figures |= {f"{name}/mean": float(mean), f"{name}/var": float(var)}
+            if tensor is not None:
+                mean, var = masked_moments(tensor[rows], record.mask[rows], reduce)
+                figures |= {f"{name}/mean": float(mean), f"{name}/var": float(var)}
         figures |= {"skipped": 0.0, "empty": 0.0, "early_stopped": 0.0, "gradient_norm": 0.0}
         if float(count) == 0:  # nothing to learn from; a step of Adam would move by its momentum alone
             self.optimizer.zero_grad(set_to_none=True)
             return {**figures, "empty": 1.0}
         if figures["policy/ratio"] > config.ratio_threshold:
             self.optimizer.zero_grad(set_to_none=True)
-            return {**figures, "skipped": 1.0, "loss/policy": 0.0, "loss/value": 0.0, "loss/total": 0.0}
+            return {**figures, "skipped": 1.0, **{name: 0.0 for name in figures if name.startswith("loss/")}}
         figures["gradient_norm"] = self.apply_gradients(rows)
         return figures
 
@@ -88,50 +93,61 @@ class Update:
         warming = self.step < config.critic_warmup_steps
         answers = record.answers.select(rows)
         width = answers.mask.shape[1]
-        old_logprobs, old_values, advantages, returns = (
-            tensor[rows, :width][answers.present] for tensor in (record.logprobs, record.values, record.advantages, record.returns)
-        )
         mask, targets = answers.mask[answers.present], answers.targets[answers.present]
+
+        def flat(tensor: Tensor) -> Tensor:
+            return tensor[rows, :width][answers.present]
+
+        old_logprobs, advantages = flat(record.logprobs), flat(record.advantages)
         with networks.autocast(), torch.set_grad_enabled(not warming):
             output = networks.policy_at(rows, answers, self.lower)
         with torch.set_grad_enabled(not warming):
             stats = token_stats(output.logits, targets, self.temperature, entropy=True, entropy_gradient=config.entropy_coef > 0)
         logprobs, entropy = stats.logprobs, stats.entropy
         assert entropy is not None
-        if networks.critic is None:
-            values = networks.model.v_head(output.states)
-        else:
-            with networks.autocast():
-                states = networks.critic_at(answers)
-            values = networks.critic.v_head(states)
-        loss_v, clipped_v = value_loss(values, old_values, returns, mask, config.cliprange_value, count=count)
         loss_p, clipped_p = policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange, dual_clip=config.dual_clip, count=count)
-        loss = config.vf_coef * loss_v
+        means, figures = {"policy/entropy": entropy}, {"loss/policy": loss_p, "policy/clipfrac": clipped_p}
+        checked, loss = logprobs, torch.zeros_like(loss_p)
+        if record.returns is not None:
+            assert record.values is not None
+            values, old_values, returns = self.values(output.states, answers), flat(record.values), flat(record.returns)
+            loss_v, clipped_v = value_loss(values, old_values, returns, mask, config.cliprange_value, count=count)
+            means |= {"val/vpred": values, "val/error": (values - returns).square()}
+            figures |= {"loss/value": loss_v, "val/clipfrac": clipped_v}
+            checked, loss = logprobs + values, config.vf_coef * loss_v
         if not warming:
             loss = loss + loss_p
             if config.entropy_coef > 0:
                 loss = loss - config.entropy_coef * masked_sum(entropy, mask) / count
+        if self.kl_loss_coef is not None:
+            figures["loss/kl"] = masked_sum(kl_per_token(logprobs, flat(record.ref_logprobs), "k3"), mask) / count
+            loss = loss + self.kl_loss_coef * figures["loss/kl"]
         bad = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         if not bool(torch.isfinite(loss)):
-            per_token = torch.zeros_like(answers.mask).masked_scatter_(answers.present, ~torch.isfinite(logprobs + values))
+            per_token = torch.zeros_like(answers.mask).masked_scatter_(answers.present, ~torch.isfinite(checked))
             bad = (per_token if bool(per_token.any()) else answers.present).any(1)
         elif loss.requires_grad:
             loss.backward()
         with torch.no_grad():
             moved = logprobs - old_logprobs
-            means = {
-                "policy/entropy": entropy,
+            means |= {
                 "policy/approxkl": 0.5 * moved.square(),
                 "policy/policykl": -moved,
                 "policy/ratio": moved.exp(),
                 "policy/advantages_mean": advantages,
-                "val/vpred": values,
-                "val/error": (values - returns).square(),
             }
-            figures = {name: masked_sum(tensor, mask) / count for name, tensor in means.items()}
-            figures |= {"policy/clipfrac": clipped_p, "val/clipfrac": clipped_v}
-            figures |= {"loss/policy": loss_p.detach(), "loss/value": loss_v.detach(), "loss/total": loss.detach()}
-        return figures, bad
+            figures |= {name: masked_sum(tensor, mask) / count for name, tensor in means.items()}
+        return {name: figure.detach() for name, figure in {**figures, "loss/total": loss}.items()}, bad
+
+    def values(self, states: Tensor, answers: Answers) -> Tensor:
+        """Values (N,) at the answers' places: of the head on the policy's `states` (N, D), or of the critic."""
+        critic, head = self.networks.critic, self.networks.model.v_head
+        if critic is not None:
+            head = critic.v_head
+            with self.networks.autocast():
+                states = self.networks.critic_at(answers)
+        values: Tensor = head(states)
+        return values
 
     def apply_gradients(self, rows: Tensor) -> float:
         """Sum gradients over processes, refuse non-finite ones, clip, and step; returns the norm before clipping."""

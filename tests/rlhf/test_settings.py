@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -35,9 +36,11 @@ def test_every_setting_is_read(section: type, root: Path) -> None:
 
 
 def test_the_trainer_reads_every_setting_of_its_own(root: Path) -> None:
-    code = "".join((root / "rlhf" / "ppo" / f"{name}.py").read_text() for name in ("trainer", "update", "loop", "logs", "config"))
+    code = "".join(
+        (root / "rlhf" / "ppo" / f"{name}.py").read_text() for name in ("trainer", "update", "estimators", "loop", "logs", "config")
+    )
     for_the_record = {"task_name", "model_name", "query_dataset", "reward_model"}
-    read = {name for name in trainer_settings() if re.search(rf"(config|self)\.{name}\b", code)}
+    read = {name for name in trainer_settings() if re.search(rf"(config|self|settings)\.{name}\b", code)}
     assert trainer_settings() - read == for_the_record
 
 
@@ -51,6 +54,20 @@ def test_a_section_becomes_the_trainers_settings() -> None:
     assert (config.batch_size, config.mini_batch_size, config.backward_batch_size) == (12, 3, 6)
     assert (config.lam, config.dual_clip, config.seed, config.classic_quirks) == (0.9, 2.0, 7, False)
     assert PPOConfig.from_params(PPOParams(model_name="x", batch_size=12), 0).mini_batch_size == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"advantage_estimator": "rloo"}, "compares answers to one prompt: samples_per_prompt 1 is less than 2"),
+        ({"samples_per_prompt": 7}, "batch_size 64 counts answers and is not divisible by samples_per_prompt 7"),
+        ({"advantage_estimator": "grpo", "samples_per_prompt": 4, "critic": "model"}, "critic: model: advantage_estimator grpo needs no"),
+        ({"use_score_norm": True}, "use_score_norm has no effect without use_score_scaling"),
+    ],
+)
+def test_a_section_whose_settings_do_not_fit_together_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PPOParams(model_name="x", **settings)
 
 
 def test_without_a_login_nothing_is_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from rlhf.critic_start import start_critic
 from rlhf.inputs import read_prompts
 from rlhf.ppo.metrics import METRICS
 from rlhf.ppo.models import with_value_head
-from rlhf.ppo.rollout import _Decoder
+from rlhf.ppo.rollout import Rollout, _Decoder
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.prompt_order import PromptOrder
 from rlhf.reward_pipelines.build import RewardPipeline
 from rlhf.reward_pipelines.model import TrainedRewardModel
@@ -95,7 +97,7 @@ def test_two_steps_end_to_end(run: Any, tmp_path: Path, policy_dir: Path, capsys
     assert abs(steps[0]["objective/kl"]) < 1e-4 and lines[0]["eval/kl"] == pytest.approx(0.0, abs=1e-4)
     logged = {name for line in lines for name in line} - {"step", "time"}
     parts = {f"{prefix}{name}" for prefix in ("reward/", "eval/reward/") for name in ("model", "model_raw")}
-    assert parts <= logged and logged - parts == set(METRICS) - {"reward/NAME", "eval/reward/NAME"}
+    assert parts <= logged and logged - parts == set(METRICS) - {"reward/NAME", "eval/reward/NAME", "ppo/loss/kl"}
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
     latest = tmp_path / "models" / "latest"
@@ -188,6 +190,35 @@ def test_a_critic_starts_on_the_scale_that_ppo_sees(run: Any, reward_dir: Path, 
     run(ppo_config__critic="model", reward_config={"pipeline": {"type": "sum", "members": [{"type": "repetition"}, inner]}})
     [(value, expected)] = seen
     assert value == pytest.approx(expected, abs=1e-5) and abs(value) > 1e-3
+
+
+VALUE_METRICS = {"ppo/loss/value"} | {name for name in METRICS if name.startswith(("ppo/val/", "ppo/returns/"))}
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo"])
+def test_answers_to_one_prompt_are_compared_without_a_critic(
+    run: Any, estimator: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps: list[Rollout] = []
+    original = PPOTrainer.step
+
+    def step(self: PPOTrainer, *arguments: Any, sampled: Rollout, **options: Any) -> Any:
+        steps.append(sampled)
+        return original(self, *arguments, sampled=sampled, **options)
+
+    monkeypatch.setattr(PPOTrainer, "step", step)
+    folder = run(ppo_config__advantage_estimator=estimator, ppo_config__samples_per_prompt=4, ppo_config__steps=None)
+    lines = [line for line in read_metrics(folder) if "objective/kl" in line]
+    assert len(lines) == 14  # 2 passes over 14 prompts, 2 in a batch
+    assert [line["train/epoch"] for line in lines][6::7] == [1.0, 2.0]
+    left_out = VALUE_METRICS | (set() if estimator == "grpo" else {"ppo/loss/kl"})
+    assert set(METRICS) & set(lines[0]) == {name for name in METRICS if not name.startswith(("eval/", "reward/"))} - left_out
+    for rollout in steps:
+        prompts = [tuple(query) for query in rollout.queries]
+        assert prompts == [prompts[0]] * 4 + [prompts[4]] * 4 and prompts[0] != prompts[4]
+        assert len({tuple(answer) for answer in rollout.responses}) > 2
+    assert not (folder / "best" / "value_head.safetensors").exists()
+    assert "14 PPO steps of 8 answers, 4 to each prompt" in capsys.readouterr().out
 
 
 def test_every_other_setting_runs(run: Any) -> None:
@@ -337,8 +368,6 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_directory(run: Any, tm
 def test_a_signal_saves_and_leaves_with_its_code(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from rlhf.ppo.trainer import PPOTrainer
-
     original = PPOTrainer.step
 
     def interrupted(self: PPOTrainer, *arguments: Any, **options: Any) -> Any:
@@ -377,12 +406,18 @@ def test_models_in_the_wrong_place_and_unknown_options_are_told_together(run: An
 def test_too_few_prompts_for_a_batch_are_refused(run: Any) -> None:
     with pytest.raises(UserError, match="14 prompts x global_epochs 2 make no batch of 64"):
         run(ppo_config__batch_size=64)
+    with pytest.raises(UserError, match=r"14 prompts x global_epochs 2 make no batch of 32 \(4 answers to each\)"):
+        run(ppo_config__batch_size=128, ppo_config__mini_batch_size=8, ppo_config__samples_per_prompt=4)
 
 
 def test_a_batch_larger_than_the_prompts_is_told(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"ppo_config__batch_size": 16, "ppo_config__mini_batch_size": 8}
     run("--validate", **changes)
     assert "note: ppo_config.batch_size 16 exceeds the 14 training prompts: within a batch prompts repeat" in capsys.readouterr().out
+    run("--validate", **changes, ppo_config__samples_per_prompt=2)
+    assert "repeat" not in capsys.readouterr().out
+    run("--validate", ppo_config__batch_size=32, ppo_config__samples_per_prompt=2, global_epochs=3)
+    assert "note: ppo_config.batch_size 32 / samples_per_prompt 2 exceeds the 14 training prompts" in capsys.readouterr().out
     run("--validate")
     assert "repeat" not in capsys.readouterr().out
 
@@ -416,6 +451,13 @@ def test_settings_that_never_act_are_told_in_a_line_each(run: Any, capsys: pytes
     assert f"{trackers} have no effect: ppo_config.log_with is null, not wandb" in text
     text = notes(ppo_config__init_kl_coef=0.0, ppo_config__critic="model", freeze_config={"freeze_emb": True}, ppo_config__log_with="wandb")
     assert "ppo_config.adap_kl_ctrl has no effect" in text and "freeze_config freezes the policy alone" in text
+    grouped = {"ppo_config__samples_per_prompt": 2, "ppo_config__use_score_scaling": True, "ppo_config__use_score_norm": True}
+    text = notes(ppo_config__advantage_estimator="rloo", ppo_config__lam=0.95, ppo_config__vf_coef=0.1, **grouped)
+    assert "ppo_config.lam, ppo_config.vf_coef have no effect: advantage_estimator rloo trains no value" in text
+    assert "ppo_config.use_score_norm has no effect: it cancels where rloo compares" in text
+    text = notes(ppo_config__advantage_estimator="grpo", **grouped)
+    assert "ppo_config.use_score_scaling, ppo_config.use_score_norm have no effect: they cancel where grpo compares" in text
+    assert "no effect" not in notes(ppo_config__advantage_estimator="grpo", ppo_config__score_clip=2.0, **grouped)
     with pytest.raises(UserError, match="critic_warmup_steps 2 leaves none of the run's 2 PPO steps"):
         run(ppo_config__critic_warmup_steps=2)
 
@@ -435,6 +477,31 @@ def test_prompt_order_uses_each_prompt_once_a_pass_whatever_the_number_of_proces
     ranks = [PromptOrder(7, 2, seed=1, world_size=2, rank=rank).batch(5) for rank in range(2)]
     assert ranks[0][0] + ranks[1][0] == alone.batch(5)[0]
     assert ranks[0][1] + ranks[1][1] == alone.batch(5)[1]
+
+
+def test_prompt_order_keeps_the_answers_to_a_prompt_together_in_one_process() -> None:
+    alone = PromptOrder(7, 12, seed=1, samples=3)
+    prompts, numbers = alone.batch(5)
+    assert prompts == [prompt for prompt in PromptOrder(7, 4, seed=1).batch(5)[0] for _ in range(3)]
+    assert numbers == list(range(12))
+    ranks = [PromptOrder(7, 6, seed=1, samples=3, world_size=2, rank=rank).batch(5) for rank in range(2)]
+    assert ranks[0][0] + ranks[1][0] == prompts and ranks[0][1] + ranks[1][1] == numbers
+
+
+def test_updates_that_end_early_or_are_skipped_are_told_with_their_step(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run(desc="stop", ppo_config__early_stopping=True, ppo_config__target_kl=1e-9, ppo_config__learning_rate=0.01)
+    stopped = [line["step"] for line in read_metrics(folder) if line.get("ppo/early_stopped")]
+    told = re.findall(r"^step (\d+): early stop, an update moved \S+ nats per token \(1.5 x target_kl = 1.5e-09\)$", errors(capsys), re.M)
+    assert stopped and [int(step) for step in told] == stopped
+    run(desc="skip", ppo_config__ratio_threshold=0.5)
+    skipped = [line for line in errors(capsys).splitlines() if "skipped" in line]
+    assert skipped == [f"step {step}: 4 updates skipped, their ratio exceeded the threshold" for step in (1, 2)]
+    run(desc="usual")
+    assert not re.search("early stop|skipped", errors(capsys))
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err
 
 
 def test_01_04_05_the_reward_model_reads_prompt_and_answer_and_no_batch(reward_dir: Path) -> None:
