@@ -286,11 +286,13 @@ def _given(argument: Any, own: Any, name: str) -> Any:
 
 
 def _sampling(generation: GenerateParams | Mapping[str, Any] | None) -> GenerateParams:
-    params = generation if isinstance(generation, GenerateParams) else PPOGeneration.model_validate(dict(generation or {}))
-    if not params.do_sample:
+    """Options of sampling, checked; `pad_token_id` is left out, since padding is told by position."""
+    if not isinstance(generation, GenerateParams):
+        generation = PPOGeneration.model_validate({name: value for name, value in (generation or {}).items() if name != "pad_token_id"})
+    if not generation.do_sample:
         raise UserError("generation: got do_sample false; PPO learns from different answers to a question, leave it true")
-    check_sampling_options(params, setting="generation")
-    return params
+    check_sampling_options(generation, setting="generation")
+    return generation
 
 
 def _room(model_config: Any, max_new_tokens: int) -> int:

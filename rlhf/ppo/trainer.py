@@ -1,7 +1,7 @@
 """The classic PPO step, `PPOTrainer.step(queries, responses, scores)`, on plain tensors.
 
 One step: log-probabilities and values of the answers, the reference's log-probabilities, KL-shaped rewards, advantages, then some
-epochs of clipped updates. Dropout is off throughout. It leaves out sampling in the loop, rewards and evaluation: `rlhf/training.py`.
+epochs of clipped updates. Dropout is off throughout. The loop around it stands in `loop.py`.
 """
 
 from __future__ import annotations

@@ -224,6 +224,14 @@ def test_a_reference_shares_the_layers_that_are_frozen(make_model: Any) -> None:
         assert (parameter is theirs[name]) is below is not parameter.requires_grad, name
 
 
+def test_a_reference_that_is_given_is_frozen_and_any_model(build: Build, make_model: Any, batch: Batch) -> None:
+    for reference in (make_model("gpt_neo", 1), AutoModelForCausalLMWithValueHead.from_pretrained(make_model("gpt_neo", 1))):
+        trainer = build(reference=reference.train())
+        assert trainer.ref_model is reference and not reference.training
+        assert not any(parameter.requires_grad for parameter in reference.parameters())
+        assert abs(trainer.step(*batch)["objective/kl"]) > 1e-3
+
+
 # --- sampling -------------------------------------------------------------------------------------------------------------------------
 
 

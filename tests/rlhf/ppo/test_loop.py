@@ -26,7 +26,7 @@ from rlhf.reward_pipelines.rules import LengthRule
 
 Build = Callable[..., PPOTrainer]
 QUESTIONS = [f"Is {number} a number?" for number in range(6)]
-SHORT = {"max_new_tokens": 3}
+SHORT = {"max_new_tokens": 3, "pad_token_id": 0}  # as classic scripts name a padding token
 
 
 def shorter(responses: list[str]) -> list[float]:
@@ -101,6 +101,18 @@ def test_the_trainers_own_dataset_reward_and_steps_serve_where_none_are_given(bu
     assert line["tokens/queries_len_mean"] == 2
 
 
+def test_a_column_that_some_rows_lack_is_none_there(build: Build) -> None:
+    seen: list[int | None] = []
+
+    def reward(responses: list[str], topic: list[int | None]) -> list[float]:
+        seen.extend(topic)
+        return [0.0] * len(responses)
+
+    rows = [{"prompt": "a?", "topic": 1}, {"prompt": "b?"}, "c?", {"prompt": "d?", "topic": 4}]
+    build().train(rows, reward=reward, generation=SHORT, steps=1)
+    assert sorted(seen, key=str) == [1, 4, None, None]
+
+
 def test_a_judge_that_needs_the_references_answers_gets_them(build: Build, reward_dir: Path) -> None:
     part = RewardComponent(type="model", model_name=str(reward_dir), normalise="reference")
     pipeline = build_pipeline(RewardSettings(pipeline=part))
@@ -110,8 +122,11 @@ def test_a_judge_that_needs_the_references_answers_gets_them(build: Build, rewar
 
 
 def test_penalties_and_the_temperature_reach_the_step(build: Build) -> None:
-    plain = build().train(QUESTIONS, reward=shorter, generation={**SHORT, "temperature": 2.0}, steps=1)[0]
-    assert plain["objective/kl"] == pytest.approx(0.0, abs=1e-4) and plain["ppo/policy/ratio"] == pytest.approx(1.0, abs=1e-5)
+    warm, cool = (
+        build().train(QUESTIONS, reward=shorter, generation={**SHORT, "temperature": temperature}, steps=1)[0] for temperature in (9.0, 0.1)
+    )
+    assert all(line["objective/kl"] == pytest.approx(0.0, abs=1e-4) for line in (warm, cool))
+    assert warm["ppo/policy/entropy"] > 5.5 > 1.0 > cool["ppo/policy/entropy"]  # log 280 = 5.63 at most
     line = build().train(QUESTIONS, reward=shorter, generation=SHORT, steps=1, length_penalty=2.0, missing_eos_penalty=100.0)[0]
     expected = line["train/score"] - 2.0 * line["tokens/responses_len_mean"] - 100.0 * (1 - line["train/eos_rate"])
     assert line["ppo/mean_scores"] == pytest.approx(expected, rel=1e-5)
