@@ -213,9 +213,9 @@ class Critic(nn.Module):
         return self.trunk.config
 
 
-def reference_copy(model: Any) -> Any:
-    """A frozen copy of the starting policy, adapters and all; parameters that do not train are shared, not copied."""
-    shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+def reference_copy(model: Any, *, share_frozen: bool = True) -> Any:
+    """A frozen copy of the policy as it is, adapters and all; parameters that do not train are shared with it unless told otherwise."""
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters() if share_frozen and not parameter.requires_grad}
     reference = copy.deepcopy(model, memo=dict(shared))
     for parameter in reference.parameters():
         parameter.requires_grad_(False)

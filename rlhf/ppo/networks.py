@@ -13,7 +13,7 @@ from rlhf.ppo.answers import Answers, Forward, Output, Trunk
 from rlhf.ppo.chunks import chunks
 from rlhf.ppo.kl import full_kl
 from rlhf.ppo.losses import token_stats
-from rlhf.ppo.models import Critic, ModelWithValueHead
+from rlhf.ppo.models import Critic, ModelWithValueHead, reference_copy
 from rlhf.ppo.rollout import Rollout
 
 Precision = Literal["no", "bf16"]
@@ -75,6 +75,7 @@ class Networks:
         self.critic_trunk = Trunk(critic.trunk, pack=pack) if critic is not None and not self.policy.encoder_decoder else None
         self.vocab = int(model.config.get_text_config().vocab_size)
         self.mixed_precision = mixed_precision
+        self._short_copy: tuple[ModelWithValueHead, Forward] | None = None
         self.lower = LowerLayers.find(self.policy.trunk.module) if cache_frozen_layers and self.policy.trunk is not None else None
         self.reference_lower = None
         if self.lower is not None and self.reference.trunk is not None:
@@ -89,6 +90,19 @@ class Networks:
         if self.mixed_precision == "no":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def sampler(self) -> tuple[ModelWithValueHead, Forward]:
+        """The policy to sample from: itself, or under `mixed_precision` a copy of its weights as they are now, in bfloat16."""
+        if self.mixed_precision == "no":
+            return self.model, self.policy
+        if self._short_copy is None:
+            copied = reference_copy(self.model, share_frozen=False)
+            for parameter in copied.pretrained_model.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
+            self._short_copy = copied, Forward(copied.pretrained_model, pack=False)
+        for short, parameter in zip(self._short_copy[0].parameters(), self.model.parameters(), strict=True):
+            short.data.copy_(parameter.data)
+        return self._short_copy
 
     def switch_off_dropout(self) -> None:
         """Eval mode for every network, whatever mode the caller left it in."""

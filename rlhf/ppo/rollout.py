@@ -22,7 +22,7 @@ from common.models.kv_cache import make_room
 from common.models.modes import evaluating
 from common.schema import GenerateParams
 from common.token_choice import TokenChooser
-from rlhf.ppo.answers import PADDING_ID, Forward
+from rlhf.ppo.answers import PADDING_ID, Forward, Output
 from rlhf.ppo.losses import token_stats
 from rlhf.ppo.models import ModelWithValueHead
 
@@ -183,10 +183,12 @@ class _Text:
         self.encoded: Any = None
         self.encoder_mask: Tensor | None = None
         model = forward.model
+        self.distinct, self.shared = _distinct(queries, device)
         if forward.encoder_decoder:
             encoder_ids, encoder_mask = (part.to(device) for part in right_pad(queries, PADDING_ID, pad_to))
             self.encoder_mask = encoder_mask.long()
-            self.encoded = model.get_encoder()(input_ids=encoder_ids, attention_mask=self.encoder_mask)
+            encoded = model.get_encoder()(input_ids=encoder_ids[self.distinct], attention_mask=self.encoder_mask[self.distinct])
+            self.encoded = type(encoded)(last_hidden_state=encoded.last_hidden_state[self.shared])
             queries = [[decoder_start(model.config)] for _ in queries]
             pad_to = None
         ids, mask = left_pad(queries, PADDING_ID, pad_to)
@@ -197,19 +199,28 @@ class _Text:
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Hidden states (B, D) and logits (B, V) after the text so far."""
-        new = slice(-1, None) if self.cache is not None else slice(None)
-        inputs: dict[str, Any] = {"use_cache": self.use_cache, "past_key_values": self.cache}
-        if self.encoded is not None:
-            inputs |= {"encoder_outputs": self.encoded, "attention_mask": self.encoder_mask, "decoder_input_ids": self.ids[:, new]}
-        else:
-            inputs |= {"input_ids": self.ids[:, new], "attention_mask": self.mask.long()}
-            if self.positions:
-                inputs["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, new]
-        output = self.forward(**inputs)
-        if self.use_cache and self.cache is None:
-            make_room(output.cache, self.room)
-        self.cache = output.cache if self.use_cache else None
+        if self.use_cache and self.cache is None:  # the prompts: those that are alike are read once
+            output = self._read(self.distinct, slice(None))
+            self.cache = output.cache
+            if len(self.distinct) < len(self.ids):
+                self.cache.batch_select_indices(self.shared)
+            make_room(self.cache, self.room)
+            return output.states[self.shared], output.logits[self.shared]
+        output = self._read(slice(None), slice(-1, None) if self.use_cache else slice(None))
         return output.states, output.logits
+
+    def _read(self, rows: Tensor | slice, new: slice) -> Output:
+        """A forward of the `new` columns of some rows."""
+        inputs: dict[str, Any] = {"use_cache": self.use_cache, "past_key_values": self.cache}
+        if self.encoded is not None and self.encoder_mask is not None:
+            encoded = type(self.encoded)(last_hidden_state=self.encoded.last_hidden_state[rows])
+            return self.forward(
+                **inputs, encoder_outputs=encoded, attention_mask=self.encoder_mask[rows], decoder_input_ids=self.ids[rows, new]
+            )
+        mask = self.mask[rows].long()
+        if self.positions:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, new]
+        return self.forward(**inputs, input_ids=self.ids[rows, new], attention_mask=mask)
 
     def append(self, tokens: Tensor) -> None:
         """One more token (B,) per row."""
@@ -224,6 +235,19 @@ class _Text:
         if self.encoded is not None and self.encoder_mask is not None:
             self.encoded = type(self.encoded)(last_hidden_state=self.encoded.last_hidden_state[rows])
             self.encoder_mask = self.encoder_mask[rows]
+
+
+def _distinct(queries: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first row of each different prompt (P,), and for every row which of those it is (B,)."""
+    numbers: dict[tuple[int, ...], int] = {}
+    first: list[int] = []
+    shared: list[int] = []
+    for row, query in enumerate(queries):
+        number = numbers.setdefault(tuple(query), len(numbers))
+        if number == len(first):
+            first.append(row)
+        shared.append(number)
+    return torch.tensor(first, device=device), torch.tensor(shared, device=device)
 
 
 def _takes_positions(forward: Forward) -> bool:

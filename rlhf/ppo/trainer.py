@@ -194,7 +194,7 @@ class PPOTrainer:
             asked = queries[begin : begin + part]
             rows = range(first + begin, first + begin + len(asked))
             options: dict[str, Any] = {"seed": self.config.seed, "step": self.steps_done, "rows": rows, "batch_size": batch_size}
-            networks = ((self.model, self.policy), (self.ref_model, self.networks.reference))
+            networks = (self.networks.sampler(), (self.ref_model, self.networks.reference))
             for answers, (model, forward) in zip(results, networks, strict=False):
                 rollout = collect_rollout(model, self.tokenizer, asked, params, forward=forward, **options)
                 for query, response in zip(asked, rollout.responses, strict=True):
@@ -205,7 +205,8 @@ class PPOTrainer:
 
     def rollout(self, queries: Sequence[Sequence[int]], params: GenerateParams, **options: Any) -> Rollout:
         """`collect_rollout` of the policy; options are its keyword arguments."""
-        return collect_rollout(self.model, self.tokenizer, queries, params, forward=self.policy, **options)
+        model, forward = self.networks.sampler()
+        return collect_rollout(model, self.tokenizer, queries, params, forward=forward, **options)
 
     @torch.no_grad()
     def sampled_kl(self, rollout: Rollout, temperature: float = 1.0) -> list[float]:
