@@ -33,8 +33,12 @@ def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, penalty: KLPenalty = "k
 
 
 def full_kl(all_logprobs: Tensor, ref_all_logprobs: Tensor) -> Tensor:
-    """Exact KL(policy || reference) per token, summed over the vocabulary: (..., V) twice -> (...). Never negative."""
-    return (all_logprobs.exp() * (all_logprobs - ref_all_logprobs)).sum(-1)
+    """Exact KL(policy || reference) per token, summed over the vocabulary: (..., V) twice -> (...). Never negative.
+
+    Tokens that cannot come (log-probability -inf) add nothing.
+    """
+    probabilities = all_logprobs.exp()
+    return torch.where(probabilities > 0, probabilities * (all_logprobs - ref_all_logprobs), 0.0).sum(-1)
 
 
 def adapted_kl_coef(coef: float, kl: float, target: float, answers: int, horizon: float) -> float:

@@ -134,6 +134,8 @@ class Networks:
         `full`: the KL over the vocabulary, too; `values`: whether the estimator reads values (else they are 0).
         """
         kept = self.kept_logprobs(answers, sampled)
+        if values and self.critic is None and sampled is not None and sampled.values is None:
+            kept = None  # sampled from a model without value head: the forward that gives the values gives both
         logprobs, ref_logprobs, critic_values, kl = (torch.zeros(answers.mask.shape, device=answers.ids.device) for _ in range(4))
         if kept is not None:
             assert sampled is not None

@@ -312,13 +312,13 @@ class PPOTrainer:
     @torch.no_grad()
     def _prepare(self, answers: Answers, scores: Tensor, temperature: float, sampled: Rollout | None) -> tuple[StepRecord, Update]:
         config, estimator, reduce, mask = self.config, self.estimator, self.runtime.sum, answers.mask
-        scores = transform_scores(
-            scores, self.moments, scale=config.use_score_scaling, centre=config.use_score_norm, clip=config.score_clip, reduce=reduce
-        )
         passes = self.networks.passes(answers, temperature, sampled, full=config.kl_penalty == "full", values=estimator.reads_values)
         logprobs, ref_logprobs, values = passes.logprobs, passes.ref_logprobs, passes.values
         for name, tensor in (("log-probabilities", logprobs), ("the reference's log-probabilities", ref_logprobs), ("values", values)):
             self._refuse_rows(name, ~torch.isfinite(tensor))
+        scores = transform_scores(
+            scores, self.moments, scale=config.use_score_scaling, centre=config.use_score_norm, clip=config.score_clip, reduce=reduce
+        )
         kl = kl_per_token(logprobs, ref_logprobs, config.kl_penalty) if passes.full_kl is None else passes.full_kl
         rewards, non_score = kl_shaped_rewards(scores, kl, mask, 0.0 if estimator.kl_in_loss else self.kl_coef)
         shaped = rewards
@@ -407,8 +407,9 @@ def _check_arguments(
             f"model: got {type(model).__name__}, expected AutoModelForCausalLMWithValueHead.from_pretrained(…) or, for encoder-decoders, "
             "AutoModelForSeq2SeqLMWithValueHead.from_pretrained(…); both take a name, a directory or a model"
         )
-    if ref_model is model:
-        raise ValueError("ref_model is model itself, which would change with it; leave it out for a frozen copy")
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if ref_model is not None and any(id(parameter) in trained for parameter in ref_model.parameters()):
+        raise ValueError("ref_model holds weights that model trains, so that it would change with it; leave it out for a frozen copy")
     if ref_model is not None and num_shared_layers is not None:
         raise ValueError("num_shared_layers shares layers with the copy that is made without ref_model; leave one of them out")
     if training_data_collator is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import tensor
 
 from common.launch.runtime import Runtime
-from rlhf.ppo import PPOTrainer
+from rlhf.ppo import NonFiniteError, PPOTrainer
 from rlhf.ppo.kl import KLPenalty, adapted_kl_coef, full_kl, kl_per_token
 from rlhf.ppo.rewards import RunningMoments, kl_shaped_rewards, transform_scores
 
@@ -216,3 +216,13 @@ def test_19_the_running_figures_survive_a_resume(build: Build, batch: Any) -> No
     seen = torch.tensor([*batch.scores, 9.0, -2.0, 4.0, 5.0], dtype=torch.float64)
     by_hand = (seen[4:] - seen.mean()) / seen.std()
     torch.testing.assert_close(straight.double(), by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_a_refused_step_leaves_the_running_figures_alone(build: Build, batch: Any) -> None:
+    trainer = build(use_score_scaling=True)
+    trainer.step(*batch)
+    before = vars(trainer.moments).copy()
+    trainer.model.v_head.summary.bias.data.fill_(torch.nan)
+    with pytest.raises(NonFiniteError):
+        trainer.step(*batch)
+    assert vars(trainer.moments) == before and before["count"] == pytest.approx(4)

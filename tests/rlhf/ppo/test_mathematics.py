@@ -63,6 +63,8 @@ def test_17_kl_estimators_by_hand() -> None:
 def test_17_full_kl_sums_over_the_vocabulary() -> None:
     policy, ref = tensor([0.75, 0.25]), tensor([0.5, 0.5])
     close(full_kl(policy.log(), ref.log()), 0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    never = tensor([0.0])  # a token that cannot come
+    close(full_kl(torch.cat([policy, never]).log(), torch.cat([ref, never]).log()), 0.75 * math.log(1.5) + 0.25 * math.log(0.5))
 
 
 def test_17_k2_k3_and_full_are_never_negative() -> None:

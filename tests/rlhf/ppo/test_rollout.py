@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.evaluation.generate import generate_answers
 from common.schema import GenerateParams
 from common.token_choice import TokenChooser
+from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ppo.answers import Forward, gather_answers
 from rlhf.ppo.losses import token_stats
 from rlhf.ppo.models import with_value_head
@@ -59,6 +60,17 @@ def test_12_kept_logprobs_and_values_equal_a_full_forward(kind: str, make_model:
     torch.testing.assert_close(rollout.logprobs, logprobs, rtol=1e-5, atol=1e-5)
     assert rollout.values is not None
     torch.testing.assert_close(rollout.values, values, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rollout_without_values_leaves_them_to_the_step(make_model: MakeModel, tokenizer: Any) -> None:
+    model = policy_of(make_model, "gpt2")
+    rollout = sample(model.pretrained_model, tokenizer)
+    assert rollout.values is None
+    trainer = PPOTrainer(PPOConfig(batch_size=6, mini_batch_size=6, ppo_epochs=1), model, tokenizer=tokenizer)
+    _, values = recomputed(model, rollout)
+    trainer.step(rollout.queries, rollout.responses, [0.0] * 6, temperature=rollout.temperature, sampled=rollout)
+    assert trainer.record is not None and trainer.record.values is not None and float(values.abs().max()) > 0.01
+    torch.testing.assert_close(trainer.record.values, values, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gpt_neo", "gpt2", "llama", "t5"])
