@@ -112,6 +112,11 @@ class PPOParams(Section):
         True,
         description="Run frozen layers below the lowest trained one once per batch, not in every epoch; costs memory for their states.",
     )
+    static_decoding: bool = Field(
+        True,
+        description="Launch a decoding step as one CUDA graph, on a GPU and for causal models that can; costs memory for a second cache. "
+        "Needs `use_cache`.",
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward.")
     lora: LoraSettings | None = Field(None, description="LoRA adapters; excludes `freeze_config`.")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from common.collate import right_pad
 from common.models.backbone import decoder_start
 from common.models.lower_layers import LowerLayers
 from common.models.packed import can_pack, line_positions, packed_line
+
+if TYPE_CHECKING:
+    from rlhf.ppo.static_decoding import StaticDecoding
 
 PADDING_ID = 0
 """What fills padding; any id would do, since nothing reads it."""
@@ -201,6 +204,8 @@ class Forward:
         self.head: nn.Module | None = self.model.get_output_embeddings()
         module: nn.Module | None = None if self.encoder_decoder else getattr(self.model, prefix, None)
         self.trunk = Trunk(module, pack=pack) if module is not None and self._splits(module) else None
+        self.static: StaticDecoding | None = None
+        """How sampling runs its steps, where not as plain forwards."""
 
     def _splits(self, trunk: nn.Module) -> bool:
         """Whether the logits are the output layer of the last hidden states and nothing else (no cap, no scale)."""

@@ -67,6 +67,8 @@ class PPOConfig:
     """Read prompts and answers one behind the other instead of padding them; on a CPU, for models that can (most causal ones)."""
     cache_frozen_layers: bool = True
     """Run the layers below the lowest trained one once per batch, not in every epoch; costs their states of the batch in memory."""
+    static_decoding: bool = True
+    """Launch a decoding step as one CUDA graph; on a GPU, for causal models that can (see `rlhf.ppo.static_decoding`)."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward."""
     seed: int = 0

@@ -15,6 +15,7 @@ from rlhf.ppo.kl import full_kl
 from rlhf.ppo.losses import token_stats
 from rlhf.ppo.models import Critic, ModelWithValueHead, reference_copy
 from rlhf.ppo.rollout import Rollout
+from rlhf.ppo.static_decoding import StaticDecoding
 
 Precision = Literal["no", "bf16"]
 
@@ -67,14 +68,17 @@ class Networks:
         mixed_precision: Precision = "no",
         cache_frozen_layers: bool = True,
         pack: bool = True,
+        static_decoding: bool = False,
     ) -> None:
-        """`pack`: read batches without padding, where a model can."""
+        """`pack`: read batches without padding, where a model can. `static_decoding`: sample as `rlhf.ppo.static_decoding` does, too."""
         plain = ref_model.pretrained_model if isinstance(ref_model, ModelWithValueHead) else ref_model
         self.model, self.ref_model, self.critic = model, ref_model, critic
         self.policy, self.reference = (Forward(network, pack=pack) for network in (model.pretrained_model, plain))
         self.critic_trunk = Trunk(critic.trunk, pack=pack) if critic is not None and not self.policy.encoder_decoder else None
         self.vocab = int(model.config.get_text_config().vocab_size)
-        self.mixed_precision = mixed_precision
+        self.mixed_precision, self.static_decoding = mixed_precision, static_decoding
+        if mixed_precision == "no":
+            self._decode_statically(self.policy)
         self._short_copy: tuple[ModelWithValueHead, Forward] | None = None
         self.lower = LowerLayers.find(self.policy.trunk.module) if cache_frozen_layers and self.policy.trunk is not None else None
         self.reference_lower = None
@@ -100,9 +104,14 @@ class Networks:
             for parameter in copied.pretrained_model.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
             self._short_copy = copied, Forward(copied.pretrained_model, pack=False)
+            self._decode_statically(self._short_copy[1])
         for short, parameter in zip(self._short_copy[0].parameters(), self.model.parameters(), strict=True):
             short.data.copy_(parameter.data)
         return self._short_copy
+
+    def _decode_statically(self, forward: Forward) -> None:
+        if self.static_decoding:
+            forward.static = StaticDecoding.find(forward)
 
     def switch_off_dropout(self) -> None:
         """Eval mode for every network, whatever mode the caller left it in."""

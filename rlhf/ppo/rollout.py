@@ -25,6 +25,7 @@ from common.token_choice import TokenChooser
 from rlhf.ppo.answers import PADDING_ID, Forward, Output
 from rlhf.ppo.losses import token_stats
 from rlhf.ppo.models import ModelWithValueHead
+from rlhf.ppo.static_decoding import StaticStep
 
 COMPACT_BELOW = 0.8
 """Rows that ended are dropped once so few are left; each drop copies the cache."""
@@ -158,7 +159,7 @@ class _Decoder:
             if left == 0 or position == steps - 1:
                 break
             text.append(chosen)
-            if left <= COMPACT_BELOW * len(places):
+            if left <= COMPACT_BELOW * len(places) and text.step is None:
                 text.keep(alive)
                 places, alive = places[alive], alive[alive]
         return tokens, logprobs, values, lengths, ended
@@ -180,6 +181,7 @@ class _Text:
         """`room`: tokens that may be written."""
         self.forward, self.use_cache, self.room = forward, use_cache, room
         self.cache: Any = None
+        self.step: StaticStep | None = None
         self.encoded: Any = None
         self.encoder_mask: Tensor | None = None
         model = forward.model
@@ -202,10 +204,17 @@ class _Text:
         if self.use_cache and self.cache is None:  # the prompts: those that are alike are read once
             output = self._read(self.distinct, slice(None))
             self.cache = output.cache
+            if self.forward.static is not None:
+                self.step = self.forward.static.begin(self.cache, self.shared, self.mask, self.room)
+                self.cache = self.step.cache
+                return output.states[self.shared], output.logits[self.shared]
             if len(self.distinct) < len(self.ids):
                 self.cache.batch_select_indices(self.shared)
             make_room(self.cache, self.room)
             return output.states[self.shared], output.logits[self.shared]
+        if self.step is not None:
+            output = self.step(self.ids[:, -1])
+            return output.states, output.logits
         output = self._read(slice(None), slice(-1, None) if self.use_cache else slice(None))
         return output.states, output.logits
 

@@ -110,6 +110,7 @@ class PPOTrainer:
             cache_frozen_layers=self.config.cache_frozen_layers,
             # Recomputing happens in backward, which no longer knows the texts of a line; on a GPU each text would start kernels of its own.
             pack=self.config.padding_free and not self.recomputes and self.runtime.device.type == "cpu",
+            static_decoding=self.config.static_decoding and self.runtime.device.type == "cuda",
         )
         self.policy = self.networks.policy
         trained = nn.ModuleList([model] if critic is None else [model, critic])
