@@ -47,6 +47,7 @@ from benchmarks.synthetic import (
     phase_seconds,
     print_result,
     result,
+    vocabulary,
 )
 from common.checkpoint import new_manifest
 from common.freezing import apply_freezing
@@ -140,10 +141,10 @@ class Measured(NamedTuple):
 def measure(options: argparse.Namespace, folder: Path) -> Measured:
     """Run the iterations; metrics go to `folder`."""
     torch.set_num_threads(options.threads)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(vocabulary(options.size))
     trainer = build_trainer(options, tokenizer)
     manifest = new_manifest("reward_classification", tokenizer, readout={"name": "last_token"})
-    scorer = RewardScorer(build_reward_model(options), tokenizer=tokenizer, manifest=manifest)
+    scorer = RewardScorer(build_reward_model(options), device=trainer.current_device, tokenizer=tokenizer, manifest=manifest)
     generation = GenerateParams(max_new_tokens=options.new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     prompts = build_prompts(options.batch * (options.warmup + options.iters))
     start_rss = peak_rss_mib()

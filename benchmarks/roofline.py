@@ -35,8 +35,8 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from benchmarks.ppo import measure, parse
-from benchmarks.synthetic import SIZES, VOCABULARY, WINDOW
+from benchmarks.ppo import Measured, measure, parse
+from benchmarks.synthetic import SIZES, WINDOW, vocabulary
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def trunk_work(phase: str, size: str, rows: int, tokens: int, passes: int = 1, t
 def output_work(phase: str, size: str, rows: int, tokens: int, passes: int = 1, trained: bool = False) -> Work:
     """The output layer: 2 D V FLOP per answer token and pass."""
     hidden = SIZES[size][0]
-    return Work(phase, rows, hidden, VOCABULARY, 2.0 * hidden * VOCABULARY * tokens * passes, trained)
+    return Work(phase, rows, hidden, vocabulary(size), 2.0 * hidden * vocabulary(size) * tokens * passes, trained)
 
 
 def count_work(options: argparse.Namespace, lengths: Sequence[tuple[int, int]]) -> tuple[list[Work], dict[str, float]]:
@@ -102,12 +102,12 @@ def count_work(options: argparse.Namespace, lengths: Sequence[tuple[int, int]]) 
     return work, {"generate": writing, "score": 2 * forward, "train": 3 * epochs * forward}
 
 
-def rate(work: Work, dtype: torch.dtype, repeats: int) -> float:
+def rate(work: Work, dtype: torch.dtype, repeats: int, device: str = "cpu") -> float:
     """FLOP per second of plain products of this shape, the quickest of `repeats` each; with the backward pass, of the three together."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     states, weight = random(work.rows, work.inputs), random(work.outputs, work.inputs)
     products: list[Callable[[], Tensor]] = [lambda: states @ weight.T]
@@ -122,7 +122,9 @@ def quickest(run: Callable[[], Tensor], repeats: int) -> float:
     best = float("inf")
     for _ in range(repeats + 1):  # the first one only warms up
         begun = time.perf_counter()
-        run()
+        on_gpu = run().is_cuda
+        if on_gpu:
+            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begun)
     return best
 
@@ -146,18 +148,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"| {work.phase} | {work.rows} | {work.inputs} | {work.outputs} | {passes} | {single / 1e9:.1f} | {half / 1e9:.1f} |")
     used = rates[torch.bfloat16 if options.bf16 else torch.float32]
     print("\n| phase | GFLOP | seconds | GFLOP/s | bound s | share |\n|---|---|---|---|---|---|")
-    totals = [0.0, 0.0, 0.0]
+    for phase, flop, seconds, bound in bounds(found, counted, used):
+        print(phase_line(phase, flop, seconds, bound))
+    return 0
+
+
+def bounds(
+    found: Measured, counted: Sequence[tuple[list[Work], dict[str, float]]], rates: Sequence[float]
+) -> list[tuple[str, float, float, float]]:
+    """(phase, FLOP, seconds, seconds that the FLOP take at least), the last of all phases; `rates`: of each product."""
+    rows = []
     for phase in ("generate", "score", "train"):
         flop = fmean(sum(work.flop for work in works if work.phase == phase) + attention[phase] for works, attention in counted)
         bound = fmean(
-            sum(work.flop / speed for work, speed in zip(works, used, strict=True) if work.phase == phase) + attention[phase] / max(used)
+            sum(work.flop / speed for work, speed in zip(works, rates, strict=True) if work.phase == phase) + attention[phase] / max(rates)
             for works, attention in counted
         )
-        seconds = median(figures[phase] for figures in found.iterations)
-        totals = [total + part for total, part in zip(totals, (flop, seconds, bound), strict=True)]
-        print(phase_line(phase, flop, seconds, bound))
-    print(phase_line("total", *totals))
-    return 0
+        rows.append((phase, flop, median(figures[phase] for figures in found.iterations), bound))
+    flops, seconds, least = (sum(row[column] for row in rows) for column in (1, 2, 3))
+    return [*rows, ("total", flops, seconds, least)]
 
 
 def phase_line(phase: str, flop: float, seconds: float, bound: float) -> str:

@@ -26,16 +26,20 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM, GPTNeoForSequenceClass
 PAD, EOS, BOS = 0, 1, 2
 VOCABULARY = 4096
 WINDOW = 64
-SIZES = {"xs": (128, 2, 4), "s": (256, 8, 8), "m": (512, 12, 8)}
-"""Hidden size, layers, heads: 1.0, 7.5 and 40.1 million parameters."""
+SIZES = {"xs": (128, 2, 4), "s": (256, 8, 8), "m": (512, 12, 8), "125m": (768, 12, 12), "1b": (2048, 18, 16)}
+"""Hidden size, layers, heads: 1.0, 7.5 and 40.1 million parameters; with GPT-Neo's vocabulary 124 million and 1.01 billion."""
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "lightning", "pytorch-lightning", "datasets", "tokenizers")
+
+
+def vocabulary(size: str) -> int:
+    return 50257 if size in ("125m", "1b") else VOCABULARY
 
 
 def gpt_neo_config(size: str, **fields: Any) -> GPTNeoConfig:
     """Global and local attention in turn, no dropout, 512 positions."""
     hidden, layers, heads = SIZES[size]
     return GPTNeoConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary(size),
         hidden_size=hidden,
         num_layers=layers,
         num_heads=heads,
@@ -62,9 +66,9 @@ def build_policy(size: str, *, seed: int = 0, eos_hazard: float = 0.0) -> GPTNeo
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, EOS
     if eos_hazard:
         # Logits of other tokens are N(0, variance), since the norm's output has variance 1 and rows have a deviation of 0.02. So the
-        # mean of exp(logit) over them is exp(variance / 2), and EOS needs odds of hazard / (1 - hazard) against VOCABULARY of them.
+        # mean of exp(logit) over them is exp(variance / 2), and EOS needs odds of hazard / (1 - hazard) against the vocabulary's size.
         variance = model.config.hidden_size * 0.02**2
-        logit = math.log(eos_hazard / (1 - eos_hazard) * VOCABULARY) + variance / 2
+        logit = math.log(eos_hazard / (1 - eos_hazard) * vocabulary(size)) + variance / 2
         constant = 4.0
         with torch.no_grad():
             rows, norm = model.transformer.wte.weight, model.transformer.ln_f
@@ -90,10 +94,10 @@ def build_prompts(count: int, *, seed: int = 0, shortest: int = 16, longest: int
     return [[tokens.randrange(BOS + 1, VOCABULARY) for _ in range(size)] for size in sizes]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(words: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """One word per id, `w17` for 17."""
-    words = {"<pad>": PAD, "<eos>": EOS, "<bos>": BOS, **{f"w{number}": number for number in range(BOS + 1, VOCABULARY)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    ids = {"<pad>": PAD, "<eos>": EOS, "<bos>": BOS, **{f"w{number}": number for number in range(BOS + 1, words)}}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
 
