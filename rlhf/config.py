@@ -209,6 +209,9 @@ class RewardComponent(Section):
 class RewardSettings(Section):
     reward_model_name: ModelName | None = Field(None, description="Reward model directory (any tokenizer).")
     batch_size: PositiveInt = Field(32, description="Answers scored at once.")
+    model_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Type the reward models' weights are loaded in; `bfloat16` is faster and moves scores by about 1 %."
+    )
     pipeline: RewardComponent | None = Field(None, description="Reward built of parts, instead of `reward_model_name` alone.")
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,36 +20,54 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "packed_texts"
-_lengths: ContextVar[tuple[int, ...] | None] = ContextVar("lengths of the texts in the line", default=None)
+_line: ContextVar[_Line | None] = ContextVar("the line that is being computed", default=None)
 # What attention may be told besides; another model's own ideas (a cap on logits, sinks, biases) are not computed here.
 _UNDERSTOOD = {"is_causal", "sliding_window", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
 
 
+@dataclass
+class _Line:
+    lengths: tuple[int, ...]
+    attended: int = 0
+
+
 def texts_in_line() -> tuple[int, ...] | None:
     """Lengths of the texts of the line that is being computed; None outside `packed_line`."""
-    return _lengths.get()
+    line = _line.get()
+    return None if line is None else line.lengths
 
 
 @contextmanager
 def packed_line(trunk: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
-    """Inside, the trunk reads an input (1, N) as texts of these lengths."""
+    """Inside, the trunk reads an input (1, N) as texts of these lengths.
+
+    Raises RuntimeError where no layer kept them apart: the model's attention is no longer the one that was tried.
+    """
     config: Any = trunk.config
     usual = config._attn_implementation
-    token = _lengths.set(tuple(lengths))
+    line = _Line(tuple(lengths))
+    token = _line.set(line)
     config._attn_implementation = NAME
     try:
         yield
     finally:
         config._attn_implementation = usual
-        _lengths.reset(token)
+        _line.reset(token)
+    if not line.attended:
+        raise RuntimeError(f"the attention of {type(trunk).__name__} read texts in a line as one; was it exchanged after the trial?")
 
 
 def attend_to_own_text(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, window: int | None = None, dropout: float = 0.0
 ) -> Tensor:
     """Causal attention within each text of the line: (1, heads, N, d) -> (1, N, heads, d). `window`: keys that a query sees at most."""
-    lengths = texts_in_line()
-    assert lengths is not None
+    line = _line.get()
+    assert line is not None
+    line.attended += 1
+    lengths = line.lengths
+    short = query.dtype
+    if short == torch.bfloat16 and query.device.type == "cpu":
+        query, key, value = query.float(), key.float(), value.float()  # the backward of the CPU's kernel is slower in bfloat16
     mixed = []
     for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True):
         near = _window_mask(q.shape[2], window, q.device) if window is not None and q.shape[2] > window else None
@@ -56,7 +75,7 @@ def attend_to_own_text(
             q, k, v, attn_mask=near, is_causal=near is None, scale=scale, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
         )
         mixed.append(text.transpose(1, 2))
-    return torch.cat(mixed, dim=1)
+    return torch.cat(mixed, dim=1).to(short)
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
@@ -92,7 +111,8 @@ def can_pack(trunk: nn.Module) -> bool:
     """Whether a causal trunk gives texts in a line the states that it gives them in padded rows."""
     if "position_ids" not in inspect.signature(trunk.forward).parameters:
         return False
-    ids = torch.arange(1, 11, device=next(trunk.parameters()).device).reshape(2, 5)
+    vocabulary: Any = trunk.get_input_embeddings()  # type: ignore[operator]
+    ids = torch.arange(10, device=next(trunk.parameters()).device).reshape(2, 5) % vocabulary.num_embeddings
     lengths = (5, 3)
     line = torch.cat([row[:length] for row, length in zip(ids, lengths, strict=True)])[None]
     with torch.no_grad():

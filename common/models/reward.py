@@ -20,6 +20,7 @@ from common.models.backbone import RewardBatch, RewardInput, as_reward_input, ba
 from common.models.kinds import backbone_kind, positions_of
 from common.models.load import Dtype, check_vocabulary, load_backbone, load_sequence_classifier, load_tokenizer
 from common.models.modes import evaluating
+from common.models.prepacked import prepacked
 from common.models.readouts import LastToken, build_readout
 from common.records import Prompt
 from common.schema import Section
@@ -258,7 +259,7 @@ class RewardScorer:
         """Raw scores of tokenized rows, in their order; rows of like length are scored together."""
         order = sorted(range(len(rows)), key=lambda index: rows[index].length)
         scores = [0.0] * len(rows)
-        with evaluating(self.model), torch.inference_mode():
+        with evaluating(self.model), torch.inference_mode(), prepacked(self.model):
             for start in range(0, len(order), self.batch_size):
                 chunk = order[start : start + self.batch_size]
                 batch = collate_rewards([rows[index] for index in chunk], self.tokenizer.pad_token_id).to(self.device)

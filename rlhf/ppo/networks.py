@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.models.lower_layers import LowerLayers
+from common.models.prepacked import prepacked
 from rlhf.ppo.answers import Answers, Forward, Output, Trunk
 from rlhf.ppo.chunks import chunks
 from rlhf.ppo.kl import full_kl
@@ -18,6 +19,8 @@ from rlhf.ppo.rollout import Rollout
 from rlhf.ppo.static_decoding import StaticDecoding
 
 Precision = Literal["no", "bf16"]
+EXACT = (torch.float32,)
+"""Types in which prepacked weights give the update's own numbers; in shorter ones the first ratio would no longer be 1."""
 
 
 class Passes(NamedTuple):
@@ -129,11 +132,12 @@ class Networks:
     def logprobs(self, forward: Forward, answers: Answers, temperature: float) -> Tensor:
         """Log-probabilities (B, T) of the answers, 0 outside them."""
         logprobs = torch.zeros(answers.mask.shape, device=answers.ids.device)
-        for rows in self.chunks(torch.arange(len(answers), device=answers.ids.device), answers):
-            part = answers.select(rows)
-            with self.autocast():
-                logits = forward.at_answers(part).logits
-            _scatter(logprobs, rows, part.present, token_stats(logits, part.targets[part.present], temperature).logprobs)
+        with prepacked(forward.model, dtypes=EXACT):
+            for rows in self.chunks(torch.arange(len(answers), device=answers.ids.device), answers):
+                part = answers.select(rows)
+                with self.autocast():
+                    logits = forward.at_answers(part).logits
+                _scatter(logprobs, rows, part.present, token_stats(logits, part.targets[part.present], temperature).logprobs)
         return logprobs
 
     @torch.no_grad()
@@ -152,25 +156,27 @@ class Networks:
             if sampled.values is not None and values and self.critic is None:
                 critic_values.copy_(sampled.values[:, : critic_values.shape[1]])
         lower = LowerStates(self.lower, answers) if self.lower is not None else None
-        for rows in self.chunks(torch.arange(len(answers), device=answers.ids.device), answers):
-            part = answers.select(rows)
-            targets = part.targets[part.present]
-            with self.autocast():
-                if lower is not None and self.policy.trunk is not None:
-                    lower.put(rows, self.policy.trunk.below(part, lower.layers))
-                ref_logits = self._run(self.reference, self.reference_lower, rows, part, lower).logits
-                output = self.policy_at(rows, part, lower) if kept is None or full else None
-                critic_states = self.critic_at(part) if self.critic is not None and values else None
-            if self.critic is not None and critic_states is not None:
-                _scatter(critic_values, rows, part.present, self.critic.v_head(critic_states))
-            _scatter(ref_logprobs, rows, part.present, token_stats(ref_logits, targets, temperature).logprobs)
-            if output is not None and full:
-                both = [(logits.float() / temperature).log_softmax(-1) for logits in (output.logits, ref_logits)]
-                _scatter(kl, rows, part.present, full_kl(*both))
-            if output is not None and kept is None:
-                _scatter(logprobs, rows, part.present, token_stats(output.logits, targets, temperature).logprobs)
-                if self.critic is None and values:
-                    _scatter(critic_values, rows, part.present, self.model.v_head(output.states))
+        runs = [self.policy.model] if kept is None or full or lower is not None else []
+        with prepacked(self.reference.model, *runs, *([self.critic] if self.critic is not None and values else []), dtypes=EXACT):
+            for rows in self.chunks(torch.arange(len(answers), device=answers.ids.device), answers):
+                part = answers.select(rows)
+                targets = part.targets[part.present]
+                with self.autocast():
+                    if lower is not None and self.policy.trunk is not None:
+                        lower.put(rows, self.policy.trunk.below(part, lower.layers))
+                    ref_logits = self._run(self.reference, self.reference_lower, rows, part, lower).logits
+                    output = self.policy_at(rows, part, lower) if kept is None or full else None
+                    critic_states = self.critic_at(part) if self.critic is not None and values else None
+                if self.critic is not None and critic_states is not None:
+                    _scatter(critic_values, rows, part.present, self.critic.v_head(critic_states))
+                _scatter(ref_logprobs, rows, part.present, token_stats(ref_logits, targets, temperature).logprobs)
+                if output is not None and full:
+                    both = [(logits.float() / temperature).log_softmax(-1) for logits in (output.logits, ref_logits)]
+                    _scatter(kl, rows, part.present, full_kl(*both))
+                if output is not None and kept is None:
+                    _scatter(logprobs, rows, part.present, token_stats(output.logits, targets, temperature).logprobs)
+                    if self.critic is None and values:
+                        _scatter(critic_values, rows, part.present, self.model.v_head(output.states))
         return Passes(logprobs, ref_logprobs, critic_values, kl if full else None, lower)
 
     def policy_at(self, rows: Tensor, part: Answers, lower: LowerStates | None) -> Output:

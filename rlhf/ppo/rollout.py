@@ -20,6 +20,7 @@ from common.decoding import check_positions, eos_ids, holds_stop, read_answers
 from common.models.backbone import decoder_start
 from common.models.kv_cache import make_room
 from common.models.modes import evaluating
+from common.models.prepacked import prepacked
 from common.schema import GenerateParams
 from common.token_choice import TokenChooser
 from rlhf.ppo.answers import PADDING_ID, Forward, Output
@@ -95,7 +96,7 @@ def collect_rollout(
     order = list(range(len(prompts)))
     if batch_size is not None and batch_size < len(prompts):
         order.sort(key=lambda row: len(prompts[row]))  # prompts of like length together: less padding
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), prepacked(policy):
         for begin in range(0, len(order), batch_size or max(1, len(order))):
             part = torch.tensor(order[begin : begin + (batch_size or len(order))])
             written = decoder.run([prompts[row] for row in part.tolist()], numbers[part], pad_to)

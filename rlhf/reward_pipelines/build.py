@@ -237,7 +237,13 @@ def _build(
 
             assert component.model_name is not None
             batch_size = component.batch_size or settings.batch_size
-            scorer = RewardScorer(component.model_name, batch_size=batch_size, device=device, trust_remote_code=trust_remote_code)
+            scorer = RewardScorer(
+                component.model_name,
+                batch_size=batch_size,
+                dtype=settings.model_dtype,
+                device=device,
+                trust_remote_code=trust_remote_code,
+            )
             if component.normalise == "manifest" and not scorer.knows_its_scale:
                 say(
                     f"{component.model_name} has no mean and scale of its scores in a manifest (a stopped run, a model from elsewhere): "

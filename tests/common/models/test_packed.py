@@ -70,6 +70,13 @@ def test_after_a_line_the_model_reads_rows_as_before() -> None:
     assert torch.equal(model(ids).logits, before)
 
 
+def test_attention_that_was_exchanged_after_the_trial_is_found_out() -> None:
+    model = make("gpt_neo")
+    set_fused(model, False)
+    with pytest.raises(RuntimeError, match="as one"), packed_line(model.base_model, [2, 1]):
+        model.base_model(input_ids=torch.tensor([[5, 6, 7]]), position_ids=line_positions([2, 1], "cpu"), use_cache=False)
+
+
 @pytest.mark.parametrize("kind", ["gemma2", "bloom", "plain gpt_neo"])
 def test_a_model_whose_attention_does_more_is_left_to_padded_rows(kind: str) -> None:
     """Gemma 2 caps its logits, Bloom knows distances alone, transformers' own GPT-Neo asks no registry."""

@@ -1,0 +1,66 @@
+"""Linear layers whose weights are laid out for the CPU's matrix kernels beforehand, while a model only reads.
+
+oneDNN wants weights in blocks of its own. Plain calls bring them there every time, or leave it to a slower library; passes without
+gradients (sampling, reference, judges) can do it once for many calls. Results differ from plain ones by float32 rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class PrepackedLinear(nn.Linear):
+    """A linear layer that computes with its prepacked weights where no gradient is asked for."""
+
+    prepacked: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if torch.is_grad_enabled() or input.dtype != self.weight.dtype or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(input, self.prepacked, self.bias, "none", [], "")
+        return result
+
+
+@contextmanager
+def prepacked(*models: nn.Module, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> Iterator[None]:
+    """Inside, forwards without gradients use prepacked weights, which must not change meanwhile; on a CPU, where torch has the kernels.
+
+    `dtypes`: weights of other types stay as they are.
+    """
+    changed: list[nn.Linear] = []
+    try:
+        with torch.no_grad():
+            for module in (module for model in models for module in model.modules()):
+                if type(module) is nn.Linear and module.weight.dtype in dtypes and _fits(module.weight) and _available(module.weight.dtype):
+                    module.__class__ = PrepackedLinear
+                    module.prepacked = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
+                    changed.append(module)
+        yield
+    finally:
+        for module in changed:
+            module.__class__ = nn.Linear
+            del module.prepacked
+
+
+def _fits(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and min(weight.shape) > 1
+
+
+@cache
+def _available(dtype: torch.dtype) -> bool:
+    """Whether this torch has the operations, tried on a small product: their names are not public."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    input, weight = torch.linspace(-1, 1, 12).reshape(3, 4).to(dtype), torch.linspace(-1, 1, 20).reshape(5, 4).to(dtype)
+    try:
+        got = torch.ops.mkldnn._linear_pointwise(input, torch.ops.mkldnn._reorder_linear_weight(weight), None, "none", [], "")
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return torch.allclose(got, input @ weight.T, rtol=1e-2, atol=1e-2)
