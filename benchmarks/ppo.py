@@ -69,7 +69,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--top", type=int, metavar="K", help="train the K upper layers, norms and value head alone (default: everything)")
     parser.add_argument("--critic", action="store_true", help="a critic of its own, of the policy's size, instead of a value head")
-    parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16 over float32 weights; the judge's weights in bfloat16")
+    parser.add_argument(
+        "--bf16", action="store_true", help="matrix products in bfloat16 over float32 weights; the judge's weights in bfloat16"
+    )
     parser.add_argument("--without", nargs="+", default=[], choices=FAST_PARTS, help="leave out fast parts")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of PPOConfig")
     return parser.parse_args(argv)

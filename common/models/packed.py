@@ -65,9 +65,6 @@ def attend_to_own_text(
     assert line is not None
     line.attended += 1
     lengths = line.lengths
-    short = query.dtype
-    if short == torch.bfloat16 and query.device.type == "cpu":
-        query, key, value = query.float(), key.float(), value.float()  # the backward of the CPU's kernel is slower in bfloat16
     mixed = []
     for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True):
         near = _window_mask(q.shape[2], window, q.device) if window is not None and q.shape[2] > window else None
@@ -75,7 +72,7 @@ def attend_to_own_text(
             q, k, v, attn_mask=near, is_causal=near is None, scale=scale, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
         )
         mixed.append(text.transpose(1, 2))
-    return torch.cat(mixed, dim=1).to(short)
+    return torch.cat(mixed, dim=1)
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:

@@ -19,8 +19,6 @@ from rlhf.ppo.rollout import Rollout
 from rlhf.ppo.static_decoding import StaticDecoding
 
 Precision = Literal["no", "bf16"]
-EXACT = (torch.float32,)
-"""Types in which prepacked weights give the update's own numbers; in shorter ones the first ratio would no longer be 1."""
 
 
 class Passes(NamedTuple):
@@ -116,6 +114,10 @@ class Networks:
         if self.static_decoding:
             forward.static = StaticDecoding.find(forward)
 
+    def _prepacked(self, *networks: nn.Module) -> AbstractContextManager[None]:
+        """In float32 alone: in shorter types rounding would part these passes from the update's, and the first ratio from 1."""
+        return prepacked(*networks, dtypes=(torch.float32,)) if self.mixed_precision == "no" else nullcontext()
+
     def switch_off_dropout(self) -> None:
         """Eval mode for every network, whatever mode the caller left it in."""
         for network in (self.model, self.ref_model, self.critic):
@@ -132,7 +134,7 @@ class Networks:
     def logprobs(self, forward: Forward, answers: Answers, temperature: float) -> Tensor:
         """Log-probabilities (B, T) of the answers, 0 outside them."""
         logprobs = torch.zeros(answers.mask.shape, device=answers.ids.device)
-        with prepacked(forward.model, dtypes=EXACT):
+        with self._prepacked(forward.model):
             for rows in self.chunks(torch.arange(len(answers), device=answers.ids.device), answers):
                 part = answers.select(rows)
                 with self.autocast():
@@ -157,7 +159,7 @@ class Networks:
                 critic_values.copy_(sampled.values[:, : critic_values.shape[1]])
         lower = LowerStates(self.lower, answers) if self.lower is not None else None
         runs = [self.policy.model] if kept is None or full or lower is not None else []
-        with prepacked(self.reference.model, *runs, *([self.critic] if self.critic is not None and values else []), dtypes=EXACT):
+        with self._prepacked(self.reference.model, *runs, *([self.critic] if self.critic is not None and values else [])):
             for rows in self.chunks(torch.arange(len(answers), device=answers.ids.device), answers):
                 part = answers.select(rows)
                 targets = part.targets[part.present]
