@@ -36,6 +36,8 @@ if __name__ == "__main__":
 import torch
 import yaml
 
+import common.models.prepacked
+import rlhf.ppo.rollout
 from benchmarks.synthetic import (
     CpuLog,
     argument_parser,
@@ -61,8 +63,26 @@ from rlhf.ppo.metrics import METRICS
 from rlhf.ppo.models import Critic
 from rlhf.ppo.rollout import Rollout
 
-FAST_PARTS = ("fused", "sampled")
-"""What `--without` takes out: fused attention and activation; log-probabilities and values kept from sampling."""
+FAST_PARTS = {
+    "fused": "fused attention and activation",
+    "sampled": "log-probabilities and values kept from sampling",
+    "line": "texts one behind the other instead of padded rows",
+    "lower": "frozen layers run once per batch",
+    "room": "a cache with room for the answer",
+    "dropping": "rows that ended leave the batch",
+    "prepacked": "weights laid out for the matrix kernels",
+}
+"""What `--without` takes out."""
+
+
+def leave_out(parts: Sequence[str]) -> None:
+    """Those fast parts that are no setting: they have no reason to be off but to be measured."""
+    if "room" in parts:
+        rlhf.ppo.rollout.make_room = lambda cache, tokens: None
+    if "dropping" in parts:
+        rlhf.ppo.rollout.COMPACT_BELOW = 0.0
+    if "prepacked" in parts:
+        common.models.prepacked._available = lambda dtype: False  # type: ignore[assignment]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -72,7 +92,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--bf16", action="store_true", help="matrix products in bfloat16 over float32 weights; the judge's weights in bfloat16"
     )
-    parser.add_argument("--without", nargs="+", default=[], choices=FAST_PARTS, help="leave out fast parts")
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        choices=FAST_PARTS,
+        help="leave out fast parts: " + ", ".join(f"{name} ({what})" for name, what in FAST_PARTS.items()),
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of PPOConfig")
     return parser.parse_args(argv)
 
@@ -92,6 +118,8 @@ def trainer_config(options: argparse.Namespace) -> PPOConfig:
         "max_grad_norm": None,
         "classic_quirks": False,
         "mixed_precision": "bf16" if options.bf16 else "no",
+        "padding_free": "line" not in options.without,
+        "cache_frozen_layers": "lower" not in options.without,
     }
     for text in options.set:
         name, _, value = text.partition("=")
@@ -143,10 +171,14 @@ class Measured(NamedTuple):
 def measure(options: argparse.Namespace, folder: Path) -> Measured:
     """Run the iterations; metrics go to `folder`."""
     torch.set_num_threads(options.threads)
+    leave_out(options.without)
     tokenizer = build_tokenizer(vocabulary(options.size))
     trainer = build_trainer(options, tokenizer)
     manifest = new_manifest("reward_classification", tokenizer, readout={"name": "last_token"})
-    scorer = RewardScorer(build_reward_model(options), device=trainer.current_device, tokenizer=tokenizer, manifest=manifest)
+    reward_model = build_reward_model(options)
+    if options.bf16:
+        reward_model.backbone.to(torch.bfloat16)  # as reward_config.model_dtype: bfloat16 loads it
+    scorer = RewardScorer(reward_model, device=trainer.current_device, tokenizer=tokenizer, manifest=manifest)
     generation = GenerateParams(max_new_tokens=options.new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     prompts = build_prompts(options.batch * (options.warmup + options.iters))
     start_rss = peak_rss_mib()
