@@ -39,6 +39,20 @@ class RoomyLayer(DynamicLayer):
         assert self.keys is not None and self.values is not None
         return self.keys, self.values
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns."""
+        self.length -= abs(tokens_to_remove)
+        self._look()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep some rows, by transformers' other name for it."""
+        self.batch_select_indices(beam_idx)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.length = 0
+        self._look()
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         assert self.keys is not None and self.values is not None

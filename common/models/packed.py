@@ -118,7 +118,7 @@ def can_pack(trunk: nn.Module) -> bool:
         try:
             with packed_line(trunk, lengths):
                 got = trunk(input_ids=line, position_ids=line_positions(lengths, ids.device), use_cache=False).last_hidden_state[0]
-        except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError):
+        except Exception:  # whatever a model raises here, it cannot read a line
             return False
     short = rows.dtype != torch.float32
     return torch.allclose(got, expected, rtol=1e-2 if short else 1e-4, atol=1e-2 if short else 1e-5)

@@ -36,6 +36,13 @@ def test_it_grows_and_shrinks_as_transformers_own_cache() -> None:
         cache.batch_repeat_interleave(2)
         cache.update(columns(4, 1, 30), columns(4, 1, 31), 0)
     same()
+    for cache in caches:
+        cache.crop(-2)
+        cache.update(columns(4, 1, 40), columns(4, 1, 41), 0)
+        cache.reorder_cache(torch.tensor([3, 0, 1, 1]))
+    same()
+    caches[0].reset()
+    assert caches[0].get_seq_length() == 0
 
 
 def test_a_step_writes_one_column_and_copies_nothing() -> None:
