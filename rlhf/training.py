@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from common.config import resolved_dict
+from common.errors import UserError
 from common.freezing import apply_freezing
 from common.launch.checkpointing import BEST, LAST
 from common.launch.runtime import Runtime
@@ -134,7 +135,10 @@ def load_policy(config: PPORunConfig, tokenizer: PreTrainedTokenizerBase, seed: 
     if params.lora is not None:
         return with_value_head(add_lora(pretrained, params.lora, seed=seed)), None
     model = with_value_head(pretrained)
-    return model, apply_freezing(model, config.freeze_config, always_train=("v_head",))
+    table = apply_freezing(model, config.freeze_config, always_train=("v_head",))
+    if not any(parameter.requires_grad for parameter in model.pretrained_model.parameters()):
+        raise UserError("freeze_config: nothing of the policy is left to train; let a group train or name a layer in layers_not_to_freeze")
+    return model, table
 
 
 def push_to_hub(directory: Path, name: str) -> None:

@@ -103,8 +103,11 @@ class PPOConfig:
             raise ValueError(f"project_kwargs: got {', '.join(unknown)}, expected logging_dir or project_dir")
         if self.log_with not in (None, "wandb", "tensorboard"):
             raise ValueError(f"log_with: got {self.log_with}, expected wandb, tensorboard or None")
-        if self.samples_per_prompt < 1:
-            raise ValueError(f"samples_per_prompt: got {self.samples_per_prompt}, expected at least 1")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(f"mixed_precision: got {self.mixed_precision}, expected no or bf16")
+        for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "samples_per_prompt"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if self.advantage_estimator not in get_args(AdvantageEstimator):
             raise ValueError(f"advantage_estimator: got {self.advantage_estimator}, expected gae, rloo or grpo")
         check_settings(self, self.mini_batch_size)

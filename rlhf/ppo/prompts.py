@@ -86,6 +86,8 @@ def _read(row: dict[str, Any], where: str, problems: list[str]) -> PromptRecord:
 
 
 def as_ids(tokens: Sequence[int] | Tensor) -> list[int]:
-    """Token ids as a list of ints; a tensor of any shape is flattened."""
+    """Token ids as a list of ints; a tensor of any shape is flattened. Raises ValueError for text."""
+    if isinstance(tokens, str):
+        raise ValueError(f"got the text {tokens!r}, expected token ids: tokenizer(text, return_tensors='pt').input_ids[0]")
     flat = tokens.reshape(-1).tolist() if isinstance(tokens, Tensor) else tokens
     return [int(token) for token in flat]

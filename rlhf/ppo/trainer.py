@@ -115,6 +115,8 @@ class PPOTrainer:
         self.policy = self.networks.policy
         trained = nn.ModuleList([model] if critic is None else [model, critic])
         self.parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+        if not self.parameters:
+            raise ValueError("no parameter is left to train: every one has requires_grad=False")
         rounded = sorted({str(p.dtype).removeprefix("torch.") for p in self.parameters if p.dtype in (torch.bfloat16, torch.float16)})
         if rounded and optimizer is None:
             raise ValueError(

@@ -384,6 +384,13 @@ def test_a_signal_saves_and_leaves_with_its_code(
     assert f"to go on: ppo_config.model_name={folder / 'checkpoints' / 'step-000001'} starts a new run" in capsys.readouterr().err
 
 
+def test_a_policy_of_which_nothing_trains_is_refused(run: Any, tmp_path: Path) -> None:
+    everything = {f"freeze_{group}": True for group in ("emb", "ln", "attn", "ff", "other")}
+    with pytest.raises(UserError, match="freeze_config: nothing of the policy is left to train"):
+        run(freeze_config=everything)
+    assert not (tmp_path / "models").exists()
+
+
 def test_35_prompt_and_answer_must_fit_the_positions(run: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"max_prompt_length 40 \+ generation_config.max_new_tokens 30 = 70 exceeds the 64 positions"):
         run(generation_config__max_new_tokens=30)

@@ -79,6 +79,9 @@ def test_a_command_line_makes_a_config_as_classic_scripts_do() -> None:
     ("settings", "message"),
     [
         ({"project_kwargs": {"total_limit": "3"}}, "project_kwargs: got total_limit, expected logging_dir or project_dir"),
+        ({"mixed_precision": "fp16"}, "mixed_precision: got fp16, expected no or bf16"),
+        ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: got 0, expected at least 1"),
         ({"log_with": "comet_ml"}, "log_with: got comet_ml, expected wandb, tensorboard or None"),
     ],
 )
@@ -258,6 +261,8 @@ def test_generate_takes_what_classic_scripts_pass(build: Build, batch: Batch) ->
     assert whole[3][len(queries[3]) :].tolist() == answers[3].tolist()  # the noise of a row does not depend on the others
     single = build().generate(queries[0], max_new_tokens=4, **usual)
     assert single.shape == (1, 7) and single[0].tolist() == whole[0].tolist()
+    with pytest.raises(ValueError, match="got the text 'Hello', expected token ids"):
+        build().generate(["Hello"])
     with pytest.raises(ValueError, match=r"query_tensor of shape \(2, 3\): one prompt is a tensor"):
         trainer.generate(torch.ones(2, 3, dtype=torch.long), **usual)
 

@@ -187,6 +187,11 @@ def test_32_frozen_parameters_and_the_reference_never_change(make_model: MakeMod
     assert all(torch.equal(dict(trainer.ref_model.named_parameters())[name], value) for name, value in reference.items())
 
 
+def test_a_model_of_which_nothing_trains_is_refused(make_model: MakeModel, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="no parameter is left to train"):
+        make_trainer(with_value_head(make_model()).requires_grad_(False), tokenizer)
+
+
 def test_32_the_reference_shares_frozen_parameters_and_copies_trained_ones(make_model: MakeModel, tokenizer: Any) -> None:
     trainer = PPOTrainer(PPOConfig(), with_value_head(make_model()), tokenizer=tokenizer, num_shared_layers=1)
     ours = dict(trainer.model.named_parameters())
