@@ -142,6 +142,10 @@ def in_ranks() -> Callable[[int, Callable[[Runtime], T]], list[T]]:
                 raise
 
         with ThreadPoolExecutor(size) as pool:
-            return [part.result() for part in [pool.submit(play, rank) for rank in range(size)]]
+            parts = [pool.submit(play, rank) for rank in range(size)]
+        errors = [error for part in parts if (error := part.exception()) is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise error  # the cause, where others only waited for the rank that failed
+        return [part.result() for part in parts]
 
     return run
