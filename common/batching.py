@@ -50,6 +50,8 @@ class BatchPlan:
             `by_question`: rows with the same question together; `sequential`: rows as they are, the same in each epoch.
         questions: what each row asks, for `by_question`; rows with equal ones need not be neighbours.
         accumulate: micro-batches per optimizer step.
+        limit: batches of an epoch that are used, a number or a share of all, as Lightning's `limit_train_batches`; those after them are
+            still listed. A step that the limit cuts short is a mean over what is left of it.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class BatchPlan:
         rank: int = 0,
         capacity: int | None = None,
         questions: Sequence[Hashable] | None = None,
+        limit: int | float | None = None,
     ) -> None:
         assert 0 <= rank < world_size and batch_size > 0 and accumulate > 0
         assert mode != "packed" or capacity is not None, "packing needs a capacity"
@@ -74,7 +77,7 @@ class BatchPlan:
         assert len(self.weights) == len(self.lengths) and bool((self.weights > 0).all()), "each row needs a weight above 0"
         self.batch_size, self.seed, self.mode, self.capacity = batch_size, seed, mode, capacity
         self.accumulate, self.world_size, self.rank = accumulate, world_size, rank
-        self.questions = questions
+        self.questions, self.limit = questions, limit
         self._made: tuple[int, list[Batch]] | None = None
 
     def batches(self, epoch: int) -> list[Batch]:
@@ -85,13 +88,13 @@ class BatchPlan:
 
     def steps(self, epoch: int) -> int:
         """Optimizer steps of an epoch."""
-        return -(-len(self.batches(epoch)) // self.accumulate)
+        return -(-limited(len(self.batches(epoch)), self.limit) // self.accumulate)
 
     def _make(self, epoch: int) -> list[Batch]:
         together = self._global_batches(epoch)
+        used = limited(len(together), self.limit)
         batches = []
-        for start in range(0, len(together), self.accumulate):
-            window = together[start : start + self.accumulate]
+        for window in (*_chunks(together[:used], self.accumulate), *_chunks(together[used:], self.accumulate)):
             total = float(sum(self.weights[row] for units in window for unit in units for row in unit))
             denominator = total / (self.world_size * self.accumulate)
             for units in window:
@@ -139,6 +142,13 @@ class BatchPlan:
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(0,))))  # no epoch's stream
         order = generator.permutation(len(self.lengths)).tolist()
         return [line for pool in _chunks(order, pool_rows) for line in pack(pool, self.lengths, self.capacity)]
+
+
+def limited(count: int, limit: int | float | None) -> int:
+    """How many of `count` batches Lightning uses under a limit: so many at most, or that share of them (a float), rounded down."""
+    if limit is None:
+        return count
+    return int(count * limit) if isinstance(limit, float) else min(count, limit)
 
 
 def pack(rows: Sequence[int], lengths: Sequence[int] | np.ndarray[Any, Any], capacity: int) -> list[list[int]]:

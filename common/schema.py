@@ -155,6 +155,11 @@ class DataSettings(RowSettings):
     max_length: PositiveInt = Field(512, description="Tokens of prompt + answer + EOS at most.")
     truncate_prompt: bool = Field(True, description="Cut the prompt (not the answer) where both do not fit; false: such a row is an error.")
     on_tpu: bool = Field(False, description="Pad every batch to `max_length` (static shapes).")
+    padding_free: bool = Field(
+        True,
+        description="On a CPU, read rows one behind the other instead of padding them, for models that can (most causal ones), and rows "
+        "of like length together for others; equal to float32 rounding.",
+    )
     num_workers: NonNegativeInt = Field(0, description="Processes that collate batches beside the training one.")
     prompt_format: Literal["qa", "chat"] = Field(
         "qa", description="`qa`: the plain question/answer text; `chat`: the tokenizer's own template."

@@ -44,9 +44,16 @@ class RowDataset(Dataset[Mapping[str, Any]]):
 
 
 def training_loader(
-    rows: Sequence[Row], data: RewardData, pad_id: int, collate: Callable[..., Mapping[str, Any]], *, seed: int, accumulate: int
+    rows: Sequence[Row],
+    data: RewardData,
+    pad_id: int,
+    collate: Callable[..., Mapping[str, Any]],
+    *,
+    seed: int,
+    accumulate: int,
+    limit: int | float | None = None,
 ) -> DataLoader[Any]:
-    """Batches whose order is a function of seed and epoch. `accumulate`: micro-batches per optimizer step."""
+    """Batches whose order is a function of seed and epoch. `accumulate`: micro-batches per step; `limit`: as in `BatchPlan`."""
     plan = BatchPlan(
         [row.length for row in rows],
         weights=[row.weight for row in rows],
@@ -55,6 +62,7 @@ def training_loader(
         accumulate=accumulate,
         seed=seed,
         questions=[row.question for row in rows],
+        limit=limit,
     )
     return _loader(rows, plan, data, pad_id, collate)
 

@@ -19,12 +19,21 @@ from common.errors import UserError
 from common.failed_start import removed_if_unused
 from common.freezing import apply_freezing
 from common.launch.checkpointing import LAST
-from common.launch.lightning import build_trainer, check_one_process, check_trainer, fit, total_optimizer_steps, trainer_params
+from common.launch.lightning import (
+    avoids_padding,
+    batch_limit,
+    build_trainer,
+    check_one_process,
+    check_trainer,
+    fit,
+    total_optimizer_steps,
+    trainer_params,
+)
 from common.lora import add_lora
 from common.models.backbone import RewardInput
 from common.models.fused import set_fused
 from common.models.load import build_backbone, give_pad_token, load_backbone, load_tokenizer, set_dropout, train_tokenizer
-from common.models.modes import recompute_activations
+from common.models.recompute import recompute_activations
 from common.models.reward import RewardModel, RewardScorer
 from common.notes import say
 from common.records import PairRecord, ScoreRecord, Splits
@@ -88,7 +97,15 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
     if not train_rows or not val_rows:
         raise UserError(f"{data.data_dir}: no usable row is left in {'val' if train_rows else 'train'}")
     accumulate = trainer_params(config.trainer).get("accumulate_grad_batches", 1)
-    train_loader = training_loader(train_rows, data, tokenizer.pad_token_id, objective.collate, seed=config.seed, accumulate=accumulate)
+    train_loader = training_loader(
+        train_rows,
+        data,
+        tokenizer.pad_token_id,
+        objective.collate,
+        seed=config.seed,
+        accumulate=accumulate,
+        limit=batch_limit(config.trainer),
+    )
     val_loader = validation_loader(val_rows, data, tokenizer.pad_token_id, objective.collate)
     total_steps = total_optimizer_steps(config.trainer, len(train_loader))
     module = objective.module(model, total_steps, val_rows)
@@ -187,8 +204,11 @@ def prepare_model(model: RewardModel, config: RewardConfig) -> list[str]:
         recompute_activations(model.backbone)
     if params.lora is not None:
         model.backbone = add_lora(model.backbone, params.lora, seed=config.seed)
-        return [f"LoRA adapters of rank {params.lora.r} and the score head train, everything else is frozen"]
-    return [str(apply_freezing(model, params, always_train=model.HEAD_PREFIXES))]
+        trained = f"LoRA adapters of rank {params.lora.r} and the score head train, everything else is frozen"
+    else:
+        trained = str(apply_freezing(model, params, always_train=model.HEAD_PREFIXES))
+    model.set_padding_free(avoids_padding(config.trainer, config.data))
+    return [trained]
 
 
 def record_score_moments(directory: Path, answers: Sequence[RewardInput], config: RewardConfig) -> tuple[float, float]:

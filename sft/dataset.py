@@ -25,7 +25,7 @@ class SFTRows:
     is_encoder_decoder: bool = False
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
-        """`input_ids`, masks and `labels` (B, S), and `denominator`: what the batch's summed loss is divided by."""
+        """`input_ids`, masks and `labels` (B, S); `denominator`: what the summed loss is divided by; `tokens`: how many are no padding."""
         rows = [self.rows[index] for index in batch.indices]
         if self.capacity is not None:
             tensors = packed_batch(rows, self.pad_id, self.capacity, self.pad_to)
@@ -33,4 +33,5 @@ class SFTRows:
             tensors = sft_batch(rows, self.pad_id, self.pad_to, self.is_encoder_decoder)
         if batch.filler:
             tensors["labels"].fill_(IGNORED)
-        return {**tensors, "denominator": batch.denominator, "rows": batch.indices}
+        tokens = sum(row.length for row in rows)
+        return {**tensors, "denominator": batch.denominator, "tokens": tokens, "rows": batch.indices}

@@ -20,12 +20,22 @@ from common.evaluation.generate import generate_answers
 from common.evaluation.text_metrics import corpus_metrics
 from common.failed_start import removed_if_unused
 from common.freezing import apply_freezing
-from common.launch.lightning import build_trainer, check_one_process, check_trainer, fit, total_optimizer_steps, trainer_params
+from common.launch.lightning import (
+    avoids_padding,
+    batch_limit,
+    build_trainer,
+    check_one_process,
+    check_trainer,
+    fit,
+    total_optimizer_steps,
+    trainer_params,
+)
 from common.lora import add_lora
 from common.models.fused import set_fused
 from common.models.kinds import positions_of
 from common.models.load import build_generator, load_generator, load_tokenizer, set_dropout, train_tokenizer
-from common.models.modes import recompute_activations
+from common.models.parts import without_adapters
+from common.models.recompute import recompute_activations
 from common.notes import say
 from common.prompts import answer_text, render_prompt
 from common.records import SFTRecord, Splits
@@ -35,6 +45,7 @@ from common.tracking import Tracker
 from sft.config import SFTConfig
 from sft.dataset import SFTRows
 from sft.module import SFTModule
+from sft.reader import AnswerReader
 
 
 def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
@@ -45,13 +56,14 @@ def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
     # 1. model and tokenizer
     model, tokenizer = load_model(config, splits.train)
     is_encoder_decoder = bool(model.config.is_encoder_decoder)
-    if config.data.batching == "packed" and (is_encoder_decoder or not supports_packing(model)):
-        raise UserError(f"data.batching: packed rows of {type(model).__name__} would see each other; use bucketed")
     freezing = apply_freezing(model, config.model_params)
     if config.model_params.gradient_checkpointing:
         recompute_activations(model)
     if config.model_params.lora is not None:
         model = add_lora(model, config.model_params.lora, seed=config.seed)
+    reader = AnswerReader(model, padding_free=avoids_padding(config.trainer, config.data))
+    if config.data.batching == "packed" and not reader.packs and (is_encoder_decoder or not supports_packing(model)):
+        raise UserError(f"data.batching: packed rows of {type(without_adapters(model)).__name__} would see each other; use bucketed")
 
     # 2. rows -> ids -> batches
     encoder = Encoder(
@@ -63,7 +75,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
     )
     train_rows, _ = encode(encoder, splits.train, config, "train")
     val_rows, val_records = encode(encoder, splits.val, config, "val")
-    train_loader, val_loader = loaders(config, train_rows, val_rows, tokenizer.pad_token_id, is_encoder_decoder)
+    train_loader, val_loader = loaders(config, train_rows, val_rows, tokenizer.pad_token_id, reader)
     answered = val_records[: config.evaluation.num_generated] if config.model_params.do_compute_metrics else []
     prompts = answer_prompts(config, model, tokenizer, answered)
     total_steps = total_optimizer_steps(config.trainer, len(train_loader))
@@ -87,7 +99,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
         # 4. train
         with Tracker.start(run_dir, stage="sft", config=resolved, wandb=config.wandb, tensorboard=config.tensorboard) as tracker:
             answer = answering(config, model, tokenizer, answered, prompts, tracker) if answered else None
-            module = SFTModule(model, config.model_params, total_steps, answer)
+            module = SFTModule(reader, config.model_params, total_steps, answer)
 
             def save(directory: Path, figures: dict[str, float], step: int) -> None:
                 manifest = new_manifest(
@@ -151,7 +163,7 @@ def encode(encoder: Encoder, records: Sequence[SFTRecord], config: SFTConfig, sp
 
 
 def loaders(
-    config: SFTConfig, train_rows: list[Encoded], val_rows: list[Encoded], pad_id: int, is_encoder_decoder: bool
+    config: SFTConfig, train_rows: list[Encoded], val_rows: list[Encoded], pad_id: int, reader: AnswerReader
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Loaders over training rows, in an order that (seed, epoch) decides, and over the validation rows as they are."""
     data = config.data
@@ -165,12 +177,14 @@ def loaders(
         seed=config.seed,
         mode=data.batching,
         capacity=capacity,
+        limit=batch_limit(config.trainer),
     )
     val_plan = BatchPlan(
         [row.length for row in val_rows], batch_size=data.val_batch_size or data.batch_size, seed=config.seed, mode="sequential"
     )
-    train_data = SFTRows(train_rows, pad_id, pad_to, capacity, is_encoder_decoder)
-    val_data = SFTRows(val_rows, pad_id, pad_to, None, is_encoder_decoder)
+    # A model that reads rows one behind the other needs no lines of them.
+    train_data = SFTRows(train_rows, pad_id, pad_to, None if reader.packs else capacity, reader.is_encoder_decoder)
+    val_data = SFTRows(val_rows, pad_id, pad_to, None, reader.is_encoder_decoder)
     return (
         batch_loader(train_plan, train_data, num_workers=data.num_workers),
         batch_loader(val_plan, val_data, num_workers=data.num_workers),

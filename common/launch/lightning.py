@@ -22,6 +22,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
+from common.batching import limited
 from common.closing import RunResult
 from common.errors import UserError
 from common.launch.callbacks import (
@@ -36,7 +37,7 @@ from common.launch.callbacks import (
 from common.launch.checkpointing import CheckpointKeeper, SaveFn
 from common.launch.runtime import peak_memory_gib
 from common.launch.signals import StopSignals
-from common.schema import TrainerSettings
+from common.schema import DataSettings, TrainerSettings
 from common.tracking import Tracker
 
 FLOAT16 = frozenset({16, "16", "16-mixed", "16-true"})
@@ -60,6 +61,15 @@ def trainer_params(settings: TrainerSettings) -> dict[str, Any]:
     return params
 
 
+def batch_limit(settings: TrainerSettings) -> int | float | None:
+    """Training batches of an epoch that Lightning uses, a number or a share of all; None: all of them."""
+    params = trainer_params(settings)
+    if fast := params.get("fast_dev_run"):
+        return int(fast)
+    limit: int | float | None = params.get("limit_train_batches")
+    return limit
+
+
 def _overfits(settings: TrainerSettings) -> bool:
     return bool(settings.params.get("overfit_batches"))
 
@@ -69,6 +79,11 @@ def on_cpu(params: Mapping[str, Any]) -> bool:
     if accelerator in {"auto", "gpu"}:
         return not (torch.cuda.is_available() or torch.backends.mps.is_available())
     return accelerator == "cpu"
+
+
+def avoids_padding(settings: TrainerSettings, data: DataSettings) -> bool:
+    """Whether models read batches without padding, where they can: on a GPU each row would start kernels of its own."""
+    return data.padding_free and on_cpu(trainer_params(settings)) and not data.on_tpu
 
 
 def check_trainer(settings: TrainerSettings) -> None:
@@ -127,14 +142,11 @@ def total_optimizer_steps(settings: TrainerSettings, batches_per_epoch: int) -> 
     `batches_per_epoch` is the length of the training loader (per process). Raises UserError where no batch would be left.
     """
     params = trainer_params(settings)
-    if fast := params.get("fast_dev_run"):
-        return math.ceil(min(batches_per_epoch, int(fast)) / params.get("accumulate_grad_batches", 1)) if fast is not True else 1
-    limit = params.get("limit_train_batches")
-    batches = batches_per_epoch
-    if isinstance(limit, float):
-        batches = int(batches * limit)
-    elif limit is not None:
-        batches = min(batches, int(limit))
+    limit = batch_limit(settings)
+    batches = limited(batches_per_epoch, limit)
+    if params.get("fast_dev_run"):
+        accumulate: int = params.get("accumulate_grad_batches", 1)
+        return math.ceil(batches / accumulate)
     if batches < 1:
         name = "overfit_batches" if _overfits(settings) else "limit_train_batches"
         raise UserError(f"trainer.params.{name}: {limit} of {batches_per_epoch} training batches leaves none to train on")

@@ -9,10 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from common.chunks import length_chunks
 from common.collate import right_pad
+from common.models.modes import draws_dropout
+from common.models.packed import as_line
 
 if TYPE_CHECKING:
     from common.records import Prompt
@@ -105,3 +110,26 @@ def backbone_states(backbone: nn.Module, batch: RewardBatch) -> States:
         arguments |= {"decoder_input_ids": batch.decoder_input_ids, "decoder_attention_mask": mask.long()}
     output = backbone(**arguments, use_cache=False)
     return States(output.last_hidden_state, mask.bool())
+
+
+def line_states(backbone: nn.Module, batch: RewardBatch) -> States:
+    """As `backbone_states` for causal models that can read a line: without padding, and a beginning that rows share read once.
+
+    Where dropout is on, rows share nothing: each draws noise of its own.
+    """
+    mask = batch.attention_mask.bool()
+    line = as_line(batch.input_ids, mask, share=not draws_dropout(backbone))
+    return States(F.embedding(line.places, line.states(backbone)), mask)
+
+
+def rows_of_like_length(batch: RewardBatch) -> list[tuple[Tensor, RewardBatch]]:
+    """A right-padded batch in parts of which each is cut to its own longest row, with the rows that each has."""
+    masks = [mask for mask in (batch.attention_mask, batch.decoder_attention_mask) if mask is not None]
+    widths = torch.stack([mask.sum(1) for mask in masks], 1)  # (B, 1 or 2)
+
+    def part(rows: Tensor) -> RewardBatch:
+        width, *decoder_width = widths[rows].amax(0).tolist()
+        cuts = (width, width, *decoder_width * 2)
+        return RewardBatch(*(tensor[rows, :cut] for tensor, cut in zip(batch, cuts, strict=False) if tensor is not None))
+
+    return [(rows, part(rows)) for rows in length_chunks(widths)]

@@ -43,6 +43,7 @@ from common.checkpoint import has_plain_tokenizer, read_manifest, tokenizer_fing
 from common.errors import UserError
 from common.models.fused import set_fused
 from common.models.kinds import backbone_kind, positions_of
+from common.models.modes import FUNCTIONAL_DROPOUTS
 from common.schema import ModelInit
 
 logger = logging.getLogger(__name__)
@@ -281,7 +282,7 @@ def set_dropout(model: nn.Module, p: float) -> int:
             module.p = p
             count += 1
             continue
-        for name in ("dropout", "attention_dropout", "activation_dropout"):  # numbers that a forward hands to functional dropout
+        for name in FUNCTIONAL_DROPOUTS:
             if isinstance(module.__dict__.get(name), (int, float)):
                 setattr(module, name, p)
                 count += 1

@@ -1,4 +1,4 @@
-"""How a model runs: eval mode for a while, activations kept or recomputed."""
+"""How a model runs: eval mode for a while, with or without dropout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from transformers import PreTrainedModel
+
+FUNCTIONAL_DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
+"""Attributes of modules, numbers that their forward hands to functional dropout."""
 
 
 @contextmanager
@@ -21,9 +23,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Gradient checkpointing: activations inside blocks are recomputed in backward. Works with frozen embeddings and adapters."""
-    if hasattr(model, "activation_checkpointing_enable"):  # the name in later transformers 5, where the older one warns
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+def draws_dropout(model: nn.Module) -> bool:
+    """Whether a forward is random, because a dropout is on."""
+    for module in model.modules():
+        names = ("p",) if isinstance(module, nn.Dropout) else FUNCTIONAL_DROPOUTS
+        if module.training and any(isinstance(p := module.__dict__.get(name), (int, float)) and p > 0 for name in names):
+            return True
+    return False

@@ -3,81 +3,121 @@
 A batch is one line (1, N) with positions that start anew in each text; only attention is computed text by text. Transformers' registry
 of attention functions takes it in, so it works for any causal model that asks the registry and takes `position_ids`; GPT-Neo, which
 does not ask, is served by `common.models.fused`. Whether a model is one of these is tried on a small text, never guessed.
+
+Texts that begin alike, as the answers to one question do, may share that beginning: it stands in the line once, in the first of them.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from common.models.modes import evaluating
+
 NAME = "packed_texts"
-_line: ContextVar[_Line | None] = ContextVar("the line that is being computed", default=None)
+SHARED_TOKENS = 8
+"""A common beginning is shared from so many tokens on; for fewer, attention loses more than the other layers gain."""
+
+
+class Shared(NamedTuple):
+    """The beginning that a text has in common with another one of the line, which has all its tokens there."""
+
+    text: int
+    tokens: int
+
+
+NOTHING = Shared(0, 0)
+
+
+class Texts:
+    """The texts of a line: tokens of each that stand there, what each takes from another, and by how many layers they were kept apart."""
+
+    def __init__(self, lengths: Sequence[int], shared: Sequence[Shared] | None = None) -> None:
+        self.lengths = tuple(lengths)
+        self.shared = tuple(shared) if shared is not None else (NOTHING,) * len(self.lengths)
+        self.attended = 0
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
+        """What is added to the logits (queries, keys) of a text's last tokens; None where plain causality says it all."""
+        if queries == keys and (window is None or keys <= window):
+            return None
+        key = queries, keys, window
+        if key not in self._masks or self._masks[key].dtype != like.dtype:
+            distance = torch.arange(keys - queries, keys, device=like.device)[:, None] - torch.arange(keys, device=like.device)
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            self._masks[key] = torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
+        return self._masks[key]
+
+
+_line: ContextVar[tuple[Any, Texts] | None] = ContextVar("configuration of the trunk that reads a line, and the texts", default=None)
 # What attention may be told besides; another model's own ideas (a cap on logits, sinks, biases) are not computed here.
 _UNDERSTOOD = {"is_causal", "sliding_window", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
 
 
-@dataclass
-class _Line:
-    lengths: tuple[int, ...]
-    attended: int = 0
-
-
-def texts_in_line() -> tuple[int, ...] | None:
-    """Lengths of the texts of the line that is being computed; None outside `packed_line`."""
+def texts_in_line() -> Texts | None:
+    """The texts of the line that is being computed; None outside `packed_line`."""
     line = _line.get()
-    return None if line is None else line.lengths
+    return None if line is None else line[1]
 
 
 @contextmanager
-def packed_line(trunk: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
-    """Inside, the trunk reads an input (1, N) as texts of these lengths.
+def packed_line(trunk: nn.Module, lengths: Sequence[int], shared: Sequence[Shared] | None = None) -> Iterator[None]:
+    """Inside, the trunk reads an input (1, N) as texts of these lengths; `shared`: what each has from another, where any has.
 
     Raises RuntimeError where no layer kept them apart: the model's attention is no longer the one that was tried.
     """
-    config: Any = trunk.config
+    texts = Texts(lengths, shared)
+    with _reading(trunk.config, texts):
+        yield
+    if not texts.attended:
+        raise RuntimeError(f"the attention of {type(trunk).__name__} read texts in a line as one; was it exchanged after the trial?")
+
+
+@contextmanager
+def _reading(config: Any, texts: Texts) -> Iterator[None]:
     usual = config._attn_implementation
-    line = _Line(tuple(lengths))
-    token = _line.set(line)
+    token = _line.set((config, texts))
     config._attn_implementation = NAME
     try:
         yield
     finally:
         config._attn_implementation = usual
         _line.reset(token)
-    if not line.attended:
-        raise RuntimeError(f"the attention of {type(trunk).__name__} read texts in a line as one; was it exchanged after the trial?")
+
+
+def line_again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`context_fn` of torch's checkpoint: what is recomputed in backward finds the line that there was in forward."""
+    line = _line.get()
+    return nullcontext(), nullcontext() if line is None else _reading(*line)
 
 
 def attend_to_own_text(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, window: int | None = None, dropout: float = 0.0
 ) -> Tensor:
     """Causal attention within each text of the line: (1, heads, N, d) -> (1, N, heads, d). `window`: keys that a query sees at most."""
-    line = _line.get()
-    assert line is not None
-    line.attended += 1
-    lengths = line.lengths
+    texts = texts_in_line()
+    assert texts is not None
+    texts.attended += 1
+    queries, keys, values = (part.split(texts.lengths, dim=2) for part in (query, key, value))
     mixed = []
-    for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True):
-        near = _window_mask(q.shape[2], window, q.device) if window is not None and q.shape[2] > window else None
-        text = scaled_dot_product_attention(
-            q, k, v, attn_mask=near, is_causal=near is None, scale=scale, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+    for q, k, v, (text, tokens) in zip(queries, keys, values, texts.shared, strict=True):
+        if tokens:
+            k, v = (torch.cat([whole[text][:, :, :tokens], own], dim=2) for whole, own in ((keys, k), (values, v)))
+        mask = texts.mask(q.shape[2], k.shape[2], window, q)
+        own = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
         )
-        mixed.append(text.transpose(1, 2))
+        mixed.append(own.transpose(1, 2))
     return torch.cat(mixed, dim=1)
-
-
-def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return (distance >= 0) & (distance < window)
 
 
 def _registered(
@@ -99,25 +139,74 @@ def _registered(
 AttentionInterface.register(NAME, _registered)
 
 
-def line_positions(lengths: Sequence[int], device: torch.device | str) -> Tensor:
-    """Positions (1, N) of the tokens of a line, from 0 in each text."""
-    return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+def line_positions(lengths: Sequence[int], device: torch.device | str, shared: Sequence[Shared] | None = None) -> Tensor:
+    """Positions (1, N) of the tokens of a line, from 0 in each text, or from the end of what it shares."""
+    begins = [tokens for _, tokens in shared] if shared is not None else [0] * len(lengths)
+    parts = [torch.arange(begin, begin + length, device=device) for begin, length in zip(begins, lengths, strict=True)]
+    return torch.cat(parts)[None]
+
+
+class Line(NamedTuple):
+    """Rows of a batch as a line of N tokens."""
+
+    ids: Tensor
+    """(1, N)."""
+    lengths: list[int]
+    shared: list[Shared] | None
+    places: Tensor
+    """(B, S): where each token of the padded batch stands in the line; 0 for padding."""
+
+    def states(self, trunk: nn.Module) -> Tensor:
+        """Last hidden states (N, D)."""
+        positions = line_positions(self.lengths, self.ids.device, self.shared)
+        with packed_line(trunk, self.lengths, self.shared):
+            states: Tensor = trunk(input_ids=self.ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+        return states
+
+
+def as_line(ids: Tensor, mask: Tensor, *, share: bool = False) -> Line:
+    """Right-padded rows (B, S) and their mask without the padding; `share`: common beginnings stand in the line once."""
+    shared = common_beginnings(ids, mask) if share else None
+    kept = mask
+    if shared is not None:
+        begins = torch.tensor([tokens for _, tokens in shared], device=ids.device)
+        kept = mask & (torch.arange(ids.shape[1], device=ids.device) >= begins[:, None])
+    places = (kept.flatten().cumsum(0) - 1).view_as(ids) * kept
+    for row, (text, tokens) in enumerate(shared or ()):
+        places[row, :tokens] = places[text, :tokens]
+    return Line(ids[kept][None], kept.sum(1).tolist(), shared, places)
+
+
+def common_beginnings(ids: Tensor, mask: Tensor) -> list[Shared]:
+    """What each of the rows (B, S) may take from an earlier one that takes nothing; at least its last token stays its own."""
+    lengths = mask.sum(1).tolist()
+    # (B, B, S) True where two rows differ or one has ended, and in a last column, so that there is a first such place
+    apart = (ids[:, None] != ids[None]) | ~(mask[:, None] & mask[None])
+    alike = torch.nn.functional.pad(apart, (0, 1), value=True).byte().argmax(-1).tolist()  # (B, B) tokens in common
+    whole: list[int] = []
+    found = []
+    for row, length in enumerate(lengths):
+        tokens, text = max(((min(alike[row][text], length - 1), text) for text in whole), default=(0, 0))
+        if tokens >= SHARED_TOKENS:
+            found.append(Shared(text, tokens))
+        else:
+            whole.append(row)
+            found.append(NOTHING)
+    return found
 
 
 def can_pack(trunk: nn.Module) -> bool:
     """Whether a causal trunk gives texts in a line the states that it gives them in padded rows."""
     if "position_ids" not in inspect.signature(trunk.forward).parameters:
         return False
-    vocabulary: Any = trunk.get_input_embeddings()  # type: ignore[operator]
-    ids = torch.arange(10, device=next(trunk.parameters()).device).reshape(2, 5) % vocabulary.num_embeddings
-    lengths = (5, 3)
-    line = torch.cat([row[:length] for row, length in zip(ids, lengths, strict=True)])[None]
-    with torch.no_grad():
+    embeddings: Any = trunk.get_input_embeddings()  # type: ignore[operator]
+    ids = torch.arange(1, 11, device=embeddings.weight.device).reshape(2, 5) % len(embeddings.weight)
+    mask = torch.arange(5, device=ids.device) < torch.tensor([[5], [3]], device=ids.device)
+    with torch.no_grad(), evaluating(trunk):
         rows = trunk(input_ids=ids, use_cache=False).last_hidden_state
-        expected = torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])
+        expected = rows[mask]
         try:
-            with packed_line(trunk, lengths):
-                got = trunk(input_ids=line, position_ids=line_positions(lengths, ids.device), use_cache=False).last_hidden_state[0]
+            got = as_line(ids, mask).states(trunk)
         except Exception:  # whatever a model raises here, it cannot read a line
             return False
     short = rows.dtype != torch.float32

@@ -16,10 +16,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from common.checkpoint import Manifest, read_manifest
 from common.errors import UserError
 from common.model_source import check_model_source
-from common.models.backbone import RewardBatch, RewardInput, as_reward_input, backbone_states, collate_rewards
+from common.models.backbone import (
+    RewardBatch,
+    RewardInput,
+    States,
+    as_reward_input,
+    backbone_states,
+    collate_rewards,
+    line_states,
+    rows_of_like_length,
+)
 from common.models.kinds import backbone_kind, positions_of
 from common.models.load import Dtype, check_vocabulary, load_backbone, load_sequence_classifier, load_tokenizer
 from common.models.modes import evaluating
+from common.models.packed import can_pack
+from common.models.parts import without_adapters
 from common.models.prepacked import prepacked
 from common.models.readouts import LastToken, build_readout
 from common.records import Prompt
@@ -48,6 +59,7 @@ class RewardModel(nn.Module):
         self.backbone = backbone
         self.readout_settings = readout_settings
         self.readout = build_readout(readout_settings, hidden_size(backbone.config), backbone_kind(backbone.config), seed)
+        self._padding_free = self._packs = False
 
     @classmethod
     def from_backbone(
@@ -120,8 +132,25 @@ class RewardModel(nn.Module):
     ) -> Tensor:
         """Ids (B, S) and masks (B, S), True on real tokens -> raw scores (B,)."""
         batch = RewardBatch(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
-        scores: Tensor = self.readout(backbone_states(self.backbone, batch))
+        if self._packs:
+            return self._read(line_states(without_adapters(self.backbone), batch))
+        if not self._padding_free or not bool(attention_mask[:, 0].all()):  # padded on the left
+            return self._read(backbone_states(self.backbone, batch))
+        parts = rows_of_like_length(batch)
+        order = torch.cat([rows for rows, _ in parts])
+        return torch.cat([self._read(backbone_states(self.backbone, part)) for _, part in parts])[order.argsort()]
+
+    def _read(self, states: States) -> Tensor:
+        scores: Tensor = self.readout(states)
         return scores
+
+    def set_padding_free(self, on: bool = True) -> None:
+        """Whether batches are read without padding from now on: in a line where the backbone can, else rows of like length together.
+
+        Scores and gradients stay the same to rounding. It pays on a CPU; a GPU would start kernels for each row.
+        """
+        self._padding_free = on
+        self._packs = on and backbone_kind(self.config) == "causal" and can_pack(without_adapters(self.backbone))
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write weights and configuration into an existing folder.
@@ -200,6 +229,7 @@ class RewardScorer:
         self.manifest = manifest
         self.device = torch.device(device)
         self.model.to(self.device)
+        self.model.set_padding_free(self.device.type == "cpu")
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.transform = (self.manifest.score_transform if self.manifest else None) or ScoreTransform()

@@ -17,6 +17,7 @@ from common.collate import right_pad
 from common.models.backbone import decoder_start
 from common.models.lower_layers import LowerLayers
 from common.models.packed import can_pack, line_positions, packed_line
+from common.models.parts import take_apart, without_adapters
 
 if TYPE_CHECKING:
     from rlhf.ppo.static_decoding import StaticDecoding
@@ -130,11 +131,6 @@ def gather_answers(
     )
 
 
-def without_adapters(model: Any) -> Any:
-    """The transformers model inside peft's wrapper, its adapters in place; any other model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 class Line(NamedTuple):
     """Prompts and answers one behind the other, without padding."""
 
@@ -200,23 +196,11 @@ class Forward:
         """`model`: a transformers model, perhaps wrapped by peft. `pack`: read batches without padding, where the model can."""
         self.model = without_adapters(model)
         self.encoder_decoder = bool(self.model.config.is_encoder_decoder)
-        prefix = getattr(self.model, "base_model_prefix", "")
-        self.head: nn.Module | None = self.model.get_output_embeddings()
-        module: nn.Module | None = None if self.encoder_decoder else getattr(self.model, prefix, None)
-        self.trunk = Trunk(module, pack=pack) if module is not None and self._splits(module) else None
+        parts = take_apart(self.model)
+        self.head = parts.head if parts is not None else None
+        self.trunk = Trunk(parts.trunk, pack=pack) if parts is not None else None
         self.static: StaticDecoding | None = None
         """How sampling runs its steps, where not as plain forwards."""
-
-    def _splits(self, trunk: nn.Module) -> bool:
-        """Whether the logits are the output layer of the last hidden states and nothing else (no cap, no scale)."""
-        if self.head is None:
-            return False
-        weight = next(self.model.parameters())
-        ids = torch.arange(1, 4, device=weight.device)[None]
-        with torch.no_grad():
-            whole = self.model(input_ids=ids, use_cache=False).logits
-            split = self.head(trunk(input_ids=ids, use_cache=False).last_hidden_state)
-        return torch.allclose(whole, split, rtol=1e-5, atol=1e-6)
 
     def __call__(self, **inputs: Any) -> Output:
         """Output at every row's last column. Inputs are those of the model's forward."""

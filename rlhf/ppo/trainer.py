@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.launch.runtime import Runtime
 from common.models.load import set_dropout
-from common.models.modes import recompute_activations
+from common.models.parts import without_adapters
+from common.models.recompute import recompute_activations
 from common.optim import adamw
 from common.schema import GenerateParams
 from common.tracking import Tracker
 from rlhf.ppo import logs, loop
 from rlhf.ppo.advantages import classic_whitened_rewards
-from rlhf.ppo.answers import Answers, gather_answers, without_adapters
+from rlhf.ppo.answers import Answers, gather_answers
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.estimators import ESTIMATORS
 from rlhf.ppo.kl import adapted_kl_coef, kl_per_token

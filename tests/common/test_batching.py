@@ -90,6 +90,19 @@ def test_accumulation_takes_the_rows_of_one_large_batch() -> None:
     assert small.steps(1) == len(large) == 9
 
 
+@pytest.mark.parametrize(("limit", "number"), [(4, 4), (0.2, 5), (99, 26), (None, 26)])
+def test_a_step_that_the_limit_cuts_short_is_a_mean_over_what_is_left_of_it(limit: Any, number: int) -> None:
+    weights = np.random.default_rng(1).integers(1, 9, size=len(LENGTHS)).astype(float)
+    limited = plan(weights=weights, accumulate=3, limit=limit)
+    everything = plan(weights=weights, accumulate=3).batches(0)
+    assert [batch.indices for batch in limited.batches(0)] == [batch.indices for batch in everything]  # the rows stay where they are
+    assert limited.steps(0) == -(-number // 3)
+    for start in range(0, number, 3):
+        window = limited.batches(0)[start : min(start + 3, number)]
+        total = weights[[row for batch in window for row in batch.indices]].sum()
+        assert [batch.denominator for batch in window] == [pytest.approx(total / 3)] * len(window)
+
+
 def test_bucketed_batches_waste_less_padding() -> None:
     def padding(mode: str) -> int:
         lengths = [[LENGTHS[row] for row in batch.indices] for batch in plan(mode).batches(0)]

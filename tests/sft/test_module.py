@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import pytest
@@ -12,10 +11,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCau
 
 from common.batching import Batch, BatchPlan
 from common.collate import IGNORED
+from common.launch.callbacks import count_tokens
 from common.schema import ModelParams
 from common.tokenization import Encoded
 from sft.dataset import SFTRows
-from sft.module import SFTModule, answer_loss
+from sft.module import SFTModule
+from sft.reader import AnswerReader
 
 PAD, EOS, VOCAB = 0, 1, 23
 ROWS = [
@@ -40,10 +41,11 @@ def models() -> dict[str, PreTrainedModel]:
     return {"gpt_neo": GPTNeoForCausalLM(neo), "gpt2": GPT2LMHeadModel(gpt2), "llama": LlamaForCausalLM(llama)}
 
 
-def gradient(model: PreTrainedModel, batches: Sequence[dict[str, object]]) -> tuple[float, dict[str, Tensor]]:
+def gradient(
+    model: PreTrainedModel, batches: Sequence[dict[str, object]], *, padding_free: bool = False
+) -> tuple[float, dict[str, Tensor]]:
     """Summed training loss and gradients over micro-batches, as the module computes them."""
-    module = SFTModule(model, ModelParams(), total_steps=1)
-    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    module = SFTModule(AnswerReader(model, padding_free=padding_free), ModelParams(), total_steps=1)
     model.zero_grad()
     total = 0.0
     for number, batch in enumerate(batches):
@@ -66,25 +68,9 @@ def one_by_one(model: PreTrainedModel) -> tuple[float, dict[str, Tensor]]:
     return gradient(model, [SFTRows(ROWS, PAD)(Batch([number], tokens)) for number in range(len(ROWS))])
 
 
-def test_answer_loss_by_hand() -> None:
-    # Vocabulary of 2; logits (0, ln 3) give probabilities 1/4 and 3/4.
-    logits = torch.tensor([[[0.0, math.log(3.0)]] * 3])
-    labels = torch.tensor([[IGNORED, 1, 0]])
-    loss, tokens, correct = answer_loss(logits, labels)
-    assert loss.item() == pytest.approx(-math.log(0.75) - math.log(0.25))
-    assert (tokens.item(), correct.item()) == (2, 1)
-
-
-def test_a_decoders_logits_are_not_shifted() -> None:
-    logits = torch.tensor([[[0.0, math.log(3.0)], [0.0, 0.0]]])
-    loss, tokens, _ = answer_loss(logits, torch.tensor([[1, IGNORED]]), is_encoder_decoder=True)
-    assert loss.item() == pytest.approx(-math.log(0.75))
-    assert tokens.item() == 1
-
-
-def test_no_answer_token_gives_zero_and_not_nan() -> None:
-    loss, tokens, _ = answer_loss(torch.randn(1, 3, 5), torch.full((1, 3), IGNORED))
-    assert (loss.item(), tokens.item()) == (0.0, 0)
+def test_tokens_are_counted_without_padding() -> None:
+    for rows in (SFTRows(ROWS, PAD), SFTRows(ROWS, PAD, pad_to=20), SFTRows(ROWS, PAD, capacity=17)):
+        assert count_tokens(rows(Batch([0, 1, 2, 3], 1.0))) == 6 + 3 + 8 + 7
 
 
 def test_labels_are_the_answer_with_eos_and_nothing_else() -> None:
@@ -92,17 +78,13 @@ def test_labels_are_the_answer_with_eos_and_nothing_else() -> None:
     assert batch["labels"].tolist() == [[IGNORED, IGNORED, IGNORED, 8, 9, EOS], [IGNORED, 3, EOS, IGNORED, IGNORED, IGNORED]]
 
 
-def test_changing_prompt_labels_is_impossible_and_eos_carries_loss() -> None:
+def test_eos_carries_loss() -> None:
     model = models()["gpt2"].eval()
-    batch = SFTRows(ROWS, PAD)(Batch([0], 3.0))
+    batch = SFTRows(ROWS, PAD)(Batch([0], 1.0))
+    without = {**batch, "labels": batch["labels"].masked_fill(batch["labels"] == EOS, IGNORED)}
     logits = model(input_ids=batch["input_ids"]).logits
-    with_eos, _, _ = answer_loss(logits, batch["labels"])
-    without = batch["labels"].clone()
-    without[without == EOS] = IGNORED
-    less, tokens, _ = answer_loss(logits, without)
-    assert tokens.item() == 2
     expected = -torch.log_softmax(logits[0, 4].float(), -1)[EOS].item()
-    assert (with_eos - less).item() == pytest.approx(expected, rel=1e-5)
+    assert gradient(model, [batch])[0] - gradient(model, [without])[0] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt_neo", "gpt2", "llama"])
@@ -113,6 +95,13 @@ def test_padding_and_batch_order_change_nothing(name: str) -> None:
     assert_same(truth, gradient(model, [SFTRows(ROWS, PAD)(Batch([0, 1, 2, 3], tokens))]))
     assert_same(truth, gradient(model, [SFTRows(ROWS, PAD)(Batch([3, 1, 0, 2], tokens))]))
     assert_same(truth, gradient(model, [SFTRows(ROWS, PAD, pad_to=20)(Batch([0, 1, 2, 3], tokens))]))
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "gpt2", "llama"])
+def test_reading_rows_without_padding_changes_nothing(name: str) -> None:
+    model = models()[name]
+    tokens = float(sum(len(row.answer_ids) for row in ROWS))
+    assert_same(one_by_one(model), gradient(model, [SFTRows(ROWS, PAD)(Batch([0, 1, 2, 3], tokens))], padding_free=True))
 
 
 @pytest.mark.parametrize("name", ["gpt_neo", "gpt2", "llama"])
@@ -139,8 +128,9 @@ def test_the_split_into_micro_batches_changes_nothing(mode: str) -> None:
     assert_same(one_by_one(model), (loss / accumulate, {name: value / accumulate for name, value in gradients.items()}))
 
 
-def test_a_filler_batch_counts_nothing() -> None:
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_a_filler_batch_counts_nothing(padding_free: bool) -> None:
     model = models()["gpt2"]
-    loss, gradients = gradient(model, [SFTRows(ROWS, PAD)(Batch([0], 3.0, filler=True))])
+    loss, gradients = gradient(model, [SFTRows(ROWS, PAD)(Batch([0], 3.0, filler=True))], padding_free=padding_free)
     assert loss == 0.0
     assert all(float(value.abs().sum()) == 0.0 for value in gradients.values())

@@ -171,5 +171,5 @@ def test_packing_is_refused_where_rows_would_see_each_other(tmp_path: Path, mode
         "config": small.get(model_type, {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2}),
     }
     with pytest.raises(UserError, match=r"data\.batching: packed rows"):
-        main(["--config_file", str(config(tmp_path, model_init=init)), "data.batching=packed"])
+        main(["--config_file", str(config(tmp_path, model_init=init)), "data.batching=packed", "data.padding_free=false"])
     assert not (tmp_path / "models").exists()

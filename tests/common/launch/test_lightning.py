@@ -23,7 +23,7 @@ from common.checkpoint import atomic_directory
 from common.closing import RunResult, finish_run
 from common.errors import UserError
 from common.launch.callbacks import TRAINING_METRICS, ProgressReport, count_tokens, mixed_seed
-from common.launch.lightning import build_trainer, check_one_process, check_trainer, fit, total_optimizer_steps, trainer_params
+from common.launch.lightning import batch_limit, build_trainer, check_one_process, check_trainer, fit, total_optimizer_steps, trainer_params
 from common.lightning_arguments import Strategy
 from common.schema import CheckpointSettings, TrainerSettings
 from common.tracking import Tracker, read_metrics
@@ -68,12 +68,20 @@ class Toy(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-def loader(values: Sequence[float], *, batch_size: int = 2, accumulate: int = 1, mode: Any = "random", seed: int = 3) -> DataLoader[Any]:
+def loader(
+    values: Sequence[float],
+    *,
+    batch_size: int = 2,
+    accumulate: int = 1,
+    mode: Any = "random",
+    seed: int = 3,
+    limit: int | float | None = None,
+) -> DataLoader[Any]:
     def collate(batch: Batch) -> dict[str, Any]:
         x = torch.tensor([values[row] for row in batch.indices])
         return {"x": x, "rows": batch.indices, "denominator": batch.denominator}
 
-    plan = BatchPlan([1] * len(values), batch_size=batch_size, seed=seed, accumulate=accumulate, mode=mode)
+    plan = BatchPlan([1] * len(values), batch_size=batch_size, seed=seed, accumulate=accumulate, mode=mode, limit=limit)
     return batch_loader(plan, collate)
 
 
@@ -141,6 +149,16 @@ def test_loss_gradient_and_steps_by_hand(tmp_path: Path) -> None:
     assert column(tmp_path, "val/loss") == [(2, pytest.approx(sum((2.625 - x) ** 2 for x in VALUES) / 5, rel=1e-6))]
     assert result.steps == 2 and result.model == tmp_path / "checkpoints" / "step-000002"
     assert state(tmp_path / "best") == {"w": 2.625, "step": 2, "metrics": {"val/loss": pytest.approx(2.390625), "val/weight": 2.625}}
+
+
+@pytest.mark.parametrize("params", [{"limit_train_batches": 3}, {"limit_train_batches": 0.6}, {"overfit_batches": 3}])
+def test_a_step_that_a_limit_cuts_short_is_not_scaled_down(tmp_path: Path, params: dict[str, Any]) -> None:
+    """Two of five rows a step, cut after the third: the second step is over row 2 alone."""
+    config = settings(accumulate_grad_batches=2, **params)
+    rows = loader(VALUES, batch_size=1, accumulate=2, mode="sequential", limit=batch_limit(config))
+    train(tmp_path, Toy(start=1.0, lr=0.25), config, rows, loader(VALUES))
+    # Step 1: mean (1 - x)^2 over 0 and 1, gradient 1; w = 0.75. Step 2: (0.75 - 2)^2.
+    assert column(tmp_path, "train/loss") == [(1, 0.5), (2, 1.5625)]
 
 
 @pytest.mark.parametrize(("every", "expected"), [(3, [3, 6, 7]), (0, [7])])

@@ -31,7 +31,7 @@ from common.lora import add_lora
 from common.models import fused
 from common.models.fused import FusedGPTNeoSelfAttention, FusedNewGELU, set_fused
 from common.models.load import build_backbone, build_generator, load_backbone, load_generator, train_tokenizer
-from common.models.modes import recompute_activations
+from common.models.recompute import recompute_activations
 from common.optim import adamw
 from common.schema import LoraSettings, ModelInit
 from common.tokenization import Encoded

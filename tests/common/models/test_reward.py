@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from common import chunks
 from common.checkpoint import new_manifest, read_manifest, save_model_directory, verify_directory
 from common.errors import UserError
 from common.freezing import apply_freezing, freeze_eval
@@ -24,8 +25,10 @@ from common.lora import add_lora
 from common.models.backbone import RewardInput, States, collate_rewards, decoder_start, reward_inputs
 from common.models.kinds import backbone_kind
 from common.models.load import build_backbone, build_generator, set_dropout, train_tokenizer
-from common.models.modes import evaluating, recompute_activations
+from common.models.modes import evaluating
+from common.models.packed import Line
 from common.models.readouts import LastToken, ScoreHead, last_position
+from common.models.recompute import recompute_activations
 from common.models.reward import LastTokenSettings, RewardModel, RewardScorer
 from common.records import Prompt
 from common.schema import FreezeSettings, LoraSettings, ModelInit
@@ -341,6 +344,53 @@ def test_gradients_reach_head_and_backbone_also_when_activations_are_recomputed(
     assert plain.keys() == recomputed.keys() and "readout.score.weight" in plain and len(plain) > 5
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", SIZES)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_reading_without_padding_changes_no_score_and_no_gradient(
+    model_type: str, recompute: bool, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several answers to one question among the rows: a line has the question once."""
+    monkeypatch.setitem(chunks.FORWARD_TOKENS, "cpu", 4)  # or so few tokens would share one forward
+    model = reward_model(model_type, tokenizer)
+    judge = scorer(model, tokenizer)
+    set_dropout(model.backbone, 0.0)
+    if recompute:
+        recompute_activations(model.backbone)
+    asked = [
+        (PROMPTS[place], answer) for place, answer in ((0, ANSWERS[0]), (0, ANSWERS[1]), (1, ANSWERS[1]), (2, ANSWERS[2]), (0, "Rome."))
+    ]
+    batch = collate_rewards([reward_inputs(judge.encoder, model.config, *pair) for pair in asked], 0)
+    found = []
+    for padding_free in (True, False):
+        model.set_padding_free(padding_free)
+        model.train().zero_grad()
+        scores = model(*batch)
+        (scores * torch.tensor([1.0, -1.0, 2.0, 0.5, -3.0])).sum().backward()
+        found.append([scores.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    (got, *gradients), (expected, *exact) = found
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    largest = max(float(gradient.abs().max()) for gradient in exact)
+    torch.testing.assert_close(gradients, exact, rtol=1e-5, atol=2e-6 * largest)
+
+
+def test_rows_share_a_question_only_where_no_dropout_makes_their_states_differ(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    states = Line.states
+    monkeypatch.setattr(Line, "states", lambda line, trunk: (read.append(line.ids.numel()), states(line, trunk))[1])
+    model = reward_model("gpt_neo", tokenizer)
+    judge = scorer(model, tokenizer)
+    batch = collate_rewards([reward_inputs(judge.encoder, model.config, PROMPTS[0], answer) for answer in ANSWERS], 0)
+    question = len(judge.encoder.prompt(PROMPTS[0]))
+    set_dropout(model.backbone, 0.1)
+    model(*batch)
+    model.train()(*batch)
+    set_dropout(model.backbone, 0.0)
+    model(*batch)
+    tokens = int(batch.attention_mask.sum())
+    evaluating, dropping, without_dropout = read[-3:]  # before them the model was tried
+    assert dropping == tokens and evaluating == without_dropout <= tokens - 3 * question
 
 
 def test_an_empty_answer_is_judged_and_not_refused(tokenizer: Any) -> None:

@@ -16,7 +16,7 @@ import rlhf.ppo.update as update_module
 from common.freezing import apply_freezing
 from common.launch.runtime import Runtime
 from common.lora import add_lora
-from common.models.modes import recompute_activations
+from common.models.recompute import recompute_activations
 from common.models.reward import RewardModel
 from common.schema import FreezeSettings, GenerateParams, LoraSettings
 from rlhf.ppo import NonFiniteError, PPOConfig, PPOTrainer
