@@ -87,3 +87,33 @@ def test_a_model_whose_attention_does_more_is_left_to_padded_rows(kind: str) -> 
     else:
         model = make(kind, **({"head_dim": 8} if kind == "gemma2" else {}))
     assert not can_pack(model.base_model)
+
+
+WINDOW = {"sliding_window": 8}
+UNCAPPED = {**WINDOW, "head_dim": 8, "attn_logit_softcapping": None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "packs"),
+    [
+        ("mistral", WINDOW, True),
+        ("qwen2", {**WINDOW, "use_sliding_window": True, "max_window_layers": 0}, True),
+        ("gemma2", UNCAPPED, True),
+        ("gemma3_text", UNCAPPED, True),
+        ("gpt_neo", {"window_size": 8}, True),
+        ("phimoe", {**WINDOW, "num_local_experts": 2}, False),
+        ("llama4_text", {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 32, "head_dim": 8}, False),
+    ],
+)
+def test_a_window_that_a_line_loses_is_found_out_on_a_text_shorter_than_it(kind: str, changes: dict[str, Any], packs: bool) -> None:
+    """PhiMoE and Llama 4 have their windows in the mask of padded rows alone; the others tell attention, too."""
+    trunk = make(kind, **changes).get_submodule("transformer" if kind == "gpt_neo" else "model")
+    assert can_pack(trunk) is packs
+    held = ("sliding_window", "attention_chunk_size", "window_size")
+    assert {getattr(trunk.config, name) for name in held if getattr(trunk.config, name, None)} == {8}
+    ids = torch.arange(2, 22)
+    with torch.no_grad():
+        alone = trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        with packed_line(trunk, [20]):
+            line = trunk(input_ids=ids[None], position_ids=line_positions([20], "cpu"), use_cache=False).last_hidden_state[0]
+    assert torch.allclose(line, alone, rtol=1e-4, atol=1e-4) is packs
