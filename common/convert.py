@@ -1,8 +1,8 @@
 """Convert a data file between the accepted formats: `python -m common.convert IN OUT --to FORMAT`.
 
 Scored answers become preference pairs, too (`common/pairing.py`), and the chosen answers of pairs rows for SFT.
-IN is whatever a stage reads: a file, a folder of splits, or `hf:NAME[:config]`. OUT is JSON with splits (`.json`) or JSON Lines of one
-split (`.jsonl`), gzipped where its name ends in `.gz`. What FORMAT cannot hold is dropped and said; a row that would not read back
+IN is whatever a stage reads: a file, a folder of splits, or `hf:NAME[/FOLDER][:CONFIG]`. OUT is JSON with splits (`.json`) or JSON
+Lines of one split (`.jsonl`), gzipped where its name ends in `.gz`. What FORMAT cannot hold is dropped and said; a row that would not read back
 the same is an error. Nothing is written until everything fits, and then all at once.
 """
 
@@ -138,9 +138,6 @@ def convert(records: Sequence[Record], form: RowFormat, dropped: Counter[str]) -
 def _fitting(record: Record, form: RowFormat, dropped: Counter[str]) -> Iterator[Record]:
     """The record without what the format cannot hold, as a record of the format's kind (several, where it holds one rejected answer)."""
     prompt, columns, where = record.prompt, record.columns, record.where
-    if prompt.context and CONTEXT not in form.optional:
-        dropped[CONTEXT] += 1
-        prompt = replace(prompt, context="")
     clashing = [key for key in columns if key in KNOWN_KEYS]
     if clashing:
         dropped.update(clashing)
@@ -192,8 +189,8 @@ def _row(record: Record, form: RowFormat) -> dict[str, Any]:
     if isinstance(record, PairRecord):
         assert form.chosen and form.rejected
         if form.question is None:
-            row[form.chosen] = render_transcript(prompt, record.chosen)
-            row[form.rejected] = render_transcript(prompt, record.rejected[0])
+            row[form.chosen] = prompt.context + render_transcript(prompt, record.chosen)
+            row[form.rejected] = prompt.context + render_transcript(prompt, record.rejected[0])
         else:
             row[form.chosen] = lead + record.chosen
             rejected = [lead + answer for answer in record.rejected]
@@ -284,11 +281,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m common.convert",
         description="Convert a data file between the accepted formats.",
-        epilog=f"formats and their keys (context goes with every question, margin with every pair):\n{listed}\n\n"
+        epilog="formats and their keys (context goes with every question, in hh before the first turn; margin with every pair):\n"
+        f"{listed}\n\n"
         f"what can be made of what:\n{directions}\n"
         "of scores, pairs are made question by question; of pairs, the chosen answer is imitated by SFT",
     )
-    parser.add_argument("source", metavar="IN", help="file, folder of splits, or hf:NAME[:config]; its format is recognised")
+    parser.add_argument("source", metavar="IN", help="file, folder of splits, or hf:NAME[/FOLDER][:CONFIG]; its format is recognised")
     parser.add_argument("destination", metavar="OUT", help=".json (splits) or .jsonl (one split), either with .gz")
     parser.add_argument("--to", required=True, choices=list(TARGETS), metavar="FORMAT", help=", ".join(TARGETS))
     parser.add_argument("--split", choices=SPLITS, help="only this split; default: all of them")

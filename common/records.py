@@ -1,7 +1,7 @@
 """Data files -> validated records in splits: the one door through which data enters a stage.
 
-`read_splits` reads a file, a folder of files named by split, or `hf:NAME[:config]`, checks every row, and reports all problems at once
-as `FILE: train row 3 (line 12): key: got, expected`, one line for all rows with the same problem. The formats are listed in
+`read_splits` reads a file, a folder of files named by split, or `hf:NAME[/FOLDER][:CONFIG]`, checks every row, and reports all
+problems at once as `FILE: train row 3 (line 12): key: got, expected`, one line for all rows with the same problem. The formats are listed in
 `common/row_formats.py`.
 """
 
@@ -68,7 +68,7 @@ def read_splits(
     """Read, check and split a data file.
 
     Args:
-        path: a file, a folder with files named train, val and test, or `hf:NAME[:config]`.
+        path: a file, a folder with files named train, val and test, or `hf:NAME[/FOLDER][:CONFIG]`.
         kind: what the stage needs; richer rows serve as poorer ones (pairs as prompts, say).
         columns: our key to the file's key.
         validation_file: its rows (its `val` split, where it has splits) become the validation split.
@@ -300,10 +300,14 @@ def _load_hub(path: str) -> RawRows:
     """A data set through `datasets`; missing values (None) of optional keys count as absent."""
     name, _, config = path.removeprefix("hf:").partition(":")
     if not name:
-        raise UserError(f"{path}: got no name, expected hf:NAME or hf:NAME:CONFIG")
+        raise UserError(f"{path}: got no name, expected hf:NAME, hf:OWNER/NAME/FOLDER or hf:NAME:CONFIG")
+    folder = ""
+    if not Path(name).expanduser().is_dir():
+        owner_and_name = "/".join(name.split("/")[:2])
+        name, folder = owner_and_name, name.removeprefix(owner_and_name).strip("/")
     load = _datasets_loader()
     try:
-        loaded = load(name, config or None)
+        loaded = load(name, config or None, folder or None)
     except Exception as error:  # whatever datasets, the hub client or the network raise: the user's line is the same
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = "without network only local folders and what lies in HF_HOME's cache can be loaded"
@@ -324,7 +328,8 @@ def _load_hub(path: str) -> RawRows:
     return out
 
 
-def _datasets_loader() -> Callable[[str, str | None], Mapping[str, Any]]:
+def _datasets_loader() -> Callable[[str, str | None, str | None], Mapping[str, Any]]:
+    """`load(name, config, data_dir)`."""
     from datasets import load_dataset
 
-    return cast("Callable[[str, str | None], Mapping[str, Any]]", load_dataset)
+    return cast("Callable[[str, str | None, str | None], Mapping[str, Any]]", load_dataset)

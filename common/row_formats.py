@@ -8,7 +8,8 @@
 | instruction      | instruction, [context,] response                                        | SFT                           |
 | instruction_pair | instruction, [context,] chosen, rejected                                | reward_model/classification   |
 | prompt_pair      | prompt, chosen, rejected                                                | reward_model/classification   |
-| hh               | chosen, rejected: whole dialogues that differ in the last answer        | reward_model/classification   |
+| hh               | chosen, rejected: whole dialogues that differ in the last answer; text  | reward_model/classification   |
+|                  | before the first turn (a system prompt) is the context                  |                               |
 | prompt           | prompt (also Question or instruction alone)                             | PPO                           |
 
 Rows that hold more than a stage needs serve it too: each of them can be a prompt, and SFT reads rows with and without a score from one

@@ -11,7 +11,7 @@ from typing import Any
 from common.json_rows import readable, shown
 from common.record_types import PairRecord, Prompt, PromptRecord, Record, RecordKind, ScoreRecord, SFTRecord
 from common.row_formats import CONTEXT, MARGIN, RowFormat
-from common.transcripts import HUMAN, is_transcript, prompt_of_turns, transcript_prompt, transcript_turns
+from common.transcripts import HUMAN, before_transcript, is_transcript, prompt_of_turns, transcript_prompt, transcript_turns
 
 MAX_NESTING = 64
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -178,12 +178,13 @@ class _RowParser:
         rejected = tuple(self._answer_text(rejected_key, item) for item in (value if isinstance(value, list) else [value]))
         return self._checked_pair(prompt, chosen, rejected)
 
-    def _dialogue(self, key: str) -> list[tuple[str, str]] | None:
-        """The turns of a column that holds a whole dialogue, Assistant's last."""
+    def _dialogue(self, key: str) -> tuple[str, list[tuple[str, str]]] | None:
+        """Of a column that holds a whole dialogue: the text before it, and its turns, Assistant's last."""
         text = self._text(key, self.row[key])
         if self.problems:
             return None
-        if not is_transcript(text):
+        before = before_transcript(text)
+        if before is None:
             expected = f"a dialogue that begins with {shown(HUMAN)} (or a prompt beside chosen and rejected)"
             self.problems.unusable.append(f"{key}: got {shown(text)}, expected {expected}")
             return None
@@ -197,21 +198,26 @@ class _RowParser:
             return None
         if not turns[-2][1].strip():
             self.problems.unusable.append(f"{key}: got a dialogue whose last question is empty, expected some text")
-        return turns
+        return before, turns
 
     def _dialogues(self) -> PairRecord | None:
         """hh-rlhf: two dialogues that are the same up to their last answers."""
-        chosen, rejected = self._dialogue("chosen"), self._dialogue("rejected")
-        if chosen is None or rejected is None:
+        first, second = self._dialogue("chosen"), self._dialogue("rejected")
+        if first is None or second is None:
+            return None
+        (before, chosen), (before_rejected, rejected) = first, second
+        if before != before_rejected:
+            self.problems.unusable.append("rejected: differs from chosen before the first turn, expected the same text there")
             return None
         if chosen[:-1] != rejected[:-1]:
             at = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
+            inside = "" if len(chosen) == len(rejected) else f"; {shown(HUMAN)} inside an answer begins a turn"
             self.problems.unusable.append(
-                f"rejected: differs from chosen in turn {at + 1} already ({len(rejected)} and {len(chosen)} turns), "
+                f"rejected: differs from chosen in turn {at + 1} already ({len(rejected)} and {len(chosen)} turns{inside}), "
                 "expected dialogues that differ in the last answer only"
             )
             return None
-        prompt = prompt_of_turns(chosen[:-1])
+        prompt = prompt_of_turns(chosen[:-1], before)
         for key, turns in (("chosen", chosen), ("rejected", rejected)):
             if not turns[-1][1].strip():
                 self.problems.unusable.append(f"{key}: got a dialogue whose last answer is empty, expected some text")
@@ -225,8 +231,8 @@ class _RowParser:
     def _prompt_only(self) -> PromptRecord | None:
         if self.form.question is not None:
             return PromptRecord(self._prompt(), self.columns, self.where)
-        turns = self._dialogue("chosen")
-        return None if turns is None else PromptRecord(prompt_of_turns(turns[:-1]), self.columns, self.where)
+        read = self._dialogue("chosen")
+        return None if read is None else PromptRecord(prompt_of_turns(read[1][:-1], read[0]), self.columns, self.where)
 
 
 def _used_keys(form: RowFormat, kind: RecordKind) -> set[str | None]:

@@ -148,7 +148,8 @@ class DataSettings(RowSettings):
     """What every training stage that reads rows has in common (SFT and reward models)."""
 
     data_dir: StagePath = Field(
-        description="Data file (JSON with splits or JSON Lines, gzip or plain), a folder of files named by split, or `hf:NAME[:config]`."
+        description="Data file (JSON with splits or JSON Lines, gzip or plain), a folder of files named by split, or "
+        "`hf:NAME[/FOLDER][:CONFIG]`."
     )
     batch_size: PositiveInt = Field(8, description="Rows per process and optimizer micro-batch.")
     val_batch_size: PositiveInt | None = Field(None, description="Rows per validation batch; default: `batch_size`.")

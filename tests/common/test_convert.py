@@ -50,13 +50,14 @@ def test_pairs_come_back_the_same_from_every_format_that_holds_them(tmp_path: Pa
     assert content(tmp_path / "mid.jsonl", "pair") == content(source, "pair") == content(tmp_path / "back.json", "pair")
 
 
-def test_hh_holds_one_rejected_answer_a_row_and_no_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hh_holds_one_rejected_answer_a_row_and_context_before_the_first_turn(tmp_path: Path) -> None:
     source = write(tmp_path / "in.json", PAIRS)
     run(source, tmp_path / "out.jsonl", "--to", "hh")
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert rows[0] == {"chosen": "\n\nHuman: a?\n\nAssistant: good", "rejected": "\n\nHuman: a?\n\nAssistant: bad", "margin": 2.0, "id": 1}
     assert [row["rejected"].split("Assistant:")[-1] for row in rows] == [" bad", "  worse\n", "  No.", " y"]
-    assert "dropped, since hh cannot hold it: context (1 row)" in capsys.readouterr().out
+    assert rows[3]["chosen"] == "about b\n\nHuman: b?\n\nAssistant: x"
+    assert content(tmp_path / "out.jsonl", "pair")[3] == content(source, "pair")[2]
 
 
 def test_scores_become_answers_and_questions_with_a_word_about_what_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,6 +77,16 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Any]] = {
         {"prompt": DIALOGUE, "chosen": " 5", "rejected": "  6 "},
         (Prompt("How old are you?", "", TURNS), "5", (" 6 ",), None),
     ),
+    "hh, a system prompt": (
+        "pair",
+        {"chosen": f"Be kind.{DIALOGUE} a", "rejected": f"Be kind.{DIALOGUE} b", "margin": 3},
+        (Prompt("How old are you?", "Be kind.", TURNS), "a", ("b",), 3.0),
+    ),
+    "hh, without the first line breaks": (
+        "pair",
+        {"chosen": "Human: q?\n\nAssistant: a", "rejected": "Human: q?\n\nAssistant: say Human: b"},
+        (Q, "a", ("say Human: b",), None),
+    ),
     "hh": (
         "pair",
         {"chosen": f"{DIALOGUE} I am 5.", "rejected": f"{DIALOGUE} I am\n\n6."},
@@ -288,7 +298,36 @@ BAD_ROWS: dict[str, tuple[str, Any, list[str]]] = {
     "hh: one goes on": (
         "pair",
         {"chosen": f"{DIALOGUE} a", "rejected": f"{DIALOGUE} a\n\nHuman: ?\n\nAssistant: b"},
-        [f"rejected: differs from chosen in turn 5 already (6 and 4 turns), expected dialogues that differ in the last answer only{DROP}"],
+        [
+            'rejected: differs from chosen in turn 5 already (6 and 4 turns; "\\n\\nHuman:" inside an answer begins a turn), '
+            f"expected dialogues that differ in the last answer only{DROP}"
+        ],
+    ),
+    "hh: Human inside an answer": (
+        "pair",
+        {"chosen": f"{DIALOGUE} a\n\nHuman: ?\n\nAssistant: a", "rejected": f"{DIALOGUE} b"},
+        [
+            'rejected: differs from chosen in turn 4 already (4 and 6 turns; "\\n\\nHuman:" inside an answer begins a turn), '
+            f"expected dialogues that differ in the last answer only{DROP}"
+        ],
+    ),
+    "hh: other text before the first turn": (
+        "pair",
+        {"chosen": f"Be kind.{DIALOGUE} a", "rejected": f"{DIALOGUE} b"},
+        [f"rejected: differs from chosen before the first turn, expected the same text there{DROP}"],
+    ),
+    "hh: Assistant begins": (
+        "pair",
+        {"chosen": "\n\nAssistant: a\n\nHuman: b\n\nAssistant: c", "rejected": f"{DIALOGUE} b"},
+        [
+            'chosen: got "\\n\\nAssistant: a\\n\\nHuman: b\\n\\nAssi..., '
+            f'expected a dialogue that begins with "\\n\\nHuman:" (or a prompt beside chosen and rejected){DROP}'
+        ],
+    ),
+    "hh: two questions in turn": (
+        "pair",
+        {"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c", "rejected": f"{DIALOGUE} b"},
+        [f"chosen: turn 2 is Human's, expected Human and Assistant in turn{DROP}"],
     ),
     "hh: empty answer": (
         "pair",
@@ -466,10 +505,49 @@ def test_a_hub_data_set_goes_through_datasets(tmp_path: Path, monkeypatch: pytes
     assert [record.prompt.question for record in splits.val] == ["v?"]
     assert splits.train[1].where == f"hf:{folder}: train row 2"
     loaded = DatasetDict({"train": Dataset.from_list(rows), "train_sft": Dataset.from_list(rows)})
-    monkeypatch.setattr("common.records._datasets_loader", lambda: lambda name, config: loaded)
+    monkeypatch.setattr("common.records._datasets_loader", lambda: lambda name, config, data_dir: loaded)
     assert read_splits("hf:a:b", "sft", validation_split_percentage=0).notes == (
         "hf:a:b: not read, since not named train, val or test: train_sft",
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    {
+        "hf:squad": ("squad", None, None),
+        "hf:squad:plain": ("squad", "plain", None),
+        "hf:Anthropic/hh-rlhf": ("Anthropic/hh-rlhf", None, None),
+        "hf:Anthropic/hh-rlhf/helpful-base": ("Anthropic/hh-rlhf", None, "helpful-base"),
+        "hf:org/name/a/b:config": ("org/name", "config", "a/b"),
+    }.items(),
+)
+def test_a_folder_of_a_hub_data_set_stands_after_its_name(
+    path: str, asked: tuple[str, str | None, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def load(name: str, config: str | None, data_dir: str | None) -> dict[str, list[dict[str, str]]]:
+        calls.append((name, config, data_dir))
+        return {"train": [{"chosen": f"{DIALOGUE} a", "rejected": f"{DIALOGUE} b"}] * 2}
+
+    monkeypatch.setattr("common.records._datasets_loader", lambda: load)
+    assert len(read_splits(path, "pair", validation_split_percentage=0).train) == 2
+    assert calls == [asked]
+
+
+def test_a_copy_of_the_hubs_folder_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As hh-rlhf lies on the hub: a folder for each subset, gzipped JSON Lines in it."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    for name in ("helpful-base", "harmless-base"):
+        folder = tmp_path / "hh" / name
+        folder.mkdir(parents=True)
+        for split in ("train", "test"):
+            row = {"chosen": f"\n\nHuman: {name} {split}\n\nAssistant: a", "rejected": f"\n\nHuman: {name} {split}\n\nAssistant: b"}
+            (folder / f"{split}.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode() + b"\n"))
+    splits = read_splits(f"hf:{tmp_path / 'hh'}", "pair", validation_split_percentage=0)
+    assert [record.prompt.question for record in splits.test] == ["harmless-base test", "helpful-base test"]
+    one = read_splits(str(tmp_path / "hh" / "helpful-base"), "pair", validation_split_percentage=0)
+    assert [record.prompt.question for record in one.train] == ["helpful-base train"]
 
 
 def test_a_hub_data_set_without_network_is_one_clear_line() -> None:
