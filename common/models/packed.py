@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from common.models.modes import evaluating
+from common.models.short_texts import Group, attend_in_groups, groups_of_like_length, serves
 
 NAME = "packed_texts"
 SHARED_TOKENS = 8
@@ -43,19 +44,31 @@ class Texts:
     def __init__(self, lengths: Sequence[int], shared: Sequence[Shared] | None = None) -> None:
         self.lengths = tuple(lengths)
         self.shared = tuple(shared) if shared is not None else (NOTHING,) * len(self.lengths)
+        self.shares_nothing = all(tokens == 0 for _, tokens in self.shared)
         self.attended = 0
-        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
+        self._groups: list[Group] | None = None
 
     def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
         """What is added to the logits (queries, keys) of a text's last tokens; None where plain causality says it all."""
         if queries == keys and (window is None or keys <= window):
             return None
-        key = queries, keys, window
-        if key not in self._masks or self._masks[key].dtype != like.dtype:
-            distance = torch.arange(keys - queries, keys, device=like.device)[:, None] - torch.arange(keys, device=like.device)
+        return self._mask(queries, keys, window, like.dtype, like.device)
+
+    def _mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        key = queries, keys, window, dtype
+        if key not in self._masks:
+            distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
             hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-            self._masks[key] = torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
+            self._masks[key] = torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
         return self._masks[key]
+
+    def in_groups(self, query: Tensor, window: int | None) -> tuple[list[Group], list[Tensor]]:
+        """The texts in groups of like length, and what is added to the logits of each."""
+        if self._groups is None:
+            self._groups = groups_of_like_length(self.lengths, query.shape[1], query.device)
+        longest = [group.places.shape[1] for group in self._groups]
+        return self._groups, [self._mask(tokens, tokens, window, torch.float32, query.device) for tokens in longest]
 
 
 _line: ContextVar[tuple[Any, Texts] | None] = ContextVar("configuration of the trunk that reads a line, and the texts", default=None)
@@ -107,6 +120,9 @@ def attend_to_own_text(
     texts = texts_in_line()
     assert texts is not None
     texts.attended += 1
+    if dropout == 0.0 and texts.shares_nothing and serves(query, key, texts.lengths):
+        groups, masks = texts.in_groups(query, window)
+        return attend_in_groups(query, key, value, groups, masks, query.shape[-1] ** -0.5 if scale is None else scale)
     queries, keys, values = (part.split(texts.lengths, dim=2) for part in (query, key, value))
     mixed = []
     for q, k, v, (text, tokens) in zip(queries, keys, values, texts.shared, strict=True):
