@@ -55,7 +55,8 @@ from common.checkpoint import new_manifest
 from common.freezing import apply_freezing
 from common.models.backbone import RewardInput
 from common.models.fused import set_fused
-from common.models.reward import LastTokenSettings, RewardModel, RewardScorer
+from common.models.reward import RewardModel, RewardScorer
+from common.readout_settings import ReadoutSettings
 from common.schema import FreezeSettings, GenerateParams
 from common.tracking import Tracker
 from rlhf.ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
@@ -148,7 +149,7 @@ def build_reward_model(options: argparse.Namespace, *, seed: int = 1) -> RewardM
     """The classifier as this project's reward model: its transformer, and its head as the readout of the last token."""
     classifier = build_judge(options.size, seed=seed)
     set_fused(classifier, "fused" not in options.without)
-    model = RewardModel(classifier.transformer, LastTokenSettings(), seed=0)
+    model = RewardModel(classifier.transformer, ReadoutSettings(), seed=0)
     model.readout.load_state_dict({"score.weight": classifier.score.weight})
     return model.eval()
 

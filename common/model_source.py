@@ -31,6 +31,17 @@ _POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequen
 RELATIVE_POSITIONS = frozenset({"t5", "mt5", "umt5"})
 """Model types whose n_positions is a relic that limits nothing."""
 
+BackboneKind = Literal["causal", "encoder", "encoder_decoder"]
+_KINDS: dict[BackboneKind, str] = {
+    "causal": "bloom codegen falcon gemma gemma2 gemma3_text gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite llama mistral olmo olmo2 opt "
+    "phi phi3 qwen2 qwen3 smollm3 stablelm starcoder2",
+    "encoder": "albert bert camembert deberta deberta-v2 distilbert electra modernbert mpnet roberta xlm-roberta",
+    "encoder_decoder": "bart blenderbot led longt5 m2m_100 marian mbart mt5 pegasus switch_transformers t5 umt5",
+}
+_KIND_OF_TYPE: dict[str, BackboneKind] = {model_type: kind for kind, types in _KINDS.items() for model_type in types.split()}
+# How the architectures call the number of layers.
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -68,6 +79,29 @@ def positions_in(config: Mapping[str, Any]) -> int | None:
     if config.get("model_type") in RELATIVE_POSITIONS:
         return None
     return next((config[key] for key in _POSITION_KEYS if isinstance(config.get(key), int)), None)
+
+
+def kind_in(config: Mapping[str, Any]) -> BackboneKind | None:
+    """The kind of transformer that a configuration describes, as far as that can be told without transformers."""
+    kind = _KIND_OF_TYPE.get(str(config.get("model_type")))
+    if config.get("is_encoder_decoder"):
+        return "encoder_decoder"
+    return "causal" if kind is not None and kind != "encoder_decoder" and config.get("is_decoder") else kind
+
+
+def layers_in(config: Mapping[str, Any], part: Literal["whole", "encoder", "decoder"] = "whole") -> int | None:
+    """Layers of the transformer, or of an encoder-decoder's encoder or decoder; None where the configuration does not say."""
+    keys = {"whole": (), "encoder": ("encoder_layers",), "decoder": ("decoder_layers", "num_decoder_layers")}[part] + _LAYER_KEYS
+    return next((config[key] for key in keys if isinstance(config.get(key), int)), None)
+
+
+def config_in(name: str) -> dict[str, Any] | None:
+    """The configuration of a model directory, as far as it can be read; else None, and others say why."""
+    try:
+        config = json.loads((Path(name).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def check_model_source(name: str, *, setting: str = "model_name", role: Role = "generator", trust_remote_code: bool = False) -> ModelSource:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from common.model_source import config_in, kind_in, layers_in
+from common.readout_settings import PARTS, ReadoutSettings, readout_problems
 from common.schema import (
     CSVPath,
     DataSettings,
+    KeyedProblems,
     ModelName,
     ModelParams,
     NonNegativeInt,
@@ -31,18 +34,28 @@ class RewardData(DataSettings):
     max_prompt_length: PositiveInt | None = Field(None, description="Prompt tokens at most; null: only `max_length` limits it.")
 
 
-class ReadoutSettings(Section):
-    """How a score is read out of the transformer."""
-
-    name: Literal["last_token"] = Field("last_token", description="`last_token`: the state of the last token (encoder: of the first).")
-
-
 class RewardModelParams(ModelParams):
     readout: ReadoutSettings = Field(default_factory=ReadoutSettings, description="How the score is read out.")
 
 
 class RewardConfig(TrainingSettings):
     data: RewardData = Field(description="Training data.")
+    model_params: RewardModelParams
+
+    @model_validator(mode="after")
+    def _readout_fits_the_model(self) -> Self:
+        """As far as the model is known here: built here, or a directory."""
+        name = self.trainer.ckpt_path or self.model_name
+        if name is not None:
+            model = config_in(name) or {}
+        else:
+            assert self.model_init is not None
+            model = {**self.model_init.config, "model_type": self.model_init.model_type}
+        kind, readout = kind_in(model), self.model_params.readout
+        layers = {part: count for part in PARTS.get(kind, ()) if (count := layers_in(model, part))}
+        if kind is not None and (problems := readout_problems(readout, kind, layers)):
+            raise KeyedProblems({("model_params", "readout", name): problem for name, problem in problems.items()})
+        return self
 
 
 class ClassificationParams(RewardModelParams):

@@ -62,7 +62,7 @@ def score_unique(scorer: RewardScorer, rows: Sequence[tuple[Prompt, str]]) -> li
 def invariance(scorer: RewardScorer, rows: Sequence[tuple[Prompt, str]], seed: int) -> dict[str, float]:
     """Largest difference of a row's raw score from its score alone and unpadded: in batches, in other batches, under more padding."""
     chosen = random.Random(seed).sample(list(dict.fromkeys(rows)), min(INVARIANCE_ROWS, len(set(rows))))
-    inputs = [reward_inputs(scorer.encoder, scorer.model.config, prompt, answer) for prompt, answer in chosen]
+    inputs = [reward_inputs(scorer.encoder, scorer.model.entry, prompt, answer) for prompt, answer in chosen]
     alone = [_batch_scores(scorer, [row])[0] for row in inputs]
     order = list(range(len(inputs)))
     random.Random(seed + 1).shuffle(order)

@@ -86,12 +86,12 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
         max_length=data.max_length,
         max_prompt_length=data.max_prompt_length,
         truncate_prompt=data.truncate_prompt,
-        is_encoder_decoder=model.config.is_encoder_decoder,
+        is_encoder_decoder=model.entry.splits,
     )
     remedy = "raise data.max_length" if data.max_prompt_length is None else "raise data.max_length or data.max_prompt_length"
-    train_rows = objective.encode(splits.train, encoder, model.config)
+    train_rows = objective.encode(splits.train, encoder, model.entry)
     notes = encoder.take_notes("train", remedy=remedy)
-    val_rows = objective.encode(splits.val, encoder, model.config)
+    val_rows = objective.encode(splits.val, encoder, model.entry)
     for note in [*notes, *encoder.take_notes("val", remedy=remedy)]:
         say(note)
     if not train_rows or not val_rows:

@@ -5,8 +5,10 @@ Everything that differs between causal models, encoders and encoder-decoders is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,8 +18,14 @@ from transformers import PreTrainedConfig
 
 from common.chunks import length_chunks
 from common.collate import right_pad
+from common.errors import UserError
+from common.freezing import find_blocks
+from common.model_source import layers_in
+from common.models.kinds import backbone_kind
 from common.models.modes import draws_dropout
 from common.models.packed import as_line
+from common.models.parts import without_adapters
+from common.readout_settings import PARTS, READS, Needs, Part, ReadoutSettings, Token, readout_problems
 
 if TYPE_CHECKING:
     from common.records import Prompt
@@ -37,7 +45,7 @@ class RewardInput:
 
 
 class RewardBatch(NamedTuple):
-    """Right-padded inputs: ids (B, S) and masks (B, S), True on real tokens; the decoder's are None but for encoder-decoders."""
+    """Right-padded inputs: ids (B, S) and masks (B, S), True on real tokens; the decoder's are None where none is read."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -55,26 +63,64 @@ class RewardBatch(NamedTuple):
         )
 
 
-def reward_inputs(
-    encoder: Encoder, config: PreTrainedConfig, prompt: Prompt, answer: str, *, ended: bool = True, where: str = ""
-) -> RewardInput:
-    """Tokenize one prompt and answer for a reward model. Raises UnusableRow where the answer has no token."""
-    return as_reward_input(encoder.pair(prompt, answer, where), config, ended=ended)
-
-
-def as_reward_input(encoded: Encoded, config: PreTrainedConfig, *, ended: bool = True) -> RewardInput:
-    """What of a tokenized prompt and answer enters which part of the backbone.
+class Entry(NamedTuple):
+    """Which text enters which part of a transformer.
 
     causal, encoder     prompt + answer (+ EOS) in one row
-    encoder_decoder     the prompt enters the encoder; the decoder reads its start token + answer (+ EOS)
+    encoder_decoder     the same into the encoder; the decoder reads `start` alone, where it is read at all.
+                        `splits`: the prompt enters the encoder; the decoder reads `start` + answer (+ EOS)
+    """
+
+    splits: bool = False
+    start: int | None = None
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, needs: Needs) -> Entry:
+        """How texts enter the transformer of this configuration, so that it has the states that a readout needs."""
+        return cls(needs.splits_text, decoder_start(config) if needs.part == "decoder" else None)
+
+
+def readout_needs(settings: ReadoutSettings, config: PreTrainedConfig) -> Needs:
+    """What a readout reads of a transformer. Raises UserError where the two make no sense together."""
+    kind = backbone_kind(config)
+    layers: dict[Part, int] = {part: layer_count(config, part) for part in PARTS[kind]}
+    if problems := readout_problems(settings, kind, layers):
+        raise UserError(*(f"model_params.readout.{name}: {problem}" for name, problem in problems.items()))
+    place = READS[settings.name][kind]
+    count = (settings.n_layers or layers[place.part]) if settings.reads_layers else 1
+    if count > 1 and hidden_size(config) != config.hidden_size:
+        wide, final = config.hidden_size, hidden_size(config)
+        raise UserError(f"model_params.readout.name: got {settings.name}, but the layers have {wide} features and the final states {final}")
+    return Needs(*place, layers=count)
+
+
+def hidden_size(config: PreTrainedConfig) -> int:
+    """Width D of the final hidden states (some OPT models project theirs)."""
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
+
+
+def layer_count(config: PreTrainedConfig, part: Part) -> int:
+    """Layers of a transformer, or of an encoder-decoder's encoder or decoder."""
+    told = layers_in(config.to_dict(), part)
+    return int(config.num_hidden_layers) if told is None else told
+
+
+def reward_inputs(encoder: Encoder, entry: Entry, prompt: Prompt, answer: str, *, ended: bool = True, where: str = "") -> RewardInput:
+    """Tokenize one prompt and answer for a reward model. Raises UnusableRow where the answer has no token."""
+    return as_reward_input(encoder.pair(prompt, answer, where), entry, ended=ended)
+
+
+def as_reward_input(encoded: Encoded, entry: Entry, *, ended: bool = True) -> RewardInput:
+    """What of a tokenized prompt and answer enters which part of the backbone.
 
     `ended`: the answer ends where it ends, so EOS follows it as in training; False for one that was cut off while being written.
     """
     # The tokenizing code puts EOS after every answer that it did not have to cut.
     answer_ids = encoded.answer_ids if ended or encoded.cut_answer else encoded.answer_ids[:-1]
-    if config.is_encoder_decoder:
-        return RewardInput(list(encoded.prompt_ids), [decoder_start(config), *answer_ids])
-    return RewardInput([*encoded.prompt_ids, *answer_ids])
+    start = [] if entry.start is None else [entry.start]
+    if entry.splits:
+        return RewardInput(list(encoded.prompt_ids), [*start, *answer_ids])
+    return RewardInput([*encoded.prompt_ids, *answer_ids], start or None)
 
 
 def decoder_start(config: PreTrainedConfig) -> int:
@@ -94,32 +140,110 @@ def collate_rewards(rows: Sequence[RewardInput], pad_id: int, pad_to: int | None
 
 
 class States(NamedTuple):
-    """What a readout may read. `last` (B, S, D): final hidden states of the part that is read; `mask` (B, S): its real tokens."""
+    """What a readout reads: the states of L layers, lowest first, at T tokens of each row; T is 1 where it reads one token."""
 
-    last: Tensor
+    values: Tensor
+    """(B, L, T, D)."""
     mask: Tensor
+    """(B, T): True on real tokens."""
 
 
-def backbone_states(backbone: nn.Module, batch: RewardBatch) -> States:
-    """Run the transformer; for encoder-decoders the states are the decoder's."""
+def state_rows(states: States) -> list[Tensor]:
+    """The states of each row without its padding: (T of the row, L, D)."""
+    return [values[:, mask].transpose(0, 1) for values, mask in zip(states.values, states.mask, strict=True)]
+
+
+def collate_states(rows: Sequence[Tensor]) -> States:
+    """Rows (T of the row, L, D) as a batch again, padded on the right with zeros."""
+    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    values = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # (B, T, L, D)
+    mask = torch.arange(values.shape[1], device=lengths.device) < lengths[:, None]
+    return States(values.transpose(1, 2), mask)
+
+
+def backbone_states(backbone: nn.Module, batch: RewardBatch, needs: Needs) -> States:
+    """Run the transformer, or its encoder alone where no more is read, and keep the states that are needed."""
+    plain = without_adapters(backbone)
     arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long()}
-    mask = batch.attention_mask
-    if batch.decoder_input_ids is not None:
-        assert batch.decoder_attention_mask is not None
-        mask = batch.decoder_attention_mask
+    model, stack, mask = plain, plain, batch.attention_mask
+    if needs.part == "encoder":
+        model = stack = plain.get_encoder()
+    else:
+        arguments["use_cache"] = False
+    if needs.part == "decoder":
+        assert batch.decoder_input_ids is not None and batch.decoder_attention_mask is not None
+        stack, mask = plain.get_decoder(), batch.decoder_attention_mask
         arguments |= {"decoder_input_ids": batch.decoder_input_ids, "decoder_attention_mask": mask.long()}
-    output = backbone(**arguments, use_cache=False)
-    return States(output.last_hidden_state, mask.bool())
+    mask = mask.bool()
+    run = partial(_final_states, model, arguments)
+    if needs.token == "all":
+        return States(torch.stack(_upper_layers(stack, run, needs.layers), 1), mask)
+    rows, read = torch.arange(len(mask), device=mask.device), token_position(mask, needs.token)
+    return _of_one_token(_upper_layers(stack, run, needs.layers, lambda states: states[rows, read]))
 
 
-def line_states(backbone: nn.Module, batch: RewardBatch) -> States:
+def line_states(backbone: nn.Module, batch: RewardBatch, needs: Needs) -> States:
     """As `backbone_states` for causal models that can read a line: without padding, and a beginning that rows share read once.
 
     Where dropout is on, rows share nothing: each draws noise of its own.
     """
+    plain = without_adapters(backbone)
     mask = batch.attention_mask.bool()
-    line = as_line(batch.input_ids, mask, share=not draws_dropout(backbone))
-    return States(F.embedding(line.places, line.states(backbone)), mask)
+    line = as_line(batch.input_ids, mask, share=not draws_dropout(plain))
+    run = partial(line.states, plain)
+    if needs.token == "all":
+        layers = _upper_layers(plain, run, needs.layers, lambda states: states.view(-1, states.shape[-1]))  # (N, D) each
+        return States(torch.stack([F.embedding(line.places, layer) for layer in layers], 1), mask)
+    places = line.places.gather(1, token_position(mask, needs.token)[:, None])[:, 0]  # (B,)
+    return _of_one_token(_upper_layers(plain, run, needs.layers, lambda states: states.view(-1, states.shape[-1])[places]))
+
+
+def token_position(mask: Tensor, token: Token) -> Tensor:
+    """Index of the first or last True of each row of a (B, S) mask: (B,). Works for padding on either side."""
+    if token == "first":
+        return mask.byte().argmax(dim=1)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return (mask.long() * positions).argmax(dim=1)
+
+
+def _final_states(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    states: Tensor = model(**arguments).last_hidden_state
+    return states
+
+
+def _of_one_token(layers: list[Tensor]) -> States:
+    """L layers' states (B, D) of one token."""
+    values = torch.stack(layers, 1)[:, :, None]
+    return States(values, torch.ones(len(values), 1, dtype=torch.bool, device=values.device))
+
+
+def _upper_layers(stack: nn.Module, run: Callable[[], Tensor], count: int, pick: Callable[[Tensor], Tensor] = lambda s: s) -> list[Tensor]:
+    """What `pick` takes of the states of the `count` upper layers while `run` runs them, lowest first.
+
+    The last are what `run` returns, behind the final norm if there is one; those below are as one layer hands them to the next.
+    Raises UserError where a model's layers cannot be told apart.
+    """
+    if count == 1:
+        return [pick(run())]
+    kept: deque[tuple[Tensor, bool]] = deque(maxlen=count)
+
+    def keep(block: nn.Module, arguments: Any, result: Any) -> None:
+        states = result[0] if isinstance(result, tuple) else result
+        # Without gradients only what is picked stays in memory. With them everything does anyway, and older versions of transformers
+        # call this inside of what recomputation runs again, where an operation of ours would be one too many.
+        kept.append((states, False) if states.requires_grad else (pick(states), True))
+
+    blocks = [stack.get_submodule(block.prefix.rstrip(".")) for block in find_blocks(stack)]
+    hooks = [block.register_forward_hook(keep) for block in blocks[-count:]]
+    try:
+        final = pick(run())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    layers = [states if picked else pick(states) for states, picked in list(kept)[:-1]] + [final]
+    if len(layers) != count or layers[0].shape != final.shape:
+        raise UserError(f"model_params.readout: {type(stack).__name__} does not show its layers; a readout of the last alone can read it")
+    return layers
 
 
 def rows_of_like_length(batch: RewardBatch) -> list[tuple[Tensor, RewardBatch]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-BackboneKind = Literal["causal", "encoder", "encoder_decoder"]
+from common.model_source import BackboneKind
 
 
 def backbone_kind(config: PreTrainedConfig) -> BackboneKind:

@@ -1,72 +1,183 @@
-"""Readouts: hidden states in, one score per row out. The objective (pairs or scores) does not matter here."""
+"""Readouts: hidden states in, one score per row out. The objective (pairs or scores) does not matter here, nor does the transformer.
+
+A pooled readout takes one vector of the tokens of each layer, one vector of those of all layers, and a score of that:
+
+    readout                     tokens of a layer     layers
+    mean_pool                   mean                  the last alone
+    weighted_layers             one token             learnt weights
+    layerwise_attention         gated attention       learnt weights
+    full_attention_pooling      attention             attention
+    attention_pooled_encoder    one token             attention
+    attention_pooled_decoder    one token             attention
+    decoder_output              one token             the last alone
+
+Which token is one and which part of the transformer is read is in `common.readout_settings`. States of lower layers may be a thousand
+times larger than those behind a final norm (T5's are), so every vector is normalised before it is weighed, mixed or scored.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.errors import UserError
 from common.models.backbone import States
-from common.models.kinds import BackboneKind
-from common.schema import Section
+from common.readout_settings import Needs, ReadoutName, ReadoutSettings
 
 
-class ScoreHead(nn.Linear):
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 whatever type its input and its weights are of (float64 where the weights are)."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, std: float, generator: torch.Generator | None = None) -> None:
+        super().__init__(inputs, outputs, bias=bias, dtype=torch.float32)
+        with torch.no_grad():
+            self.weight.normal_(std=std, generator=generator)
+            if bias:
+                self.bias.zero_()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., inputs) of any type -> (..., outputs)."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(features.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+
+class ScoreHead(Float32Linear):
     """One output without bias, as transformers' sequence classifiers have it; weights normal with std 1 / sqrt(D + 1).
 
     It stays in float32 whatever the backbone's type: the difference of two scores is what matters, and bfloat16 has 8 bits of it.
     """
 
     def __init__(self, hidden_size: int, generator: torch.Generator | None = None) -> None:
-        super().__init__(hidden_size, 1, bias=False, dtype=torch.float32)
-        with torch.no_grad():
-            self.weight.normal_(std=1.0 / math.sqrt(hidden_size + 1), generator=generator)
+        super().__init__(hidden_size, 1, bias=False, std=1.0 / math.sqrt(hidden_size + 1), generator=generator)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D) of any type -> (B,) float32, whatever type the weights are of (float64 where they are float64)."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.autocast(features.device.type, enabled=False):
-            return F.linear(features.to(dtype), self.weight.to(dtype)).squeeze(-1)
+        return super().forward(features).squeeze(-1)
 
 
 class Readout(nn.Module):
     """Base of all readouts. `forward` maps states to scores (B,) in float32."""
+
+    score: ScoreHead
 
     def forward(self, states: States) -> Tensor:
         raise NotImplementedError
 
 
 class LastToken(Readout):
-    """The state of the last real token (encoders: of the first, where they gather the sentence), through a linear head."""
+    """The final state of one token, the last (encoders: the first, where they gather the sentence), through a linear head."""
 
-    def __init__(self, hidden_size: int, kind: BackboneKind, generator: torch.Generator | None = None) -> None:
+    def __init__(self, hidden_size: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.first = kind == "encoder"
         self.score = ScoreHead(hidden_size, generator)
 
     def forward(self, states: States) -> Tensor:
-        if self.first:
-            read = states.last[:, 0]
-        else:
-            last = last_position(states.mask)  # (B,)
-            read = states.last[torch.arange(len(last), device=last.device), last]
-        scores: Tensor = self.score(read)
+        scores: Tensor = self.score(states.values[:, -1, 0])
         return scores
 
 
-def last_position(mask: Tensor) -> Tensor:
-    """Index of the last True of each row of a (B, S) mask: (B,). Works for padding on either side."""
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    return (mask.long() * positions).argmax(dim=1)
+class Pooled(Readout):
+    """Tokens of each layer -> a vector of each layer -> one vector -> hidden layers, if any -> a score."""
+
+    def __init__(self, settings: ReadoutSettings, hidden_size: int, layers: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        count = layers if settings.name in _GATED or settings.name in _ATTENTIVE else 0
+        gate = settings.attention_size if settings.name in _GATED else None
+        self.tokens = nn.ModuleList(Attention(hidden_size, gate, generator) for _ in range(count))  # none: a mean
+        # Over a single layer there is nothing to choose, and nothing that could be learnt.
+        self.layers: nn.Module | None = None
+        if layers > 1:
+            self.layers = LayerWeights(layers) if settings.name in _WEIGHTED else Attention(hidden_size, None, generator)
+        widths = [hidden_size, *settings.hidden_sizes]
+        self.hidden = nn.ModuleList(
+            # He et al. 2015: behind a ReLU the mean square of the features stays 1
+            Float32Linear(inputs, outputs, bias=True, std=math.sqrt(2 / inputs), generator=generator)
+            for inputs, outputs in itertools.pairwise(widths)
+        )
+        self.dropout = nn.Dropout(settings.dropout)
+        self.score = ScoreHead(widths[-1], generator)
+
+    def forward(self, states: States) -> Tensor:
+        values, mask = states
+        with torch.autocast(values.device.type, enabled=False):
+            dtype = torch.promote_types(self.score.weight.dtype, torch.float32)
+            layers = [self._vector(number, layer.to(dtype), mask) for number, layer in enumerate(values.unbind(1))]
+            vectors = torch.stack(layers, 1)  # (B, L, D)
+            pooled = vectors[:, 0] if self.layers is None else self.layers(normalised(vectors))
+            features = normalised(pooled)  # (B, D)
+            for layer in self.hidden:
+                features = F.relu(layer(self.dropout(features)))
+            scores: Tensor = self.score(self.dropout(features))
+        return scores
+
+    def _vector(self, layer: int, states: Tensor, mask: Tensor) -> Tensor:
+        """The tokens of a layer (B, T, D) as one vector (B, D)."""
+        if len(self.tokens):
+            pooled: Tensor = self.tokens[layer](normalised(states), mask)
+            return pooled
+        return masked_mean(states, mask)
 
 
-def build_readout(settings: Section, hidden_size: int, kind: BackboneKind, seed: int) -> Readout:
-    """The readout that `settings.name` asks for, with fresh weights that depend on `seed` alone."""
+class Attention(nn.Module):
+    """A mean of N vectors, weighed by a softmax of what a learnt query sees in each: in the vector or, `gate` wide, in a GEGLU of it."""
+
+    def __init__(self, size: int, gate: int | None = None, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.projection = None
+        if gate is not None:
+            self.projection = Float32Linear(size, 2 * gate, bias=False, std=1 / math.sqrt(size), generator=generator)
+        width = gate or size
+        self.query = nn.Parameter(torch.randn(width, generator=generator) / math.sqrt(width))
+
+    def forward(self, vectors: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, N, D), normalised, and a mask (B, N) of those that count -> (B, D)."""
+        seen = vectors
+        if self.projection is not None:  # Shazeer 2020: gelu(x W) * (x V)
+            gate, value = self.projection(vectors).chunk(2, dim=-1)
+            seen = F.gelu(gate) * value
+        logits = seen @ self.query.to(seen.dtype)  # (B, N)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf)
+            vectors = vectors.masked_fill(~mask[..., None], 0.0)
+        return torch.einsum("bn,bnd->bd", logits.softmax(-1), vectors)
+
+
+class LayerWeights(nn.Module):
+    """A mix of layers with learnt weights, the same for every row; all alike in the beginning."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(layers))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(B, L, D) -> (B, D)."""
+        return torch.einsum("l,bld->bd", self.logits.to(vectors.dtype).softmax(0), vectors)
+
+
+_GATED: Sequence[ReadoutName] = ("layerwise_attention",)
+_ATTENTIVE: Sequence[ReadoutName] = ("full_attention_pooling",)
+_WEIGHTED: Sequence[ReadoutName] = ("layerwise_attention", "weighted_layers")
+
+
+def normalised(vectors: Tensor) -> Tensor:
+    """(..., D) with mean 0 and mean square 1."""
+    return F.layer_norm(vectors, vectors.shape[-1:], eps=1e-12)
+
+
+def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the tokens of a (B, T) mask: (B, T, D) -> (B, D)."""
+    kept = states.masked_fill(~mask[..., None], 0.0)
+    return kept.sum(1) / mask.sum(1, keepdim=True)
+
+
+def build_readout(settings: ReadoutSettings, needs: Needs, hidden_size: int, seed: int) -> Readout:
+    """The readout that the settings ask for, with fresh weights that depend on `seed` alone."""
     generator = torch.Generator().manual_seed(seed)
-    name: str = settings.name  # type: ignore[attr-defined]
-    if name == "last_token":
-        return LastToken(hidden_size, kind, generator)
-    raise UserError(f"model_params.readout.name: got {name}, expected last_token")
+    if settings.name == "last_token":
+        return LastToken(hidden_size, generator)
+    return Pooled(settings, hidden_size, needs.layers, generator)

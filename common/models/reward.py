@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -17,14 +18,18 @@ from common.checkpoint import Manifest, read_manifest
 from common.errors import UserError
 from common.model_source import check_model_source
 from common.models.backbone import (
+    Entry,
     RewardBatch,
     RewardInput,
     States,
     as_reward_input,
     backbone_states,
     collate_rewards,
+    hidden_size,
     line_states,
+    readout_needs,
     rows_of_like_length,
+    state_rows,
 )
 from common.models.kinds import backbone_kind, positions_of
 from common.models.load import Dtype, check_vocabulary, load_backbone, load_sequence_classifier, load_tokenizer
@@ -33,19 +38,13 @@ from common.models.packed import can_pack
 from common.models.parts import without_adapters
 from common.models.prepacked import prepacked
 from common.models.readouts import LastToken, build_readout
+from common.readout_settings import ReadoutSettings
 from common.records import Prompt
-from common.schema import Section
 from common.score_transform import ScoreTransform
 from common.tokenization import Encoded, Encoder
 
 READOUT_FILE = "readout.safetensors"
 _UNKNOWN_LENGTH = 512  # tokens that are read where neither a manifest nor the positions limit them
-
-
-class LastTokenSettings(Section):
-    """The readout of directories that name none, such as sequence classifiers from elsewhere."""
-
-    name: str = "last_token"
 
 
 class RewardModel(nn.Module):
@@ -54,18 +53,20 @@ class RewardModel(nn.Module):
     HEAD_PREFIXES = ("readout",)
     """Parameters that always train, whatever the freezing flags say."""
 
-    def __init__(self, backbone: PreTrainedModel, readout_settings: Section, seed: int) -> None:
+    def __init__(self, backbone: PreTrainedModel, readout_settings: ReadoutSettings, seed: int) -> None:
+        """Raises UserError where the readout makes no sense over this backbone."""
         super().__init__()
         self.backbone = backbone
         self.readout_settings = readout_settings
-        self.readout = build_readout(readout_settings, hidden_size(backbone.config), backbone_kind(backbone.config), seed)
+        self.needs = readout_needs(readout_settings, backbone.config)
+        self.readout = build_readout(readout_settings, self.needs, hidden_size(backbone.config), seed)
         self._padding_free = self._packs = False
 
     @classmethod
     def from_backbone(
         cls,
         backbone: PreTrainedModel | str,
-        readout_settings: Section | None = None,
+        readout_settings: ReadoutSettings | None = None,
         *,
         seed: int = 0,
         dtype: Dtype = "float32",
@@ -74,13 +75,13 @@ class RewardModel(nn.Module):
         """A reward model with a fresh head over a transformer, or over the one in a directory of any kind."""
         if isinstance(backbone, str):
             backbone = load_backbone(backbone, dtype=dtype, trust_remote_code=trust_remote_code)
-        return cls(backbone, readout_settings or LastTokenSettings(), seed)
+        return cls(backbone, readout_settings or ReadoutSettings(), seed)
 
     @classmethod
     def start(
         cls,
         name: str,
-        readout_settings: Section | None = None,
+        readout_settings: ReadoutSettings | None = None,
         *,
         seed: int = 0,
         dtype: Dtype = "float32",
@@ -94,18 +95,23 @@ class RewardModel(nn.Module):
 
     @classmethod
     def load(
-        cls, directory: Path | str, *, dtype: Dtype = "float32", trust_remote_code: bool = False, readout_settings: Section | None = None
+        cls,
+        directory: Path | str,
+        *,
+        dtype: Dtype = "float32",
+        trust_remote_code: bool = False,
+        readout_settings: ReadoutSettings | None = None,
     ) -> Self:
         """Load a reward model with its head: a directory of `save_pretrained`, or a causal sequence classifier with one output.
 
-        `readout_settings`: what the caller expects; another readout in the directory is a UserError.
+        `readout_settings`: what the caller expects, dropout excepted; another readout in the directory is a UserError.
         """
         name = str(directory)
         source = check_model_source(name, setting="reward model", role="reward", trust_remote_code=trust_remote_code)
-        saved = (source.manifest.readout if source.manifest else None) or {"name": "last_token"}
-        settings = readout_settings or _settings_from(saved)
-        if settings.model_dump() != saved:
-            raise UserError(f"{name} has the readout {saved}, but the config asks for {settings.model_dump()}")
+        saved = _saved_settings(name, source.manifest)
+        settings = readout_settings or saved
+        if settings.shape != saved.shape:
+            raise UserError(f"{name} has the readout {saved.shape}, but the config asks for {settings.shape}")
         if source.directory is not None and (source.directory / READOUT_FILE).is_file():
             model = cls(load_backbone(name, dtype=dtype, trust_remote_code=trust_remote_code), settings, seed=0)
             model.readout.load_state_dict(load_file(source.directory / READOUT_FILE))
@@ -115,6 +121,11 @@ class RewardModel(nn.Module):
             assert isinstance(model.readout, LastToken)
             model.readout.score.load_state_dict({"weight": head.float()})
         return model.eval()
+
+    @property
+    def entry(self) -> Entry:
+        """Which text enters which part of the backbone."""
+        return Entry.of(self.config, self.needs)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -132,17 +143,25 @@ class RewardModel(nn.Module):
     ) -> Tensor:
         """Ids (B, S) and masks (B, S), True on real tokens -> raw scores (B,)."""
         batch = RewardBatch(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
-        if self._packs:
-            return self._read(line_states(without_adapters(self.backbone), batch))
-        if not self._padding_free or not bool(attention_mask[:, 0].all()):  # padded on the left
-            return self._read(backbone_states(self.backbone, batch))
-        parts = rows_of_like_length(batch)
-        order = torch.cat([rows for rows, _ in parts])
-        return torch.cat([self._read(backbone_states(self.backbone, part)) for _, part in parts])[order.argsort()]
+        parts = [(rows, self.readout(states)) for rows, states in self._states(batch)]
+        return torch.cat([scores for _, scores in parts])[torch.cat([rows for rows, _ in parts]).argsort()]
 
-    def _read(self, states: States) -> Tensor:
-        scores: Tensor = self.readout(states)
-        return scores
+    def state_rows(self, batch: RewardBatch) -> list[Tensor]:
+        """The states that the readout reads, (T, L, D) of each row without padding: `readout(collate_states(rows))` are the scores."""
+        parts = [(rows, state_rows(states)) for rows, states in self._states(batch)]
+        by_row = {int(row): own for rows, owns in parts for row, own in zip(rows, owns, strict=True)}
+        return [by_row[row] for row in range(len(by_row))]
+
+    def _states(self, batch: RewardBatch) -> Iterator[tuple[Tensor, States]]:
+        """The states of the batch in parts, with the rows that each part has."""
+        everything = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
+        if self._packs:
+            yield everything, line_states(self.backbone, batch, self.needs)
+        elif not self._padding_free or not bool(batch.attention_mask[:, 0].all()):  # padded on the left
+            yield everything, backbone_states(self.backbone, batch, self.needs)
+        else:
+            for rows, part in rows_of_like_length(batch):
+                yield rows, backbone_states(self.backbone, part, self.needs)
 
     def set_padding_free(self, on: bool = True) -> None:
         """Whether batches are read without padding from now on: in a line where the backbone can, else rows of like length together.
@@ -184,13 +203,13 @@ class RewardModel(nn.Module):
         return shell
 
 
-def hidden_size(config: PreTrainedConfig) -> int:
-    """Width D of the final hidden states (some OPT models project theirs)."""
-    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
-
-
-def _settings_from(saved: dict[str, Any]) -> Section:
-    return LastTokenSettings.model_validate(saved)
+def _saved_settings(name: str, manifest: Manifest | None) -> ReadoutSettings:
+    """The readout of a directory; those that name none, such as sequence classifiers from elsewhere, read the last token."""
+    saved = (manifest.readout if manifest else None) or {}
+    try:
+        return ReadoutSettings.model_validate(saved)
+    except ValidationError:
+        raise UserError(f"{name} has the readout {saved}, which is none of this version") from None
 
 
 class RewardScorer:
@@ -242,7 +261,7 @@ class RewardScorer:
             or _UNKNOWN_LENGTH,
             max_prompt_length=max_prompt_length or (self.manifest.max_prompt_length if self.manifest else None),
             truncate_prompt=truncate_prompt,
-            is_encoder_decoder=self.model.config.is_encoder_decoder,
+            is_encoder_decoder=self.model.entry.splits,
         )
 
     @property
@@ -275,8 +294,9 @@ class RewardScorer:
         asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         encoded = self.encoder.pairs(asked, responses, unusable_rows="drop")
         del self.encoder.counts["rows dropped"]  # they are judged all the same
+        entry = self.model.entry
         rows = [
-            as_reward_input(row or self._empty_answer(prompt), self.model.config, ended=flag)
+            as_reward_input(row or self._empty_answer(prompt), entry, ended=flag)
             for row, prompt, flag in zip(encoded, asked, flags, strict=True)
         ]
         return self.score_inputs(rows)

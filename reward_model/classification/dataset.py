@@ -8,9 +8,8 @@ from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
-from common.models.backbone import RewardBatch, RewardInput, as_reward_input, collate_rewards
+from common.models.backbone import Entry, RewardBatch, RewardInput, as_reward_input, collate_rewards
 from common.records import PairRecord, question_key
 from common.tokenization import Encoder, encode_preferences
 
@@ -59,13 +58,13 @@ class PairBatch(TypedDict):
 
 
 def encode_pairs(
-    records: Sequence[PairRecord], encoder: Encoder, config: PreTrainedConfig, unusable_rows: Literal["error", "drop"] = "error"
+    records: Sequence[PairRecord], encoder: Encoder, entry: Entry, unusable_rows: Literal["error", "drop"] = "error"
 ) -> list[PairRow]:
     """Tokenize; all answers to a question follow the same, equally cut prompt. Raises UserError with a line for each bad row."""
     encoded = encode_preferences(encoder, records, unusable_rows)
     return [
         PairRow(
-            tuple(as_reward_input(answer, config) for answer in answers), record.margin or 0.0, question_key(record.prompt), record.where
+            tuple(as_reward_input(answer, entry) for answer in answers), record.margin or 0.0, question_key(record.prompt), record.where
         )
         for record, answers in zip(records, encoded, strict=True)
         if answers is not None

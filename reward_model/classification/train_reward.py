@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     objective = Objective(
         stage="reward_classification",
         texts=lambda record: (render_prompt(record.prompt), *map(answer_text, (record.chosen, *record.rejected))),
-        encode=lambda records, encoder, model: encode_pairs(records, encoder, model, config.data.unusable_rows),
+        encode=lambda records, encoder, entry: encode_pairs(records, encoder, entry, config.data.unusable_rows),
         collate=collate_pairs,
         module=lambda model, total_steps, _: PairModule(model, config.model_params, total_steps),
     )

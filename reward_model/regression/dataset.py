@@ -8,9 +8,8 @@ from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
-from common.models.backbone import RewardBatch, RewardInput, as_reward_input, collate_rewards
+from common.models.backbone import Entry, RewardBatch, RewardInput, as_reward_input, collate_rewards
 from common.records import ScoreRecord, question_key
 from common.score_transform import ScoreTransform
 from common.tokenization import Encoder, encode_answers
@@ -57,7 +56,7 @@ class ScoreBatch(TypedDict):
 def encode_scores(
     records: Sequence[ScoreRecord],
     encoder: Encoder,
-    config: PreTrainedConfig,
+    entry: Entry,
     transform: ScoreTransform,
     unusable_rows: Literal["error", "drop"] = "error",
 ) -> list[ScoreRow]:
@@ -66,7 +65,7 @@ def encode_scores(
     targets = transform.apply([record.score for record in records])
     return [
         ScoreRow(
-            (as_reward_input(answer, config),),
+            (as_reward_input(answer, entry),),
             target,
             record.score,
             question_key(record.prompt),

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     objective = Objective(
         stage="reward_regression",
         texts=lambda record: (render_prompt(record.prompt), answer_text(record.answer)),
-        encode=lambda records, encoder, model: encode_scores(records, encoder, model, transform, config.data.unusable_rows),
+        encode=lambda records, encoder, entry: encode_scores(records, encoder, entry, transform, config.data.unusable_rows),
         collate=collate_scores,
         module=lambda model, total_steps, val_rows: ScoreModule(
             model,

@@ -19,9 +19,10 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from common.errors import UserError
 from common.freezing import find_blocks
 from common.lora import add_adapters, is_lora, merged_copy
+from common.models.backbone import hidden_size
 from common.models.load import Dtype, load_generator, quiet
 from common.models.readouts import LastToken
-from common.models.reward import RewardModel, hidden_size
+from common.models.reward import RewardModel
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 

@@ -22,14 +22,15 @@ from common.checkpoint import new_manifest, read_manifest, save_model_directory,
 from common.errors import UserError
 from common.freezing import apply_freezing, freeze_eval
 from common.lora import add_lora
-from common.models.backbone import RewardInput, States, collate_rewards, decoder_start, reward_inputs
+from common.models.backbone import Entry, RewardInput, States, collate_rewards, decoder_start, reward_inputs, token_position
 from common.models.kinds import backbone_kind
 from common.models.load import build_backbone, build_generator, set_dropout, train_tokenizer
 from common.models.modes import evaluating
 from common.models.packed import Line
-from common.models.readouts import LastToken, ScoreHead, last_position
+from common.models.readouts import LastToken, ScoreHead
 from common.models.recompute import recompute_activations
-from common.models.reward import LastTokenSettings, RewardModel, RewardScorer
+from common.models.reward import RewardModel, RewardScorer
+from common.readout_settings import ReadoutSettings
 from common.records import Prompt
 from common.schema import FreezeSettings, LoraSettings, ModelInit
 from common.score_transform import ScoreTransform
@@ -74,16 +75,16 @@ def scorer(model: RewardModel, tokenizer: Any, batch_size: int = 4, **more: Any)
 
 def test_last_position_by_hand_on_both_sides() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]], dtype=torch.bool)
-    assert last_position(mask).tolist() == [1, 3, 3, 0]
+    assert token_position(mask, "last").tolist() == [1, 3, 3, 0]
+    assert token_position(mask, "first").tolist() == [0, 2, 0, 0]
 
 
-def test_last_token_reads_the_right_state_by_hand() -> None:
-    states = States(torch.arange(12.0).reshape(2, 3, 2), torch.tensor([[True, True, False], [True, True, True]]))
-    for kind, expected in (("causal", [2 * 1 + 3 * 10, 10 + 11 * 10]), ("encoder", [0 + 1 * 10, 6 + 7 * 10])):
-        readout = LastToken(2, kind)
-        with torch.no_grad():
-            readout.score.weight.copy_(torch.tensor([[1.0, 10.0]]))
-        assert readout(states).tolist() == expected
+def test_last_token_is_a_linear_head_by_hand() -> None:
+    readout = LastToken(2)
+    with torch.no_grad():
+        readout.score.weight.copy_(torch.tensor([[1.0, 10.0]]))
+    states = States(torch.tensor([[4.0, 5.0], [2.0, 3.0]])[:, None, None], torch.ones(2, 1, dtype=torch.bool))
+    assert readout(states).tolist() == [54.0, 32.0]
 
 
 def test_head_has_no_bias_and_its_spread() -> None:
@@ -126,10 +127,11 @@ def test_kinds(tokenizer: Any) -> None:
 def test_inputs_of_causal_models_and_encoder_decoders(tokenizer: Any) -> None:
     prompt_ids = tokenizer("Question: Who?\nAnswer:").input_ids
     for model_type in ("gpt2", "t5"):
-        config = reward_model(model_type, tokenizer).config
+        model = reward_model(model_type, tokenizer)
+        config = model.config
         encoder = Encoder(tokenizer, prompt_format="qa", max_length=128, is_encoder_decoder=config.is_encoder_decoder)
         for ended, tail in ((True, [1]), (False, [])):
-            row = reward_inputs(encoder, config, Prompt("Who?"), "Nobody.", ended=ended)
+            row = reward_inputs(encoder, model.entry, Prompt("Who?"), "Nobody.", ended=ended)
             if model_type == "gpt2":
                 assert row == RewardInput([*prompt_ids, *tokenizer(" Nobody.").input_ids, *tail])
             else:  # the answer begins a sequence of its own, so no space stands before it
@@ -138,9 +140,8 @@ def test_inputs_of_causal_models_and_encoder_decoders(tokenizer: Any) -> None:
 
 
 def test_an_answer_that_was_cut_has_no_end_to_lose(tokenizer: Any) -> None:
-    config = reward_model("gpt2", tokenizer).config
     encoder = Encoder(tokenizer, prompt_format="qa", max_length=24)
-    ended, cut = (reward_inputs(encoder, config, Prompt("Who?"), "Nobody. " * 20, ended=flag) for flag in (True, False))
+    ended, cut = (reward_inputs(encoder, Entry(), Prompt("Who?"), "Nobody. " * 20, ended=flag) for flag in (True, False))
     assert ended == cut and ended.length == 24 and ended.input_ids[-1] != 1
 
 
@@ -151,7 +152,7 @@ def test_score_is_the_state_of_the_unpadded_row(model_type: str, tokenizer: Any)
     judge = scorer(model, tokenizer)
     expected = []
     for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
-        row = reward_inputs(judge.encoder, model.config, prompt, answer)
+        row = reward_inputs(judge.encoder, model.entry, prompt, answer)
         more = {} if row.decoder_input_ids is None else {"decoder_input_ids": torch.tensor([row.decoder_input_ids])}
         with torch.no_grad():
             states = model.backbone(torch.tensor([row.input_ids]), **more).last_hidden_state[0]
@@ -169,7 +170,7 @@ def test_padding_batch_size_and_order_change_no_score(model_type: str, tokenizer
     alone = scorer(model, tokenizer, batch_size=1).raw_scores(PROMPTS, ANSWERS)
     assert judge.raw_scores(PROMPTS, ANSWERS) == pytest.approx(alone, abs=1e-6)
     assert judge.raw_scores(PROMPTS[::-1], ANSWERS[::-1])[::-1] == pytest.approx(alone, abs=1e-6)
-    rows = [reward_inputs(judge.encoder, model.config, prompt, answer) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    rows = [reward_inputs(judge.encoder, model.entry, prompt, answer) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
     with torch.no_grad():
         assert model(*collate_rewards(rows, 0, pad_to=120)).tolist() == pytest.approx(alone, abs=1e-6)
         # What stands under the mask does not matter, not even EOS.
@@ -295,7 +296,7 @@ def test_what_is_no_reward_model_is_refused(tokenizer: Any, tmp_path: Path) -> N
         RewardModel.load(folder)
     reward = save(reward_model("gpt_neo", tokenizer), tokenizer, tmp_path / "reward")
     with pytest.raises(UserError, match="has the readout"):
-        RewardModel.load(reward, readout_settings=LastTokenSettings(name="other"))
+        RewardModel.load(reward, readout_settings=ReadoutSettings(name="mean_pool"))
     config = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=16, pad_token_id=0, num_labels=3)
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
     tokenizer.save_pretrained(tmp_path / "classifier")
@@ -310,7 +311,7 @@ def test_reward_model_of_other_hands_is_read(tokenizer: Any, tmp_path: Path) -> 
     plain.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     judge = RewardScorer(tmp_path / "m")
-    rows = [reward_inputs(judge.encoder, judge.model.config, prompt, answer) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    rows = [reward_inputs(judge.encoder, judge.model.entry, prompt, answer) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
     batch = collate_rewards(rows, 0)
     with torch.no_grad():
         expected = plain(batch.input_ids, attention_mask=batch.attention_mask.long()).logits[:, 0].tolist()
@@ -337,7 +338,7 @@ def test_gradients_reach_head_and_backbone_also_when_activations_are_recomputed(
             recompute_activations(model.backbone)
         set_dropout(model.backbone, 0.0)
         model.train()
-        rows = [reward_inputs(judge.encoder, model.config, prompt, answer) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+        rows = [reward_inputs(judge.encoder, model.entry, prompt, answer) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
         model(*collate_rewards(rows, 0)).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     plain, recomputed = gradients
@@ -361,7 +362,7 @@ def test_reading_without_padding_changes_no_score_and_no_gradient(
     asked = [
         (PROMPTS[place], answer) for place, answer in ((0, ANSWERS[0]), (0, ANSWERS[1]), (1, ANSWERS[1]), (2, ANSWERS[2]), (0, "Rome."))
     ]
-    batch = collate_rewards([reward_inputs(judge.encoder, model.config, *pair) for pair in asked], 0)
+    batch = collate_rewards([reward_inputs(judge.encoder, model.entry, *pair) for pair in asked], 0)
     found = []
     for padding_free in (True, False):
         model.set_padding_free(padding_free)
@@ -381,7 +382,7 @@ def test_rows_share_a_question_only_where_no_dropout_makes_their_states_differ(t
     monkeypatch.setattr(Line, "states", lambda line, trunk: (read.append(line.ids.numel()), states(line, trunk))[1])
     model = reward_model("gpt_neo", tokenizer)
     judge = scorer(model, tokenizer)
-    batch = collate_rewards([reward_inputs(judge.encoder, model.config, PROMPTS[0], answer) for answer in ANSWERS], 0)
+    batch = collate_rewards([reward_inputs(judge.encoder, model.entry, PROMPTS[0], answer) for answer in ANSWERS], 0)
     question = len(judge.encoder.prompt(PROMPTS[0]))
     set_dropout(model.backbone, 0.1)
     model(*batch)

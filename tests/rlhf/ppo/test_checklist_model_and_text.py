@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from common.checkpoint import new_manifest
-from common.models.backbone import RewardInput, States, collate_rewards
-from common.models.readouts import LastToken, ScoreHead
+from common.models.backbone import RewardInput, collate_rewards, token_position
+from common.models.readouts import ScoreHead
 from common.models.reward import RewardModel, RewardScorer
 from common.record_types import Prompt
 from common.schema import GenerateParams
@@ -132,16 +132,16 @@ def test_03_logprobs_do_not_change_with_padding_or_order(kind: str, build: Build
 # --- 4 ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_04_the_score_is_read_at_the_last_real_token() -> None:
-    readout = LastToken(2, "causal")
+def test_04_the_score_is_read_at_the_last_real_token(reward: RewardModel) -> None:
     with torch.no_grad():
-        readout.score.weight.copy_(torch.tensor([[1.0, 10.0]]))
-    states = torch.arange(12.0).reshape(2, 3, 2)
+        for ids in ([5, 7, 6, 0], [7] * 9):
+            state = reward.backbone(torch.tensor([ids])).last_hidden_state[0, -1]
+            padded = torch.tensor([ids + [0] * 3])
+            mask = torch.arange(len(ids) + 3)[None] < len(ids)
+            assert float(reward(padded, mask)[0]) == pytest.approx(float(state @ reward.readout.score.weight[0]), abs=1e-6)
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    # row 0, token 1: 2 + 10 * 3; row 1, token 2: 10 + 10 * 11
-    assert readout(States(states, mask)).tolist() == [32.0, 120.0]
-    left = torch.tensor([[False, True, True], [False, False, True]])
-    assert readout(States(states, left)).tolist() == [54.0, 120.0]
+    assert token_position(mask, "last").tolist() == [1, 2]
+    assert token_position(mask.flip(1), "last").tolist() == [2, 2]
 
 
 def test_04_a_padding_id_inside_the_prompt_changes_nothing(reward: RewardModel) -> None:
