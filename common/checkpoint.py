@@ -13,18 +13,16 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import UserError
+from common.provenance import code_state, host_facts, package_versions, without_home
 from common.score_transform import ScoreTransform
 
 if TYPE_CHECKING:
@@ -37,10 +35,6 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 ADAPTER_FOLDER = "adapter"
-REPOSITORY = Path(__file__).resolve().parents[1]
-PACKAGES = (
-    "torch", "transformers", "tokenizers", "safetensors", "pytorch-lightning", "trl", "peft", "datasets", "accelerate", "pydantic"
-)  # fmt: skip
 
 Stage = Literal["sft", "reward_classification", "reward_regression", "ppo"]
 
@@ -77,8 +71,10 @@ class Manifest(BaseModel):
     data_fingerprint: str | None = Field(None, description="SHA-256 of the validated training data.")
     git_commit: str | None = Field(None, description="Commit of the code, where it ran from a git checkout.")
     git_clean: bool | None = Field(None, description="Whether that checkout had no changes.")
+    git_diff: str | None = Field(None, description="SHA-256 of what was changed or untracked in that checkout; null: nothing.")
+    host: dict[str, Any] = Field(default_factory=dict, description="Kind of machine: system, processor, cores, memory, GPUs; no names.")
     packages: dict[str, str] = Field(default_factory=dict, description="Versions of the packages that matter.")
-    config: dict[str, Any] = Field(default_factory=dict, description="Resolved configuration without secrets.")
+    config: dict[str, Any] = Field(default_factory=dict, description="Resolved configuration without secrets; `~` is the home folder.")
     step: int | None = Field(None, description="Optimizer (PPO: PPO) steps done.")
     created: str = Field("", description="UTC time of writing, ISO 8601.")
     files: dict[str, FileRecord] = Field(default_factory=dict, description="Size and checksum of every file; filled on saving.")
@@ -88,18 +84,21 @@ class Manifest(BaseModel):
         return self.readout is not None
 
 
-def new_manifest(stage: Stage, tokenizer: PreTrainedTokenizerBase, **fields: Any) -> Manifest:
-    """A manifest with the facts nobody should have to gather by hand: tokenizer, code, packages, time."""
-    commit, clean = git_state(REPOSITORY)
+def new_manifest(stage: Stage, tokenizer: PreTrainedTokenizerBase, *, config: Mapping[str, Any] | None = None, **fields: Any) -> Manifest:
+    """A manifest with the facts nobody should have to gather by hand: tokenizer, code, packages, machine, time."""
+    code = code_state()
     return Manifest(
         stage=stage,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         vocabulary_fingerprint=vocabulary_fingerprint(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        git_commit=commit,
-        git_clean=clean,
+        git_commit=code.commit,
+        git_clean=code.clean,
+        git_diff=code.diff,
+        host=host_facts(),
         packages=package_versions(),
+        config=without_home(dict(config or {})),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         **fields,
     )
@@ -132,32 +131,6 @@ def _digest(facts: dict[str, Any]) -> str:
 
 def _plain(special: Mapping[str, Any]) -> dict[str, Any]:
     return {name: [str(token) for token in value] if isinstance(value, (list, tuple)) else str(value) for name, value in special.items()}
-
-
-def package_versions() -> dict[str, str]:
-    """Installed versions of Python and of the packages that decide a run's numbers."""
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
-
-
-def git_state(root: Path) -> tuple[str | None, bool | None]:
-    """(commit, whether nothing is changed or untracked) of the checkout whose top level is `root`; (None, None) elsewhere."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    top = git("rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != root.resolve():
-        return None, None  # installed inside somebody else's repository: its commit would say nothing about this code
-    status = git("status", "--porcelain")
-    return git("rev-parse", "HEAD"), None if status is None else not status
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     FILE:LINE: data.batch_size: got -1, expected a whole number >= 1
     FILE:LINE: data.bach_size: unknown key; did you mean batch_size?
 
+`GROUP=NAME` among the overrides merges a file beside the config (`config_groups.py`). Whatever comes later on the command line wins.
 Nothing here imports torch.
 """
 
@@ -19,6 +20,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from common.command_line import Parser
+from common.config_groups import chosen_group_file, merge_group
 from common.config_keys import apply_override, check_script, rename_old_keys
 from common.config_report import problem_lines
 from common.config_secrets import KEY_VARIABLE, move_to_environment, take_key_out, without_secrets
@@ -63,7 +65,9 @@ def parse_command_line(
     parser = Parser(description=description)
     names = ("--config", "--config_file", "--config_path")
     parser.add_argument(*names, dest="config", action="append", metavar="FILE", help="YAML file of settings (one option under three names)")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replaces a setting of the file; GROUP=NAME: merges GROUP/NAME.yaml"
+    )
     parser.add_argument("--validate", action="store_true", help="read config and data, report, and stop")
     if resumable:
         parser.add_argument("--resume", nargs="?", const="auto", metavar="PATH", help="go on from the last good checkpoint, or from PATH")
@@ -145,7 +149,11 @@ def _load(schema: type[C], path: Path, overrides: Sequence[str], base_dir: Path)
     rename_old_keys(marked, schema, notes)
     for text in overrides:
         try:
-            apply_override(marked, schema, text, notes)
+            group = chosen_group_file((path.parent, base_dir / "configs"), text)
+            if group is not None:
+                unusable.extend(merge_group(marked, schema, *group, notes))
+            else:
+                apply_override(marked, schema, text, notes)
         except UserError as error:
             unusable.extend(error.problems)
     key, key_path = take_key_out(marked.data)

@@ -21,6 +21,7 @@ ALIASES = {
     "log_obg": "monitor",
     "global_epoches": "global_epochs",
     "forward_batch_size": "mini_batch_size",
+    "train_batch_size": "batch_size",
 }
 # Old and new name of these may stand together as long as they agree.
 MAY_AGREE = frozenset({"forward_batch_size"})
@@ -89,7 +90,7 @@ def rename_old_keys(marked: MarkedData, schema: type[BaseModel], notes: list[str
             continue
         notes.append(f"{place}: {dotted(old_path)} is read as {new}")
         section[new] = section.pop(old)
-        for marks in (marked.lines, marked.overrides):
+        for marks in (marked.lines, marked.files, marked.overrides):
             if old_path in marks:
                 marks[new_path] = marks.pop(old_path)  # type: ignore[assignment]
     for key, replacement in OBSOLETE.get(str(path[-1]) if path else "", {}).items():
@@ -114,9 +115,7 @@ def apply_override(marked: MarkedData, schema: type[BaseModel], text: str, notes
         raise UserError(f"{shown}: a key on the command line can be read by others; put it into the environment (WANDB_API_KEY)")
     value = parse_override_value(value_text, shown)
     _container(marked, path, name)[path[-1]] = _from_command_line(value, type_at(schema, path))
-    for marks in (marked.lines, marked.overrides):
-        for known in [known for known in marks if known[: len(path)] == path]:
-            del marks[known]
+    marked.forget(path)
     marked.overrides[path] = name
     rename_old_keys(marked, schema, notes)
 

@@ -43,11 +43,12 @@ for _kind_name, _pattern, _first in (
 
 @dataclass
 class MarkedData:
-    """Plain data and where each key of it came from: a line of `source`, or an override (its key)."""
+    """Plain data and where each key of it came from: a line of `source` or of another file, or an override (its key)."""
 
     source: str
     data: dict[str, Any] = field(default_factory=dict)
     lines: dict[KeyPath, int] = field(default_factory=dict)
+    files: dict[KeyPath, str] = field(default_factory=dict)  # of keys whose line is one of another file
     overrides: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[tuple[int, str]] = field(default_factory=list)  # (line, what is wrong), found while reading
 
@@ -57,8 +58,15 @@ class MarkedData:
             if path[:length] in self.overrides:
                 return f"override {self.overrides[path[:length]]}", 0
             if path[:length] in self.lines:
-                return f"{self.source}:{self.lines[path[:length]]}", self.lines[path[:length]]
+                source = self.files.get(path[:length], self.source)
+                return f"{source}:{self.lines[path[:length]]}", self.lines[path[:length]]
         return f"{self.source}:1", 1
+
+    def forget(self, path: KeyPath) -> None:
+        """Drop what is known about a key and all below it, since another value takes its place."""
+        for marks in (self.lines, self.files, self.overrides):
+            for known in [known for known in marks if known[: len(path)] == path]:
+                del marks[known]
 
     def at(self, path: KeyPath) -> str:
         """`FILE:LINE: key`, or `override KEY` (followed by the key where the override named an enclosing one)."""

@@ -2,8 +2,8 @@
 
 Scored answers become preference pairs, too (`common/pairing.py`), and the chosen answers of pairs rows for SFT.
 IN is whatever a stage reads: a file, a folder of splits, or `hf:NAME[/FOLDER][:CONFIG]`. OUT is JSON with splits (`.json`) or JSON
-Lines of one split (`.jsonl`), gzipped where its name ends in `.gz`. What FORMAT cannot hold is dropped and said; a row that would not read back
-the same is an error. Nothing is written until everything fits, and then all at once.
+Lines of one split (`.jsonl`), gzipped where its name ends in `.gz`. What FORMAT cannot hold is dropped and said; a row that would
+not read back the same is an error. Nothing is written until everything fits, and then all at once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Data files -> validated records in splits: the one door through which data enters a stage.
 
 `read_splits` reads a file, a folder of files named by split, or `hf:NAME[/FOLDER][:CONFIG]`, checks every row, and reports all
-problems at once as `FILE: train row 3 (line 12): key: got, expected`, one line for all rows with the same problem. The formats are listed in
-`common/row_formats.py`.
+problems at once as `FILE: train row 3 (line 12): key: got, expected`, one line for all rows with the same problem. The formats are
+listed in `common/row_formats.py`.
 """
 
 from __future__ import annotations

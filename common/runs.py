@@ -16,6 +16,8 @@ import yaml
 
 from common.errors import UserError
 from common.notes import take_notes
+from common.provenance import check_clean
+from common.schema import RunSettings
 
 RESULTS_ROOT_VARIABLE = "RESULTS_ROOT_DIR"
 CONFIG_FILE = "config.yaml"
@@ -32,6 +34,34 @@ def stage_runs_root(dirpath: str | Path, results_root: str | Path | None, stage:
     """Folder that a stage's runs lie in: `ROOT/STAGE` where a results root is set (config, else RESULTS_ROOT_DIR), else `dirpath`."""
     root = results_root or os.environ.get(RESULTS_ROOT_VARIABLE)
     return Path(root).expanduser().absolute() / stage if root else Path(dirpath).absolute()
+
+
+def check_start(settings: RunSettings, root: Path) -> None:
+    """Refuse what `create_run_directory` would, and a checkout that is not clean where it has to be, before anything is loaded.
+
+    root: where `stage_runs_root` says that the runs lie. Raises UserError with every problem.
+    """
+    problems: list[str] = []
+    for refuse in (
+        lambda: _refuse_taken(root, settings.desc, settings.index),
+        lambda: check_clean() if settings.require_clean_git else None,
+    ):
+        try:
+            refuse()
+        except UserError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise UserError(*problems)
+
+
+def _refuse_taken(root: Path, desc: str, index: int | str) -> None:
+    if index != "auto" and (root / run_name(desc, int(index))).exists():
+        raise _taken(root, desc, int(index))
+
+
+def _taken(root: Path, desc: str, index: int) -> UserError:
+    free = next_free_index(root, desc)
+    return UserError(f"index: {root / run_name(desc, index)} exists already; the next free index is {free} (or index: auto)")
 
 
 def run_name(desc: str, index: int) -> str:
@@ -69,8 +99,7 @@ def _make_explicit(root: Path, desc: str, index: int) -> Path:
     try:
         directory.mkdir()
     except FileExistsError:
-        free = next_free_index(root, desc)
-        raise UserError(f"index: {directory} exists already; the next free index is {free} (or index: auto)") from None
+        raise _taken(root, desc, index) from None
     return directory
 
 

@@ -295,6 +295,7 @@ class RunSettings(Section):
     results_root: StagePath | None = Field(
         None, description="Root for runs (`ROOT/STAGE/desc-…`) instead of the checkpoint folder; also RESULTS_ROOT_DIR."
     )
+    require_clean_git: bool = Field(False, description="Refuse to start while files of this repository are changed or untracked.")
     trust_remote_code: bool = Field(False, description="Allow model directories to run code of their own.")
     fused: bool = Field(
         True,

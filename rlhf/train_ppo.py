@@ -19,6 +19,7 @@ if __name__ == "__main__":
 from common.config import parse_command_line
 from common.errors import run_main
 from common.notes import say
+from common.runs import check_start, stage_runs_root
 from rlhf.config import PPORunConfig
 from rlhf.inputs import check_models, read_prompts, total_steps, training_prompts
 from rlhf.notes import idle_settings, lengths_beyond_a_judge, repeated_prompts
@@ -28,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(PPORunConfig, STAGE_DIR, argv, description=__doc__)
     config = invocation.config
     invocation.print_notes()
+    check_start(config, stage_runs_root(config.save_config.checkpoint_dir, config.results_root, "rlhf"))
     sources = check_models(config)
     splits = read_prompts(config)
     prompts = training_prompts(splits, config.data_config)

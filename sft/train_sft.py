@@ -22,6 +22,7 @@ from common.model_init import check_buildable, check_fresh_length, check_room
 from common.model_source import check_length, check_model_source, check_prompt_format
 from common.notes import say
 from common.records import read_rows
+from common.runs import check_start, stage_runs_root
 from sft.config import SFTConfig
 
 
@@ -46,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(SFTConfig, STAGE_DIR, argv, description=__doc__)
     config, data = invocation.config, invocation.config.data
     invocation.print_notes()
+    check_start(config, stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "sft"))
     check_models(config)
     splits = read_rows(data.data_dir, "sft", data, seed=config.seed, require=("train", "val"))
     for note in splits.notes:

@@ -20,6 +20,7 @@ from common.config import parse_command_line
 from common.errors import run_main
 from common.notes import say
 from common.prompts import answer_text, render_prompt
+from common.runs import check_start, stage_runs_root
 from reward_model.config import ClassificationConfig
 from reward_model.inputs import check_fresh_model, check_models, describe, idle_settings, read_training_data
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(ClassificationConfig, STAGE_DIR, argv, description=__doc__ or "")
     config = invocation.config
     invocation.print_notes()
+    check_start(config, stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "reward_classification"))
     for note in idle_settings(config):
         say(note)
     check_models(config)

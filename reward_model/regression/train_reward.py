@@ -21,6 +21,7 @@ from common.errors import UserError, run_main
 from common.notes import say
 from common.prompts import answer_text, render_prompt
 from common.records import ScoreRecord, question_key
+from common.runs import check_start, stage_runs_root
 from common.schema import resolve_monitor
 from common.score_transform import ScoreTransform
 from reward_model.config import RegressionConfig
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(RegressionConfig, STAGE_DIR, argv, description=__doc__ or "")
     config = invocation.config
     invocation.print_notes()
+    check_start(config, stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "reward_regression"))
     for note in idle_settings(config):
         say(note)
     check_models(config)

@@ -20,7 +20,6 @@ from common.checkpoint import (
     Manifest,
     atomic_directory,
     find_checkpoints,
-    git_state,
     new_manifest,
     newest_complete,
     read_manifest,
@@ -116,6 +115,7 @@ def test_manifest_states_the_facts_and_reads_back(tmp_path: Path, tokenizer: Any
     assert read_manifest(tmp_path) == manifest
     assert (manifest.pad_token_id, manifest.eos_token_id, manifest.is_reward_model) == (0, 1, True)
     assert manifest.packages["torch"] == torch.__version__ and "python" in manifest.packages
+    assert manifest.host["cores"] == os.cpu_count() and manifest.host["torch_threads"] == torch.get_num_threads()
     assert read_manifest(tmp_path / "nowhere") is None
 
 
@@ -141,20 +141,6 @@ def test_newer_formats_are_refused_and_newer_keys_ignored(tmp_path: Path) -> Non
     (tmp_path / MANIFEST).write_text(json.dumps(facts | {"format_version": 99}))
     with pytest.raises(UserError, match="format_version 99 is newer"):
         read_manifest(tmp_path)
-
-
-def test_git_state_of_a_checkout_and_elsewhere(tmp_path: Path) -> None:
-    assert git_state(tmp_path) == (None, None)
-    environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull}
-    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
-        subprocess.run(["git", "-C", str(tmp_path), *command], check=True, env=environment)
-    commit, clean = git_state(tmp_path)
-    assert commit is not None and len(commit) == 40 and clean is True
-    (tmp_path / "new").write_text("")
-    assert git_state(tmp_path) == (commit, False)
-    (tmp_path / "inside").mkdir()
-    assert git_state(tmp_path / "inside") == (None, None)
 
 
 def test_tokenizer_fingerprint_follows_the_rules_not_the_last_call(tmp_path: Path, tokenizer: Any) -> None:

@@ -12,6 +12,7 @@ import yaml
 from common.errors import UserError
 from common.notes import begin_notes, say
 from common.runs import (
+    check_start,
     create_run_directory,
     next_free_index,
     publish_latest,
@@ -22,6 +23,7 @@ from common.runs import (
     write_summary,
     write_text_atomically,
 )
+from common.schema import RunSettings
 
 
 def test_runs_lie_in_the_checkpoint_folder_or_under_a_results_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,3 +149,19 @@ def test_the_log_holds_what_is_printed_but_no_progress_bar(tmp_path: Path, capsy
     assert (tmp_path / "log.txt").read_text() == f"{note}to stdout\nto stderr\n"
     captured = capsys.readouterr()
     assert captured.out == f"{note}to stdout\n" and captured.err == "to stderr\n\r 50%|####    "
+
+
+def test_a_taken_index_and_a_checkout_that_is_not_clean_are_refused_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dirty() -> None:
+        raise UserError("require_clean_git: not clean")
+
+    monkeypatch.setattr("common.runs.check_clean", dirty)
+    create_run_directory(tmp_path, "run", 3)
+    check_start(RunSettings(desc="run", index="auto"), tmp_path)
+    check_start(RunSettings(desc="run", index=2), tmp_path)
+    check_start(RunSettings(desc="other", index=3), tmp_path / "none")
+    with pytest.raises(UserError) as raised:
+        check_start(RunSettings(desc="run", index=3, require_clean_git=True), tmp_path)
+    taken = f"index: {tmp_path / 'desc-run,index-3'} exists already; the next free index is 4 (or index: auto)"
+    assert raised.value.problems == (taken, "require_clean_git: not clean")
+    assert [path.name for path in tmp_path.iterdir()] == ["desc-run,index-3"]

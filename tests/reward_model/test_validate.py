@@ -37,3 +37,16 @@ def test_both_kinds_take_the_key_that_chooses_the_loss_of_scores(write_config, c
     for kind, main in MAINS.items():
         assert main(["--config_file", str(write_config(kind)), "--validate", "model_params.mae_loss=false"]) == 0
         assert ("mae_loss is obsolete and has no effect" in capsys.readouterr().out) == (kind == "pair")
+
+
+@pytest.mark.parametrize("kind", MAINS)
+def test_a_taken_index_is_refused_under_the_results_root_too(
+    kind: str, write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = {"pair": "reward_classification", "score": "reward_regression"}[kind]
+    monkeypatch.setenv("RESULTS_ROOT_DIR", str(tmp_path / "results"))
+    (tmp_path / "results" / stage / "desc-mine,index-1").mkdir(parents=True)
+    arguments = ["--config_file", str(write_config(kind)), "--validate", "desc=mine"]
+    assert MAINS[kind]([*arguments, "index=2"]) == MAINS[kind]([*arguments, "index=auto"]) == 0
+    with pytest.raises(UserError, match=f"{stage}/desc-mine,index-1 exists already; the next free index is 2"):
+        MAINS[kind]([*arguments, "index=1"])
