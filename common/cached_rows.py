@@ -51,12 +51,15 @@ class CachedRows:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}, "_touched": 0}  # a data worker maps the files itself
 
-    def gather(self, rows: Sequence[int] | Integers, layers: int | None = None) -> tuple[Tensor, Tensor]:
-        """States (B, S, L, D) of these rows with zeros behind the shorter ones, and the mask (B, S). `layers`: the last so many of them."""
+    def gather(self, rows: Sequence[int] | Integers, *, layers: int | None = None, pad_to: int | None = None) -> tuple[Tensor, Tensor]:
+        """States (B, L, T, D) of these rows with zeros behind the shorter ones, and the mask (B, T), True on their tokens.
+
+        `layers`: the last so many of them. `pad_to`: tokens of all; None: of the longest row.
+        """
         places = np.asarray(rows, dtype=np.int64)
         layers = layers or self.facts.layers
         tokens, shard, start = self.tokens[places], self.shard[places], self.start[places]
-        longest = int(tokens.max(initial=0))
+        longest = pad_to or int(tokens.max(initial=0))
         ragged = bool((tokens != longest).any())
         make = torch.zeros if ragged else torch.empty
         states = make(len(places), longest, layers, self.facts.hidden_size, dtype=TORCH_DTYPES[self.facts.dtype])
@@ -70,7 +73,7 @@ class CachedRows:
             for row, begin, count in zip(here.tolist(), start[here].tolist(), tokens[here].tolist(), strict=True):
                 out[row, :count] = stored[begin : begin + count, -layers:]
         self._forget(out.nbytes + len(places) * _TOUCHED_BYTES)
-        return states, torch.arange(longest) < torch.from_numpy(tokens)[:, None]
+        return states.transpose(1, 2), torch.arange(longest) < torch.from_numpy(tokens)[:, None]
 
     def _map(self, number: int) -> NDArray[Any]:
         """A shard's states (tokens, layers, D), mapped."""

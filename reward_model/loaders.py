@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch.utils.data import DataLoader, Dataset
 
 from common.batching import Batch, BatchPlan, PlanSampler
-from common.models.backbone import RewardInput
+from common.models.answers import Answer
 from reward_model.config import RewardData
 
 
@@ -16,7 +16,7 @@ class Row(Protocol):
     """A row of either kind."""
 
     @property
-    def answers(self) -> tuple[RewardInput, ...]: ...
+    def answers(self) -> tuple[Answer, ...]: ...
     @property
     def question(self) -> str: ...
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +21,7 @@ from common.failed_start import removed_if_unused
 from common.freezing import apply_freezing
 from common.launch.checkpointing import LAST
 from common.launch.lightning import (
+    autocast_dtype,
     avoids_padding,
     batch_limit,
     build_trainer,
@@ -28,9 +30,11 @@ from common.launch.lightning import (
     fit,
     total_optimizer_steps,
     trainer_params,
+    training_device,
 )
 from common.lora import add_lora
-from common.models.backbone import RewardInput
+from common.models.answers import Answer
+from common.models.frozen_states import cached_answers, state_facts
 from common.models.fused import set_fused
 from common.models.load import build_backbone, give_pad_token, load_backbone, load_tokenizer, set_dropout, train_tokenizer
 from common.models.recompute import recompute_activations
@@ -38,6 +42,7 @@ from common.models.reward import RewardModel, RewardScorer
 from common.notes import say
 from common.records import PairRecord, ScoreRecord, Splits
 from common.runs import create_run_directory, run_log, stage_runs_root, write_config, write_text_atomically
+from common.schema import FreezeSettings
 from common.score_transform import ScoreTransform
 from common.tokenization import Encoder
 from common.tracking import Tracker
@@ -46,6 +51,7 @@ from reward_model.loaders import Row, training_loader, validation_loader
 
 # Rows of the training set on which the mean and scale of the scores are measured.
 SCORE_SAMPLE = 2000
+EVERYTHING = FreezeSettings(freeze_emb=True, freeze_ln=True, freeze_attn=True, freeze_ff=True, freeze_other=True)
 
 Record = TypeVar("Record", PairRecord, ScoreRecord)
 R = TypeVar("R", bound=Row)
@@ -96,6 +102,9 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
         say(note)
     if not train_rows or not val_rows:
         raise UserError(f"{data.data_dir}: no usable row is left in {'val' if train_rows else 'train'}")
+    runs_root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, objective.stage)
+    if config.model_params.kept_states is not None:
+        train_rows, val_rows = read_from_cache(model, tokenizer, (train_rows, val_rows), config, runs_root)
     accumulate = trainer_params(config.trainer).get("accumulate_grad_batches", 1)
     train_loader = training_loader(
         train_rows,
@@ -130,7 +139,6 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
         )
         save_model_directory(directory, model, tokenizer, manifest)
 
-    runs_root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, objective.stage)
     run_dir = create_run_directory(runs_root, config.desc, config.index)
     with (
         removed_if_unused(run_dir),
@@ -202,7 +210,9 @@ def prepare_model(model: RewardModel, config: RewardConfig) -> list[str]:
         say(note)
     if params.gradient_checkpointing:
         recompute_activations(model.backbone)
-    if params.lora is not None:
+    if params.freeze_backbone:
+        trained = str(apply_freezing(model, EVERYTHING, always_train=model.HEAD_PREFIXES))
+    elif params.lora is not None:
         model.backbone = add_lora(model.backbone, params.lora, seed=config.seed)
         trained = f"LoRA adapters of rank {params.lora.r} and the score head train, everything else is frozen"
     else:
@@ -211,7 +221,28 @@ def prepare_model(model: RewardModel, config: RewardConfig) -> list[str]:
     return [trained]
 
 
-def record_score_moments(directory: Path, answers: Sequence[RewardInput], config: RewardConfig) -> tuple[float, float]:
+def read_from_cache(
+    model: RewardModel, tokenizer: PreTrainedTokenizerBase, splits: Sequence[list[R]], config: RewardConfig, runs_root: Path
+) -> list[list[R]]:
+    """The rows of each split with cached states in the place of token ids; states that no earlier run has left are computed here."""
+    params = config.model_params
+    assert params.kept_states is not None
+    autocast = autocast_dtype(config.trainer)
+    answers = cached_answers(
+        model,
+        [answer for rows in splits for row in rows for answer in row.answers],
+        Path(params.cache_dir) if params.cache_dir else runs_root / "state_cache",
+        state_facts(model, tokenizer, params.kept_states, autocast),
+        pad_id=tokenizer.pad_token_id,
+        device=training_device(config.trainer),
+        autocast=autocast,
+        show_progress=trainer_params(config.trainer).get("enable_progress_bar", True),
+    )
+    upcoming = iter(answers)
+    return [[replace(row, answers=tuple(islice(upcoming, len(row.answers)))) for row in rows] for rows in splits]
+
+
+def record_score_moments(directory: Path, answers: Sequence[Answer], config: RewardConfig) -> tuple[float, float]:
     """Mean and standard deviation of a checkpoint's output scores on training answers, also written into its manifest.
 
     Above `SCORE_SAMPLE` answers they are measured on a seeded sample of that many. PPO normalises scores with them.

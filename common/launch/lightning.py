@@ -81,6 +81,22 @@ def on_cpu(params: Mapping[str, Any]) -> bool:
     return accelerator == "cpu"
 
 
+def training_device(settings: TrainerSettings) -> torch.device:
+    """Where this process trains."""
+    params = trainer_params(settings)
+    if on_cpu(params):
+        return torch.device("cpu")
+    devices = params["devices"]
+    first = devices[0] if isinstance(devices, list) and devices else 0
+    return torch.device("cuda", first) if torch.cuda.is_available() else torch.device("mps")
+
+
+def autocast_dtype(settings: TrainerSettings) -> torch.dtype | None:
+    """The shorter type that `precision` lets a forward compute in; None: that of the weights."""
+    precision = str(trainer_params(settings).get("precision"))
+    return {"16": torch.float16, "16-mixed": torch.float16, "bf16": torch.bfloat16, "bf16-mixed": torch.bfloat16}.get(precision)
+
+
 def avoids_padding(settings: TrainerSettings, data: DataSettings) -> bool:
     """Whether models read batches without padding, where they can: on a GPU each row would start kernels of its own."""
     return data.padding_free and on_cpu(trainer_params(settings)) and not data.on_tpu

@@ -147,6 +147,10 @@ class States(NamedTuple):
     mask: Tensor
     """(B, T): True on real tokens."""
 
+    def to(self, device: Any) -> States:
+        """The same states on another device."""
+        return States(self.values.to(device), self.mask.to(device))
+
 
 def state_rows(states: States) -> list[Tensor]:
     """The states of each row without its padding: (T of the row, L, D)."""

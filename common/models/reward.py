@@ -17,14 +17,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from common.checkpoint import Manifest, read_manifest
 from common.errors import UserError
 from common.model_source import check_model_source
+from common.models.answers import Answer, collate_answers
 from common.models.backbone import (
     Entry,
     RewardBatch,
-    RewardInput,
     States,
     as_reward_input,
     backbone_states,
-    collate_rewards,
     hidden_size,
     line_states,
     readout_needs,
@@ -146,6 +145,11 @@ class RewardModel(nn.Module):
         parts = [(rows, self.readout(states)) for rows, states in self._states(batch)]
         return torch.cat([scores for _, scores in parts])[torch.cat([rows for rows, _ in parts]).argsort()]
 
+    def scores(self, inputs: RewardBatch | States) -> Tensor:
+        """Raw scores (B,) of a batch, or of states that were computed before."""
+        scores: Tensor = self.readout(inputs) if isinstance(inputs, States) else self(*inputs)
+        return scores
+
     def state_rows(self, batch: RewardBatch) -> list[Tensor]:
         """The states that the readout reads, (T, L, D) of each row without padding: `readout(collate_states(rows))` are the scores."""
         parts = [(rows, state_rows(states)) for rows, states in self._states(batch)]
@@ -162,6 +166,11 @@ class RewardModel(nn.Module):
         else:
             for rows, part in rows_of_like_length(batch):
                 yield rows, backbone_states(self.backbone, part, self.needs)
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether batches are read without padding."""
+        return self._padding_free
 
     def set_padding_free(self, on: bool = True) -> None:
         """Whether batches are read without padding from now on: in a line where the backbone can, else rows of like length together.
@@ -305,15 +314,15 @@ class RewardScorer:
         """An answer without any token ends at once; it is judged, not refused."""
         return Encoded(self.encoder.prompt(prompt)[: self.encoder.max_length - 1], [self.encoder.tokenizer.eos_token_id])
 
-    def score_inputs(self, rows: Sequence[RewardInput]) -> list[float]:
-        """Raw scores of tokenized rows, in their order; rows of like length are scored together."""
+    def score_inputs(self, rows: Sequence[Answer]) -> list[float]:
+        """Raw scores of rows of tokens or states, in their order; rows of like length are scored together."""
         order = sorted(range(len(rows)), key=lambda index: rows[index].length)
         scores = [0.0] * len(rows)
         with evaluating(self.model), torch.inference_mode(), prepacked(self.model):
             for start in range(0, len(order), self.batch_size):
                 chunk = order[start : start + self.batch_size]
-                batch = collate_rewards([rows[index] for index in chunk], self.tokenizer.pad_token_id).to(self.device)
-                values: list[float] = self.model(*batch).tolist()
+                batch = collate_answers([rows[index] for index in chunk], self.tokenizer.pad_token_id).to(self.device)
+                values: list[float] = self.model.scores(batch).tolist()
                 for index, value in zip(chunk, values, strict=True):
                     scores[index] = value
         return scores

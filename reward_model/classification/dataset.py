@@ -9,7 +9,8 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from common.models.backbone import Entry, RewardBatch, RewardInput, as_reward_input, collate_rewards
+from common.models.answers import Answer, collate_answers
+from common.models.backbone import Entry, RewardBatch, States, as_reward_input
 from common.records import PairRecord, question_key
 from common.tokenization import Encoder, encode_preferences
 
@@ -18,7 +19,7 @@ from common.tokenization import Encoder, encode_preferences
 class PairRow:
     """One question: its chosen answer first, then the K rejected ones, each with the question in front."""
 
-    answers: tuple[RewardInput, ...]
+    answers: tuple[Answer, ...]
     margin: float
     question: str
     """The normalised question: rows with the same one belong together."""
@@ -35,8 +36,8 @@ class PairRow:
 class PairBatch(TypedDict):
     """N questions, P pairs, R rows (answers)."""
 
-    inputs: RewardBatch
-    """R rows of ids and masks."""
+    inputs: RewardBatch | States
+    """R rows of ids and masks, or of states that were computed before."""
     chosen: Tensor
     """(P,): the pair's chosen row of R."""
     rejected: Tensor
@@ -76,7 +77,7 @@ def collate_pairs(
 ) -> PairBatch:
     """Lay the answers of all questions under one another. `counted`: False for rows that only fill up a rank's batch."""
     chosen, rejected, weight, margin, question = [], [], [], [], []
-    answers: list[RewardInput] = []
+    answers: list[Answer] = []
     for number, row in enumerate(rows):
         first, count = len(answers), len(row.answers) - 1
         answers += row.answers
@@ -86,7 +87,7 @@ def collate_pairs(
         margin += [row.margin] * count
         question += [number] * count
     return PairBatch(
-        inputs=collate_rewards(answers, pad_id, pad_to),
+        inputs=collate_answers(answers, pad_id, pad_to),
         chosen=torch.tensor(chosen),
         rejected=torch.tensor(rejected),
         weight=torch.tensor(weight),

@@ -35,7 +35,7 @@ class PairModule(pl.LightningModule):
 
     def forward(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """Scores of chosen and rejected answers, (P,) each, from one forward pass over all answers."""
-        scores = self.model(*batch["inputs"])  # (R,)
+        scores = self.model.scores(batch["inputs"])  # (R,)
         return scores[batch["chosen"]], scores[batch["rejected"]]
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from common.models.backbone import Entry, RewardBatch, RewardInput, as_reward_input, collate_rewards
+from common.models.answers import Answer, collate_answers
+from common.models.backbone import Entry, RewardBatch, States, as_reward_input
 from common.records import ScoreRecord, question_key
 from common.score_transform import ScoreTransform
 from common.tokenization import Encoder, encode_answers
@@ -22,7 +23,7 @@ class ScoreRow:
     Rows with the same (normalised) `question` belong together.
     """
 
-    answers: tuple[RewardInput]
+    answers: tuple[Answer]
     target: float
     score: float
     question: str
@@ -37,8 +38,8 @@ class ScoreRow:
 class ScoreBatch(TypedDict):
     """B rows."""
 
-    inputs: RewardBatch
-    """Ids and masks."""
+    inputs: RewardBatch | States
+    """Ids and masks, or states that were computed before."""
     target: Tensor
     """(B,): scores on the transformed scale."""
     weight: Tensor
@@ -81,7 +82,7 @@ def collate_scores(
 ) -> ScoreBatch:
     """Pad to the longest row, or to `pad_to`. `counted`: False for rows that only fill up a rank's batch."""
     return ScoreBatch(
-        inputs=collate_rewards([row.answers[0] for row in rows], pad_id, pad_to),
+        inputs=collate_answers([row.answers[0] for row in rows], pad_id, pad_to),
         target=torch.tensor([row.target for row in rows]),
         weight=torch.full((len(rows),), float(counted)),
         index=torch.tensor(list(indices)),

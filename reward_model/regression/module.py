@@ -50,8 +50,7 @@ class ScoreModule(pl.LightningModule):
 
     def forward(self, batch: ScoreBatch) -> Tensor:
         """Raw scores (B,), on the transformed scale."""
-        scores: Tensor = self.model(*batch["inputs"])
-        return scores
+        return self.model.scores(batch["inputs"])
 
     def losses(self, batch: ScoreBatch, scores: Tensor) -> Tensor:
         """Loss of each row, (B,)."""
