@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -12,6 +12,7 @@ from common.config import load_config, parse_command_line, resolved_dict
 from common.config_keys import ALIASES
 from common.config_yaml import read_marked_yaml
 from common.evaluation.config import GenerationTestConfig
+from common.readout_settings import SETTINGS, ReadoutName, ReadoutSettings
 from common.schema import Section
 from reward_model.config import ClassificationConfig, RegressionConfig, RewardTestConfig
 from rlhf.config import PPORunConfig
@@ -25,7 +26,7 @@ STAGES: dict[str, tuple[type[Section], type[Section]]] = {  # folder -> (trainin
     "rlhf": (PPORunConfig, GenerationTestConfig),
 }
 EXPECTED = {"trainer_config.yaml", "test_config.yaml", "gpt_neo_125m.yaml", "qwen_0.5b.yaml"}
-SHIPPED = sorted(path.relative_to(ROOT) for stage in STAGES for path in (ROOT / stage / "configs").rglob("*.yaml"))
+SHIPPED = sorted(path.relative_to(ROOT) for stage in STAGES for path in (ROOT / stage / "configs").glob("*.yaml"))
 
 
 def schema_of(path: Path) -> type[Section]:
@@ -73,7 +74,28 @@ def test_shipped_paths_lie_inside_the_repository(path: Path) -> None:
 def test_data_that_a_shipped_config_names_is_there(path: Path) -> None:
     config: Any = load_config(schema_of(path), ROOT / path)
     data = Path(config.data_config.data_file_path if isinstance(config, PPORunConfig) else config.data.data_dir)
-    assert data.is_file()
+    assert data.is_file() or str(data).startswith("hf:")
+
+
+@pytest.mark.parametrize("stage", ["reward_model/classification", "reward_model/regression"])
+def test_every_readout_is_a_choice_that_spells_out_its_settings(stage: str) -> None:
+    group = ROOT / stage / "configs" / "readout"
+    assert {path.stem for path in group.glob("*.yaml")} == set(get_args(ReadoutName))
+    for name in get_args(ReadoutName):
+        config = load_config(STAGES[stage][0], ROOT / stage / "configs/trainer_config.yaml", [f"readout={name}", "model_name=google/t5"])
+        assert isinstance(config, (ClassificationConfig, RegressionConfig))
+        readout = config.model_params.readout
+        assert readout == ReadoutSettings(name=name)
+        assert readout.model_fields_set == {"name", *SETTINGS[name]}
+        assert (group / f"{name}.yaml").read_text() == (ROOT / "reward_model/classification/configs/readout" / f"{name}.yaml").read_text()
+
+
+def test_the_flan_t5_settings_ship() -> None:
+    config = shipped("reward_model/classification", "flan_t5_hh_rlhf.yaml")
+    assert (config.model_name, config.data.data_dir) == ("google/flan-t5-base", "hf:Anthropic/hh-rlhf")
+    assert (config.data.batch_size, config.data.val_batch_size, config.trainer.params["max_epochs"]) == (96, 1024, 6)
+    assert config.model_params.active and config.model_params.readout.name == "attention_pooled_encoder"
+    assert (config.trainer.checkpoint.monitor, config.trainer.checkpoint.mode, config.tensorboard) == ("val/loss", "min", True)
 
 
 def test_the_embedded_default_needs_neither_network_nor_gpu_nor_account() -> None:
