@@ -36,6 +36,11 @@ def states_of(row: RewardInput) -> Tensor:
     return numbers + 100 * row.length
 
 
+def by_layer(row: RewardInput) -> Tensor:
+    """The same as they are read: (layers, tokens, D)."""
+    return states_of(row).transpose(0, 1)
+
+
 class Computer:
     """Fills a cache as training does, one row to a batch, and counts what it computes."""
 
@@ -72,13 +77,15 @@ def test_rows_come_back_padded_with_zeros_and_masked(tmp_path: Path, monkeypatch
     monkeypatch.setattr(cached_rows, "RESIDENT_BYTES", 1)
     rows = Computer(tmp_path, replace(FACTS, dtype=dtype)).fill()
     values, mask = rows.gather([4, 1, 2])
-    assert values.shape == (3, 5, 2, 3) and values.dtype == TORCH_DTYPES[dtype]
+    assert values.shape == (3, 2, 5, 3) and values.dtype == TORCH_DTYPES[dtype]
     assert mask.tolist() == [[True] * 5, [True] + [False] * 4, [True] * 4 + [False]]
     for found, real, row in zip(values, mask, (ROWS[4], ROWS[1], ROWS[2]), strict=True):
-        assert torch.equal(found[real], states_of(row).to(values.dtype))
-        assert not found[~real].any()
+        assert torch.equal(found[:, real].transpose(0, 1), states_of(row).to(values.dtype))
+        assert not found[:, ~real].any()
     top, _ = rows.gather([4, 1, 2], layers=1)
-    assert torch.equal(top, values[:, :, -1:])
+    assert torch.equal(top, values[:, -1:])
+    wide, wide_mask = rows.gather([4, 1, 2], pad_to=7)
+    assert torch.equal(wide[:, :, :5], values) and not wide[:, :, 5:].any() and torch.equal(wide_mask[:, :5], mask)
     assert len(shards(tmp_path)) == {1: 5, 150: 2 if dtype == "float32" else 1, 2**20: 1}[shard_bytes]
 
 
@@ -91,7 +98,7 @@ def test_rows_of_one_token_come_from_several_shards_at_once(tmp_path: Path, row_
         for part in ([0, 1], [2, 3]):
             writer.add(digests[part], [1, 1], kept[part])
     values, mask = cache.rows(digests).gather(np.array([3, 0, 3]))
-    assert torch.equal(values, kept[[3, 0, 3]][:, None]) and mask.all() and mask.shape == (3, 1)
+    assert torch.equal(values, kept[[3, 0, 3]][:, :, None]) and mask.all() and mask.shape == (3, 1)
 
 
 def test_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
@@ -100,7 +107,7 @@ def test_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
     found = again.fill([*ROWS, ROWS[2]])  # a row that stands there twice is computed once
     assert again.computed == [4, 2, 5]
     values, _ = found.gather([5, 0])
-    assert torch.equal(values[0, :4], states_of(ROWS[2])) and torch.equal(values[1, :3], states_of(ROWS[0]))
+    assert torch.equal(values[0, :, :4], by_layer(ROWS[2])) and torch.equal(values[1, :, :3], by_layer(ROWS[0]))
     assert json.loads((tmp_path / FACTS.key / "cache.json").read_text())["part"] == "encoder"
 
 
@@ -164,7 +171,7 @@ def test_a_damaged_shard_is_named_and_computed_anew(
     assert f"{damaged}: " in capsys.readouterr().out
     assert not damaged.exists()
     for number, row in enumerate(ROWS):
-        assert torch.equal(found.gather([number])[0][0], states_of(row))
+        assert torch.equal(found.gather([number])[0][0], by_layer(row))
     third = Computer(tmp_path)
     third.fill()
     assert third.computed == []
@@ -226,18 +233,19 @@ def test_a_full_disk_is_an_error_and_what_was_whole_stays(tmp_path: Path, row_to
     assert not list((tmp_path / FACTS.key).glob(".shard-*"))
 
 
-def test_a_second_run_waits_for_the_first_and_finds_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_waits_for_the_first_and_finds_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = threading.Event()
+    monkeypatch.setattr(state_cache, "say", lambda note: waits.set() if "waiting for it" in note else None)
     first, second = Computer(tmp_path), Computer(tmp_path)
     digests = row_digests(ROWS)
     with first.cache.writing() as writer:
         other = threading.Thread(target=second.fill)
         other.start()
-        while "waiting for it" not in capsys.readouterr().out:
-            assert other.is_alive()
+        assert waits.wait(timeout=60)
         for place, row in enumerate(ROWS):
             writer.add(digests[[place]], [row.length], states_of(row))
-    other.join()
-    assert second.computed == []
+    other.join(timeout=60)
+    assert second.computed == [] and not other.is_alive()
 
 
 def test_without_locks_both_write_and_either_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +256,7 @@ def test_without_locks_both_write_and_either_is_read(tmp_path: Path, monkeypatch
         for place, row in enumerate(ROWS):
             writer.add(row_digests(ROWS)[[place]], [row.length], states_of(row))
     found = Computer(tmp_path).fill()
-    assert len(shards(tmp_path)) == 2 and torch.equal(found.gather([2])[0][0], states_of(ROWS[2]))
+    assert len(shards(tmp_path)) == 2 and torch.equal(found.gather([2])[0][0], by_layer(ROWS[2]))
 
 
 def test_a_cache_of_more_layers_serves_fewer(tmp_path: Path) -> None:
