@@ -106,7 +106,9 @@ class PPOParams(Section):
         "no", description="`bf16`: matrix products in bfloat16 over float32 weights, for speed; log-probabilities move by about 1e-2 nats."
     )
     padding_free: bool = Field(
-        True, description="Update and passes over answers without padding, on a CPU and for models that can; false: padded rows."
+        True,
+        description="Update and passes over answers without padding, and over a prompt once for its answers; on a CPU, for models that "
+        "can. False: padded rows.",
     )
     cache_frozen_layers: bool = Field(
         True,

@@ -171,12 +171,17 @@ class Line(NamedTuple):
     shared: list[Shared] | None
     places: Tensor
     """(B, S): where each token of the padded batch stands in the line; 0 for padding."""
+    kept: Tensor
+    """(B, S) True on the tokens that stand there themselves, not as those of another row."""
+
+    def positions(self) -> Tensor:
+        """(1, N) in the texts."""
+        return line_positions(self.lengths, self.ids.device, self.shared)
 
     def states(self, trunk: nn.Module) -> Tensor:
         """Last hidden states (N, D)."""
-        positions = line_positions(self.lengths, self.ids.device, self.shared)
         with packed_line(trunk, self.lengths, self.shared):
-            states: Tensor = trunk(input_ids=self.ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+            states: Tensor = trunk(input_ids=self.ids, position_ids=self.positions(), use_cache=False).last_hidden_state[0]
         return states
 
 
@@ -190,7 +195,7 @@ def as_line(ids: Tensor, mask: Tensor, *, share: bool = False) -> Line:
     places = (kept.flatten().cumsum(0) - 1).view_as(ids) * kept
     for row, (text, tokens) in enumerate(shared or ()):
         places[row, :tokens] = places[text, :tokens]
-    return Line(ids[kept][None], kept.sum(1).tolist(), shared, places)
+    return Line(ids[kept][None], kept.sum(1).tolist(), shared, places, kept)
 
 
 def common_beginnings(ids: Tensor, mask: Tensor) -> list[Shared]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common.collate import right_pad
 from common.models.backbone import decoder_start
 from common.models.lower_layers import LowerLayers
-from common.models.packed import can_pack, line_positions, packed_line
+from common.models.packed import Line, as_line, can_pack, packed_line
 from common.models.parts import take_apart, without_adapters
 
 if TYPE_CHECKING:
@@ -84,10 +84,8 @@ class Answers:
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
     def line(self) -> Line:
-        """The rows of a causal model without their padding, N tokens in all."""
-        begins = self.lengths.cumsum(0) - self.lengths
-        rows, columns = self.places()
-        return Line(self.ids[self.real()][None], self.lengths.tolist(), begins[rows] + columns)
+        """The rows of a causal model without their padding; what rows begin with alike, a prompt say, stands there once."""
+        return as_line(self.ids, self.real(), share=True)
 
 
 def gather_answers(
@@ -131,16 +129,6 @@ def gather_answers(
     )
 
 
-class Line(NamedTuple):
-    """Prompts and answers one behind the other, without padding."""
-
-    ids: Tensor
-    """(1, N)."""
-    lengths: list[int]
-    answers: Tensor
-    """(M,) places whose output predicts an answer token, row by row."""
-
-
 class Output(NamedTuple):
     """At chosen places: hidden states (N, D) and logits (N, V); and the cache where one was asked for."""
 
@@ -158,35 +146,32 @@ class Trunk:
 
     def at_answers(self, answers: Answers, lower: LowerLayers | None = None, entering: Tensor | None = None) -> Tensor:
         """Last hidden states (M, D) where an answer token is predicted; they start above `lower` from `entering` (real tokens, D)."""
+        real, places = answers.real(), answers.places()
         if self.packs:
             line = answers.line()
-            states = self._read(answers, line, lower, None if entering is None else entering[None])
-            return states[0].index_select(0, line.answers)
+            states = self._read(answers, line, lower, None if entering is None else entering[line.kept[real]][None])
+            return states[0].index_select(0, line.places[places])
         padded = None
         if entering is not None:
             padded = entering.new_zeros((*answers.ids.shape, entering.shape[-1]))
-            padded[answers.real()] = entering
-        return self._read(answers, None, lower, padded)[answers.places()]
+            padded[real] = entering
+        return self._read(answers, None, lower, padded)[places]
 
     def below(self, answers: Answers, lower: LowerLayers) -> Tensor:
         """What `lower` hands on for every real token (N, D), row after row."""
         if not self.packs:
             return lower.states(**answers.inputs())[answers.real()]
         line = answers.line()
-        with packed_line(self.module, line.lengths):
-            return lower.states(input_ids=line.ids, position_ids=line_positions(line.lengths, line.ids.device))[0]
+        with packed_line(self.module, line.lengths, line.shared):
+            states = lower.states(input_ids=line.ids, position_ids=line.positions())[0]
+        return states.index_select(0, line.places[answers.real()])
 
     def _read(self, answers: Answers, line: Line | None, lower: LowerLayers | None, entering: Tensor | None) -> Tensor:
-        above = nullcontext() if lower is None or entering is None else lower.replaced(entering)
-        if line is None:
-            with above:
-                result = self.module(**answers.inputs(), use_cache=False)
-        else:
-            with above, packed_line(self.module, line.lengths):
-                positions = line_positions(line.lengths, line.ids.device)
-                result = self.module(input_ids=line.ids, position_ids=positions, use_cache=False)
-        states: Tensor = result.last_hidden_state
-        return states
+        with nullcontext() if lower is None or entering is None else lower.replaced(entering):
+            if line is not None:
+                return line.states(self.module)[None]
+            states: Tensor = self.module(**answers.inputs(), use_cache=False).last_hidden_state
+            return states
 
 
 class Forward:

@@ -64,7 +64,8 @@ class PPOConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: matrix products in bfloat16 over float32 weights; log-probabilities then differ by about 1e-2 nats from float32."""
     padding_free: bool = True
-    """Read prompts and answers one behind the other instead of padding them; on a CPU, for models that can (most causal ones)."""
+    """Read prompts and answers one behind the other instead of padding them, a prompt once for all its answers in a forward; on a CPU, for
+    models that can (most causal ones)."""
     cache_frozen_layers: bool = True
     """Run the layers below the lowest trained one once per batch, not in every epoch; costs their states of the batch in memory."""
     static_decoding: bool = True

@@ -48,8 +48,8 @@ def test_no_split_of_the_ordered_rows_is_cheaper(limits: pytest.MonkeyPatch) -> 
 def test_every_row_is_in_one_group_within_the_bounds(limits: pytest.MonkeyPatch) -> None:
     widths = torch.tensor([[70], [3], [9], [9], [1], [0]])
     weights = torch.tensor([5, 1, 2, 2, 1, 0])
-    for padded in (True, False):
-        groups = length_chunks(widths, weights=weights, most_weight=3, padded=padded)
+    for spared in (None, torch.zeros(6, dtype=torch.long), torch.tensor([0, 2, 2, 8, 0, 0])):
+        groups = length_chunks(widths, weights=weights, most_weight=3, spared=spared)
         assert sorted(torch.cat(groups).tolist()) == list(range(6))
         assert all(len(group) == 1 or int(weights[group].sum()) <= 3 for group in groups)
     assert length_chunks(torch.zeros((0, 1), dtype=torch.long)) == []
@@ -58,5 +58,12 @@ def test_every_row_is_in_one_group_within_the_bounds(limits: pytest.MonkeyPatch)
 def test_rows_that_are_not_padded_need_not_be_alike(limits: pytest.MonkeyPatch) -> None:
     widths = torch.tensor([[2], [40], [3]])
     assert len(length_chunks(widths)) == 2
-    assert len(length_chunks(widths, padded=False)) == 1  # 45 tokens, not 120
-    assert len(length_chunks(torch.tensor([[2], [58], [3]]), padded=False)) == 2
+    assert len(length_chunks(widths, spared=torch.zeros(3, dtype=torch.long))) == 1  # 45 tokens, not 120
+
+
+def test_rows_that_are_not_padded_stay_beside_those_they_begin_alike_with(limits: pytest.MonkeyPatch) -> None:
+    """110 tokens need two forwards of 60 at most; where the third row takes 18 tokens from the second, 30 + 20 + 2 are one of them."""
+    widths = torch.tensor([[30], [20], [20], [40]])
+    nothing, alike = torch.zeros(4, dtype=torch.long), torch.tensor([0, 0, 18, 0])
+    assert [group.tolist() for group in length_chunks(widths, spared=nothing)] == [[0, 1], [2, 3]]
+    assert [group.tolist() for group in length_chunks(widths, spared=alike)] == [[0, 1, 2], [3]]

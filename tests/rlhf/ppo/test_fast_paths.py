@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from common.lora import add_lora
+from common.models import packed
 from common.schema import GenerateParams, LoraSettings
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ppo.answers import Forward, gather_answers
+from rlhf.ppo.chunks import chunks
 from rlhf.ppo.losses import token_stats
 from rlhf.ppo.models import Critic, with_value_head
 from rlhf.ppo.rollout import collect_rollout
@@ -21,7 +25,16 @@ SCORES = [1.0, -0.5, 0.25, 2.0, -1.0, 0.75, 0.0, -2.0]
 SAMPLED = GenerateParams(do_sample=True, max_new_tokens=8)
 
 
-def run(make_model: Any, tokenizer: Any, kind: str, *, critic: bool = False, shared: int | None = None, **settings: Any) -> Any:
+def run(
+    make_model: Any,
+    tokenizer: Any,
+    kind: str,
+    *,
+    queries: list[list[int]] = QUERIES,
+    critic: bool = False,
+    shared: int | None = None,
+    **settings: Any,
+) -> Any:
     """A step of a fresh trainer with plain gradient descent: trainer, statistics, trained weights."""
     policy = with_value_head(make_model(kind))
     torch.nn.init.normal_(policy.v_head.summary.weight, std=0.3, generator=torch.Generator().manual_seed(5))
@@ -31,7 +44,7 @@ def run(make_model: Any, tokenizer: Any, kind: str, *, critic: bool = False, sha
     reference = None if shared else make_model(kind, 4)
     trainer = PPOTrainer(config, policy, reference, tokenizer, critic=network, num_shared_layers=shared)
     trainer.optimizer = torch.optim.SGD(trainer.parameters, lr=config.learning_rate)
-    stats = trainer.step(QUERIES, RESPONSES, SCORES)
+    stats = trainer.step(queries, RESPONSES, SCORES)
     return trainer, stats, torch.cat([parameter.detach().flatten() for parameter in trainer.parameters])
 
 
@@ -50,6 +63,44 @@ def test_texts_in_a_line_give_the_step_of_padded_rows(kind: str, critic: bool, m
     assert padded[0].policy.trunk is not None and not padded[0].policy.trunk.packs
     assert line[0].policy.trunk is not None and line[0].policy.trunk.packs
     assert_same(line, padded)
+
+
+PROMPTS = [list(range(5, 17)), list(range(20, 30))]
+
+
+@pytest.mark.parametrize("critic", [False, True])
+@pytest.mark.parametrize("shared", [None, 1])
+@pytest.mark.parametrize("kind", ["gpt_neo", "gpt2", "llama"])
+def test_a_prompt_read_once_for_its_answers_gives_the_step_of_prompts_read_for_each(
+    kind: str, shared: int | None, critic: bool, make_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four answers to each of two prompts, in minibatches of four that hold answers to both."""
+    results, tokens = [], []
+    for least in (packed.SHARED_TOKENS, 10**6):
+        monkeypatch.setattr(packed, "SHARED_TOKENS", least)
+        read: list[int] = []
+        monkeypatch.setattr(packed.Line, "states", counted(packed.Line.states, read))
+        results.append(run(make_model, tokenizer, kind, queries=[PROMPTS[row // 4] for row in range(8)], critic=critic, shared=shared))
+        monkeypatch.undo()
+        tokens.append(sum(read))
+    assert_same(*results)
+    assert results[0][1]["ppo/policy/approxkl"] > 0 and tokens[0] < 0.75 * tokens[1]
+
+
+def counted(states: Callable[..., Tensor], tokens: list[int]) -> Callable[..., Tensor]:
+    """`Line.states` that notes how many tokens a line has."""
+
+    def count(line: packed.Line, trunk: torch.nn.Module) -> Tensor:
+        tokens.append(line.ids.shape[1])
+        return states(line, trunk)
+
+    return count
+
+
+def test_answers_to_one_prompt_meet_in_a_forward(make_model: Any) -> None:
+    """Whatever their lengths, and in whatever order a minibatch names them."""
+    answers = gather_answers([[4] * 1100] * 2 + [[5] * 1100] * 2, [[7], [8] * 50, [9], [6] * 50], make_model().config)
+    assert [chunk.tolist() for chunk in chunks(torch.tensor([2, 0, 3, 1]), answers, 10, packed=True)] == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize("padding_free", [True, False])
