@@ -50,6 +50,8 @@ class FusedGPTNeoSelfAttention(GPTNeoSelfAttention):
                 hidden_states, attention_mask, layer_past, use_cache, output_attentions, **kwargs
             )
             return plain
+        if torch.is_autocast_enabled(hidden_states.device.type):  # once, not for each of the three
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (self._split_heads(layer(hidden_states), self.num_heads, self.head_dim) for layer in projections)
         window = self.config.window_size if self.attention_type == "local" else None
@@ -59,11 +61,15 @@ class FusedGPTNeoSelfAttention(GPTNeoSelfAttention):
             return self.resid_dropout(self.out_proj(own.flatten(2))), None
         assert attention_mask is not None
         start: int | Tensor = 0  # position of the first query among the keys
+        dtype = query.dtype
         if layer_past is not None:
+            if dtype == torch.bfloat16 and query.device.type == "cpu":
+                # For one query per row the CPU's kernel is three times slower in bfloat16 than in float32.
+                query, key, value = query.float(), key.float(), value.float()
             key, value = layer_past.update(key, value, self.layer_id)
             start = layer_past.get_seq_length(self.layer_id) - query.shape[-2]
         mixed = _attend(query, key, value, attention_mask, start, window)
-        merged = self._merge_heads(mixed, self.num_heads, self.head_dim)
+        merged = self._merge_heads(mixed, self.num_heads, self.head_dim).to(dtype)
         return self.resid_dropout(self.out_proj(merged)), None
 
 

@@ -228,6 +228,18 @@ def test_short_types_round_less_and_never_give_nan() -> None:
 
 
 @torch.no_grad()
+def test_in_bfloat16_a_cpus_cache_is_float32_and_answers_no_worse() -> None:
+    exact, ids = gpt_neo(initializer_range=0.1), torch.tensor(rows((12, 12)))
+    set_fused(exact)
+    short, cache = copy.deepcopy(exact).to(torch.bfloat16), DynamicCache()
+    expected, whole = (model(ids).logits[:, -1] for model in (exact, short))
+    short(ids[:, :-1], past_key_values=cache, use_cache=True)
+    last = short(ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+    assert last.dtype == torch.bfloat16 and {layer.keys.dtype for layer in cache.layers} == {torch.float32}
+    assert float((last.float() - expected).norm()) < 1.2 * float((whole.float() - expected).norm())
+
+
+@torch.no_grad()
 def test_masks_are_made_once_for_each_kind_of_layer_and_live_as_long_as_their_forward(
     model: GPTNeoForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
