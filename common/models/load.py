@@ -43,7 +43,7 @@ from common.checkpoint import has_plain_tokenizer, read_manifest, tokenizer_fing
 from common.errors import UserError
 from common.models.fused import set_fused
 from common.models.kinds import backbone_kind, positions_of
-from common.models.modes import FUNCTIONAL_DROPOUTS
+from common.models.modes import LAYER_DROPOUT, dropout_attributes
 from common.schema import ModelInit
 
 logger = logging.getLogger(__name__)
@@ -274,16 +274,13 @@ def alternating_attention(layers: int) -> list[list[Any]]:
 def set_dropout(model: nn.Module, p: float) -> int:
     """Set every dropout probability of a model, and its configuration's; returns how many places were set.
 
-    Raises UserError where the model has none and `p` is positive: the setting could not take effect.
+    Whole layers are left out no more where `p` is 0, and as often as before elsewhere. Raises UserError where the model has none and `p` is
+    positive: the setting could not take effect.
     """
     count = 0
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = p
-            count += 1
-            continue
-        for name in FUNCTIONAL_DROPOUTS:
-            if isinstance(module.__dict__.get(name), (int, float)):
+        for name in dropout_attributes(module):
+            if name != LAYER_DROPOUT or p == 0:
                 setattr(module, name, p)
                 count += 1
     config = getattr(model, "config", None)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-FUNCTIONAL_DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
-"""Attributes of modules, numbers that their forward hands to functional dropout."""
+LAYER_DROPOUT = "layerdrop"
+"""By this probability a stack of layers leaves out whole ones in training."""
 
 
 @contextmanager
@@ -23,10 +23,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def dropout_attributes(module: nn.Module) -> list[str]:
+    """Names of a module's own dropout probabilities: what its forward hands to functional dropout, or `LAYER_DROPOUT`."""
+    numbers = (name for name, value in vars(module).items() if isinstance(value, (int, float)) and not isinstance(value, bool))
+    return [name for name in numbers if "drop" in name or (name == "p" and isinstance(module, nn.Dropout))]
+
+
 def draws_dropout(model: nn.Module) -> bool:
     """Whether a forward is random, because a dropout is on."""
-    for module in model.modules():
-        names = ("p",) if isinstance(module, nn.Dropout) else FUNCTIONAL_DROPOUTS
-        if module.training and any(isinstance(p := module.__dict__.get(name), (int, float)) and p > 0 for name in names):
-            return True
-    return False
+    return any(module.training and any(getattr(module, name) > 0 for name in dropout_attributes(module)) for module in model.modules())

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from common.errors import UserError
 from common.models.load import (
@@ -24,6 +25,7 @@ from common.models.load import (
     set_dropout,
     train_tokenizer,
 )
+from common.models.modes import draws_dropout
 from common.schema import ModelInit
 
 TEXTS = ["Question: What is the capital of France?\nAnswer: Paris.", "Question: Who asks <eos>?\nAnswer: Nobody asks <pad>."] * 3
@@ -271,6 +273,23 @@ def test_dropout_takes_effect_everywhere_and_zero_turns_it_off(model_type: str, 
     set_dropout(backbone, 0.0)
     assert torch.equal(states(), states())
     assert torch.equal(states(), backbone.eval()(ids, **more).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("bloom", {"hidden_size": 16, "n_head": 2, "n_layer": 2, "hidden_dropout": 0.5}),
+        ("xglm", {"d_model": 16, "ffn_dim": 32, "num_layers": 6, "attention_heads": 2, "layerdrop": 0.5, "dropout": 0.0}),
+    ],
+)
+def test_zero_turns_off_dropout_under_other_names_and_of_whole_layers(model_type: str, config: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = AutoModel.from_config(CONFIG_MAPPING[model_type](vocab_size=20, initializer_range=0.3, init_std=0.3, **config)).train()
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        assert draws_dropout(model) and len({float(model(ids).last_hidden_state.sum()) for _ in range(4)}) > 1
+        set_dropout(model, 0.0)
+        assert not draws_dropout(model) and len({float(model(ids).last_hidden_state.sum()) for _ in range(4)}) == 1
 
 
 def test_dropout_survives_saving(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
