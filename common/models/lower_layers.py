@@ -38,7 +38,8 @@ class LowerLayers:
         blocks = [trunk.get_submodule(block.prefix.rstrip(".")) for block in found]
         if not found or len(blocks) != found[0].count:  # an encoder beside the decoder
             return None
-        ids = torch.arange(1, 9, device=next(trunk.parameters()).device).reshape(2, 4)
+        embedding: Tensor = trunk.get_input_embeddings().weight  # type: ignore[operator]
+        ids = torch.arange(1, 9, device=embedding.device).reshape(2, 4) % len(embedding)
         entering, results = _watch(trunk, blocks, ids)
         frozen = [not states.requires_grad for states in entering]
         count = frozen.index(False) - 1 if False in frozen else len(blocks) - 1

@@ -39,8 +39,9 @@ def prepacked(*models: nn.Module, dtypes: tuple[torch.dtype, ...] = (torch.float
         with torch.no_grad():
             for module in (module for model in models for module in model.modules()):
                 if type(module) is nn.Linear and module.weight.dtype in dtypes and _fits(module.weight) and _available(module.weight.dtype):
-                    module.__class__ = PrepackedLinear
-                    module.prepacked = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
+                    # What may fail, for lack of memory, comes first.
+                    laid_out = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
+                    module.__class__, module.prepacked = PrepackedLinear, laid_out
                     changed.append(module)
         yield
     finally:

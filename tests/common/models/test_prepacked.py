@@ -48,3 +48,20 @@ def test_afterwards_the_model_is_as_it_was() -> None:
     assert all(
         name == other and torch.equal(value, now) for (name, value), (other, now) in zip(before, model.state_dict().items(), strict=True)
     )
+
+
+def test_a_layer_that_cannot_be_laid_out_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network(), torch.randn(3, 48)
+    real = torch.ops.mkldnn._reorder_linear_weight
+
+    def short_of_memory(weight: torch.Tensor) -> torch.Tensor:
+        if weight.shape == (32, 96):
+            raise RuntimeError("not enough memory")
+        return real(weight)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", short_of_memory)
+    with pytest.raises(RuntimeError, match="not enough memory"), prepacked(model):
+        pass
+    with torch.no_grad():
+        assert model(x).shape == (3, 1)
+    assert not any(isinstance(layer, PrepackedLinear) for layer in model)
