@@ -87,8 +87,9 @@ def test_the_last_token_of_a_row_stays_its_own() -> None:
 
 
 def test_padding_that_equals_a_token_is_no_common_beginning() -> None:
-    ids, mask = right_pad([[7] * 20, [7] * 10], 7)
-    assert common_beginnings(ids, mask) == [NOTHING, Shared(0, 9)]
+    for lengths in ((20, 10), (10, 20)):
+        ids, mask = right_pad([[7] * length for length in lengths], 7)
+        assert common_beginnings(ids, mask) == [NOTHING, Shared(0, min(10, lengths[1] - 1))]
 
 
 @pytest.mark.parametrize(

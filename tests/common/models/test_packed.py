@@ -78,6 +78,12 @@ def test_attention_that_was_exchanged_after_the_trial_is_found_out() -> None:
         model.base_model(input_ids=torch.tensor([[5, 6, 7]]), position_ids=line_positions([2, 1], "cpu"), use_cache=False)
 
 
+def test_a_mask_that_a_line_cannot_keep_is_refused() -> None:
+    model = make("llama")
+    with pytest.raises(NotImplementedError, match="this mask"), packed_line(model.base_model, [2, 1]):
+        model.base_model(torch.tensor([[5, 6, 7]]), attention_mask=torch.zeros(1, 1, 3, 3), position_ids=line_positions([2, 1], "cpu"))
+
+
 @pytest.mark.parametrize("kind", ["gemma2", "bloom", "plain gpt_neo"])
 def test_a_model_whose_attention_does_more_is_left_to_padded_rows(kind: str) -> None:
     """Gemma 2 caps its logits, Bloom knows distances alone, transformers' own GPT-Neo asks no registry."""
