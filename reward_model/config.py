@@ -97,6 +97,20 @@ class ClassificationParams(RewardModelParams):
     centring_coef: Annotated[float, Field(ge=0)] = Field(
         0.0, description="Weight of the centring term: the squared mean of chosen and rejected score of a pair."
     )
+    margin_use: Literal["subtract", "weigh", "ignore"] = Field(
+        "subtract",
+        description="What a row's `margin` m does, times `margin_scale` s: `subtract`: -log sigmoid(chosen - rejected - s m), as Llama 2 "
+        "has it; `weigh`: s m times the loss without it; `ignore`: nothing. Rows without one are pairs like any other.",
+    )
+    margin_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        1.0, description="Units of score (`subtract`) or pairs (`weigh`) that a margin of 1 stands for."
+    )
+
+    @model_validator(mode="after")
+    def _scale_is_read(self) -> Self:
+        if self.margin_use == "ignore" and self.margin_scale != 1.0:
+            raise ValueError(f"margin_scale is {self.margin_scale:g}, but margin_use is ignore; remove one of them")
+        return self
 
 
 class ClassificationConfig(RewardConfig):

@@ -5,7 +5,7 @@ PAIR_TRAINING_METRICS = {
     "train/margin": "Mean chosen score minus rejected score of the micro-batch.",
 }
 PAIR_METRICS = {
-    "val/loss": "Mean of -log sigmoid(chosen - rejected - margin) over the questions of the validation split, in nats.",
+    "val/loss": "Mean of -log sigmoid(chosen - rejected) over the questions of the validation split, in nats; margins as in training.",
     "val/accuracy": "Share of validation pairs whose chosen answer scores higher; ties count half.",
     "val/margin": "Mean chosen score minus rejected score over the validation pairs.",
     "val/score_mean": "Mean score over all answers of the validation pairs; a drift that PPO's normalisation removes.",

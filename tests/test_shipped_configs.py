@@ -94,7 +94,7 @@ def test_the_flan_t5_settings_ship() -> None:
     config = shipped("reward_model/classification", "flan_t5_hh_rlhf.yaml")
     assert (config.model_name, config.data.data_dir) == ("google/flan-t5-base", "hf:Anthropic/hh-rlhf")
     assert (config.data.batch_size, config.data.val_batch_size, config.trainer.params["max_epochs"]) == (96, 1024, 6)
-    assert config.model_params.active and config.model_params.readout.name == "attention_pooled_encoder"
+    assert config.model_params.freeze_backbone and config.model_params.readout.name == "attention_pooled_encoder"
     assert (config.trainer.checkpoint.monitor, config.trainer.checkpoint.mode, config.tensorboard) == ("val/loss", "min", True)
 
 

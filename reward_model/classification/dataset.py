@@ -13,6 +13,8 @@ from common.models.answers import Answer, collate_answers
 from common.models.backbone import Entry, RewardBatch, States, as_reward_input
 from common.records import PairRecord, question_key
 from common.tokenization import Encoder, encode_preferences
+from reward_model.classification.margins import Margin, pair_margin
+from reward_model.config import ClassificationParams
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class PairRow:
     """One question: its chosen answer first, then the K rejected ones, each with the question in front."""
 
     answers: tuple[Answer, ...]
-    margin: float
+    margin: Margin
     question: str
     """The normalised question: rows with the same one belong together."""
     where: str = ""
@@ -45,7 +47,9 @@ class PairBatch(TypedDict):
     weight: Tensor
     """(P,): 1 / K for the K pairs of a question, 0 for questions that only fill up a process's batch."""
     margin: Tensor
-    """(P,): by how much the chosen answer is known to be better."""
+    """(P,): what is subtracted from chosen - rejected, since the chosen answer is known to be that much better."""
+    importance: Tensor
+    """(P,): what the pair's loss is multiplied by."""
     question: Tensor
     """(P,): which of the N questions."""
     index: Tensor
@@ -59,13 +63,20 @@ class PairBatch(TypedDict):
 
 
 def encode_pairs(
-    records: Sequence[PairRecord], encoder: Encoder, entry: Entry, unusable_rows: Literal["error", "drop"] = "error"
+    records: Sequence[PairRecord],
+    encoder: Encoder,
+    entry: Entry,
+    params: ClassificationParams,
+    unusable_rows: Literal["error", "drop"] = "error",
 ) -> list[PairRow]:
     """Tokenize; all answers to a question follow the same, equally cut prompt. Raises UserError with a line for each bad row."""
     encoded = encode_preferences(encoder, records, unusable_rows)
     return [
         PairRow(
-            tuple(as_reward_input(answer, entry) for answer in answers), record.margin or 0.0, question_key(record.prompt), record.where
+            tuple(as_reward_input(answer, entry) for answer in answers),
+            pair_margin(record.margin, params),
+            question_key(record.prompt),
+            record.where,
         )
         for record, answers in zip(records, encoded, strict=True)
         if answers is not None
@@ -76,7 +87,7 @@ def collate_pairs(
     rows: Sequence[PairRow], indices: Sequence[int], pad_id: int, denominator: float, pad_to: int | None = None, counted: bool = True
 ) -> PairBatch:
     """Lay the answers of all questions under one another. `counted`: False for rows that only fill up a rank's batch."""
-    chosen, rejected, weight, margin, question = [], [], [], [], []
+    chosen, rejected, weight, margin, importance, question = [], [], [], [], [], []
     answers: list[Answer] = []
     for number, row in enumerate(rows):
         first, count = len(answers), len(row.answers) - 1
@@ -84,7 +95,8 @@ def collate_pairs(
         chosen += [first] * count
         rejected += range(first + 1, first + 1 + count)
         weight += [float(counted) / count] * count
-        margin += [row.margin] * count
+        margin += [row.margin.subtracted] * count
+        importance += [row.margin.importance] * count
         question += [number] * count
     return PairBatch(
         inputs=collate_answers(answers, pad_id, pad_to),
@@ -92,6 +104,7 @@ def collate_pairs(
         rejected=torch.tensor(rejected),
         weight=torch.tensor(weight),
         margin=torch.tensor(margin),
+        importance=torch.tensor(importance),
         question=torch.tensor(question),
         index=torch.tensor(list(indices)),
         denominator=denominator,

@@ -43,7 +43,7 @@ class PairModule(pl.LightningModule):
         loss_sum = pair_loss(
             chosen,
             rejected,
-            batch["weight"],
+            batch["weight"] * batch["importance"],
             batch["margin"],
             label_smoothing=self.params.label_smoothing,
             centring_coef=self.params.centring_coef,
@@ -62,8 +62,8 @@ class PairModule(pl.LightningModule):
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         chosen, rejected = self(batch)
-        columns = [chosen, rejected, batch["margin"], batch["weight"], bradley_terry_loss(chosen, rejected, batch["margin"])]
-        table = torch.stack([column.float() for column in columns], dim=1).cpu()  # (P, 5)
+        loss = batch["importance"] * bradley_terry_loss(chosen, rejected, batch["margin"])
+        table = torch.stack([column.float() for column in (chosen, rejected, batch["weight"], loss)], dim=1).cpu()  # (P, 4)
         question = batch["question"].cpu()
         for number, index in enumerate(batch["index"].tolist()):
             self._validation.add(index, table[question == number].tolist())
@@ -76,8 +76,8 @@ class PairModule(pl.LightningModule):
 
 
 def pair_metrics(questions: list[list[list[float]]]) -> dict[str, float]:
-    """Figures of the validation split from each question's pairs (chosen, rejected, margin, weight, loss)."""
-    chosen, rejected, _, weight, loss = np.array([pair for pairs in questions for pair in pairs], dtype=np.float64).T
+    """Figures of the validation split from each question's pairs (chosen, rejected, weight, loss)."""
+    chosen, rejected, weight, loss = np.array([pair for pairs in questions for pair in pairs], dtype=np.float64).T
     answers = [score for pairs in questions for score in (pairs[0][0], *(pair[1] for pair in pairs))]
     return {
         "val/loss": float((weight * loss).sum() / weight.sum()),

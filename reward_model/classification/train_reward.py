@@ -21,6 +21,7 @@ from common.errors import run_main
 from common.notes import say
 from common.prompts import answer_text, render_prompt
 from common.runs import check_start, stage_runs_root
+from reward_model.classification.margins import check_margins
 from reward_model.config import ClassificationConfig
 from reward_model.inputs import check_fresh_model, check_models, describe, idle_settings, read_training_data
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         say(note)
     check_models(config)
     splits = read_training_data(config, "pair")
-    for note in splits.notes:
+    for note in [*splits.notes, *check_margins(splits, config.model_params)]:
         say(note)
     if invocation.validate_only:
         check_fresh_model(config)
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     objective = Objective(
         stage="reward_classification",
         texts=lambda record: (render_prompt(record.prompt), *map(answer_text, (record.chosen, *record.rejected))),
-        encode=lambda records, encoder, entry: encode_pairs(records, encoder, entry, config.data.unusable_rows),
+        encode=lambda records, encoder, entry: encode_pairs(records, encoder, entry, config.model_params, config.data.unusable_rows),
         collate=collate_pairs,
         module=lambda model, total_steps, _: PairModule(model, config.model_params, total_steps),
     )

@@ -12,6 +12,7 @@ from common.models.load import build_backbone, train_tokenizer
 from common.models.reward import RewardModel
 from common.schema import ModelInit
 from reward_model.classification.dataset import PairBatch, PairRow, collate_pairs
+from reward_model.classification.margins import Margin
 from reward_model.classification.module import PairModule, pair_metrics
 from reward_model.config import ClassificationParams, RewardData
 from reward_model.loaders import training_loader, validation_loader
@@ -25,11 +26,11 @@ def answer(*ids: int) -> RewardInput:
 
 
 ROWS = [
-    PairRow((answer(5, 6, 7, 1), answer(5, 6, 8, 9, 10, 1)), 0.0, "question 1", "row 1"),
-    PairRow((answer(4, 3, 2, 9, 9, 9, 9, 1), answer(4, 3, 1)), 0.5, "question 2", "row 2"),
-    PairRow((answer(7, 1), answer(7, 8, 1), answer(7, 9, 9, 1)), 0.0, "question 3", "row 3"),
-    PairRow((answer(11, 12, 1), answer(11, 13, 1)), 0.0, "question 4", "row 4"),
-    PairRow((answer(14, 15, 16, 1), answer(14, 15, 3, 1)), 1.0, "question 5", "row 5"),
+    PairRow((answer(5, 6, 7, 1), answer(5, 6, 8, 9, 10, 1)), Margin(), "question 1", "row 1"),
+    PairRow((answer(4, 3, 2, 9, 9, 9, 9, 1), answer(4, 3, 1)), Margin(0.5), "question 2", "row 2"),
+    PairRow((answer(7, 1), answer(7, 8, 1), answer(7, 9, 9, 1)), Margin(), "question 3", "row 3"),
+    PairRow((answer(11, 12, 1), answer(11, 13, 1)), Margin(), "question 4", "row 4"),
+    PairRow((answer(14, 15, 16, 1), answer(14, 15, 3, 1)), Margin(1.0), "question 5", "row 5"),
 ]
 
 
@@ -108,8 +109,8 @@ def test_static_shapes_pad_every_batch_alike() -> None:
 
 
 def test_validation_metrics_by_hand() -> None:
-    # (chosen, rejected, margin, weight, loss): one question with one pair, one with two
-    metrics = pair_metrics([[[1.0, 0.0, 0.0, 1.0, 0.4]], [[2.0, 3.0, 0.0, 0.5, 1.0], [2.0, 2.0, 0.0, 0.5, 0.6]]])
+    # (chosen, rejected, weight, loss): one question with one pair, one with two
+    metrics = pair_metrics([[[1.0, 0.0, 1.0, 0.4]], [[2.0, 3.0, 0.5, 1.0], [2.0, 2.0, 0.5, 0.6]]])
     assert metrics["val/loss"] == pytest.approx((0.4 + 0.5 * 1.0 + 0.5 * 0.6) / 2)
     assert metrics["val/accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert metrics["val/margin"] == pytest.approx((1 - 1 + 0) / 3)
