@@ -7,7 +7,7 @@ attention classes are called so: GPT-Neo, GPT-2, Llama, Qwen, OPT, BERT, T5 and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,12 +120,14 @@ def layer_indices(requested: Sequence[int], count: int) -> set[int]:
     return {index % count for index in requested if -count <= index < count}
 
 
-def apply_freezing(model: nn.Module, settings: FreezeSettings, *, always_train: Sequence[str] = ()) -> FreezingTable:
+def apply_freezing(
+    model: nn.Module, settings: FreezeSettings, *, always_train: Sequence[str] = (), unread: Collection[str] = ()
+) -> FreezingTable:
     """Set `requires_grad` of every parameter, and say what was done.
 
     `settings.layers_not_to_freeze` wins over the flags; an index means that block of each stack (T5: of the encoder and of the
-    decoder). `always_train`: prefixes of fresh heads, which train whatever the flags say. Raises UserError where an index is out of
-    range or nothing is left to train.
+    decoder). `always_train`: prefixes of fresh heads, which train whatever the flags say. `unread`: parameters that nothing is
+    computed with, which stay as they are. Raises UserError where an index is out of range or nothing is left to train.
     """
     blocks = find_blocks(model)
     frozen_groups: set[Group] = set()
@@ -140,7 +142,7 @@ def apply_freezing(model: nn.Module, settings: FreezeSettings, *, always_train: 
     for name, parameter in model.named_parameters():
         is_head = any(name == prefix or name.startswith(prefix + ".") for prefix in always_train)
         label = HEAD if is_head else groups[name]
-        trains = is_head or groups[name] not in frozen_groups or name.startswith(tuple(kept))
+        trains = is_head or (name not in unread and (groups[name] not in frozen_groups or name.startswith(tuple(kept))))
         parameter.requires_grad_(trains)
         counts = trained if trains else frozen
         counts[label] = counts.get(label, 0) + parameter.numel()
@@ -148,7 +150,10 @@ def apply_freezing(model: nn.Module, settings: FreezeSettings, *, always_train: 
         raise UserError("freeze_*: nothing is left to train; let a group train or name a layer in layers_not_to_freeze")
     present = [label for label in (*GROUPS, HEAD) if label in trained or label in frozen]
     rows = tuple(FreezingRow(label, trained.get(label, 0), frozen.get(label, 0)) for label in present)
-    return FreezingTable(rows, _notes(settings, frozen_groups, blocks, HEAD in trained))
+    notes = _notes(settings, frozen_groups, blocks, HEAD in trained)
+    if unread:
+        notes += (f"{len(unread)} tensors stay as they are: no score is read out of them",)
+    return FreezingTable(rows, notes)
 
 
 def _check_layers(requested: Sequence[int], blocks: Sequence[Block]) -> None:

@@ -214,9 +214,11 @@ def prepare_model(model: RewardModel, config: RewardConfig) -> list[str]:
         trained = str(apply_freezing(model, EVERYTHING, always_train=model.HEAD_PREFIXES))
     elif params.lora is not None:
         model.backbone = add_lora(model.backbone, params.lora, seed=config.seed)
+        for name in model.unread_parameters:
+            model.get_parameter(name).requires_grad_(False)
         trained = f"LoRA adapters of rank {params.lora.r} and the score head train, everything else is frozen"
     else:
-        trained = str(apply_freezing(model, params, always_train=model.HEAD_PREFIXES))
+        trained = str(apply_freezing(model, params, always_train=model.HEAD_PREFIXES, unread=model.unread_parameters))
     model.set_padding_free(avoids_padding(config.trainer, config.data))
     return [trained]
 

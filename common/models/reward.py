@@ -122,6 +122,14 @@ class RewardModel(nn.Module):
         return model.eval()
 
     @property
+    def unread_parameters(self) -> frozenset[str]:
+        """Names of the parameters that no score depends on: a decoder's where the encoder alone is read."""
+        if self.needs.part != "encoder":
+            return frozenset()
+        read = {id(parameter) for parameter in (*without_adapters(self.backbone).get_encoder().parameters(), *self.readout.parameters())}
+        return frozenset(name for name, parameter in self.named_parameters() if id(parameter) not in read)
+
+    @property
     def entry(self) -> Entry:
         """Which text enters which part of the backbone."""
         return Entry.of(self.config, self.needs)
