@@ -62,7 +62,7 @@ class Manifest(BaseModel):
     eos_token_id: int | None = Field(None, description="Id that ends an answer.")
     max_length: int | None = Field(None, description="Tokens of prompt + answer + EOS in training.")
     max_prompt_length: int | None = Field(None, description="Prompt tokens in training.")
-    is_encoder_decoder: bool = Field(False, description="Prompt and answer enter different halves of the model.")
+    is_encoder_decoder: bool = Field(False, description="Whether the transformer is an encoder-decoder.")
     readout: dict[str, Any] | None = Field(None, description="Reward models: how the score is read out; null for text generators.")
     score_mean: float | None = Field(None, description="Reward models: mean of output scores on the training set.")
     score_scale: float | None = Field(None, description="Reward models: standard deviation of output scores on the training set.")

@@ -64,6 +64,12 @@ class ModelSource:
         return bool((self.config or {}).get("is_encoder_decoder", False))
 
     @property
+    def splits_text(self) -> bool:
+        """Whether prompt and answer enter different halves of the model: not so for reward models that read both in the encoder."""
+        readout = (self.manifest.readout if self.manifest is not None else None) or {}
+        return self.is_encoder_decoder and readout.get("name", "last_token") == "last_token"
+
+    @property
     def positions(self) -> int | None:
         """Tokens the model has positions for; None where it is unknown or unlimited (T5's relative positions)."""
         return positions_in(self.config or {})

@@ -2,8 +2,8 @@
 
     python docs/tables.py [--check]
 
-A table stands between `<!-- KIND:NAME -->` and `<!-- /KIND -->`, KIND being settings, metrics or results. `--check` changes nothing and
-exits with 1 where the README is not current.
+A table stands between `<!-- KIND:NAME -->` and `<!-- /KIND -->`, KIND being settings, readouts, metrics or results. `--check` changes
+nothing and exits with 1 where the README is not current.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from pydantic import BaseModel
 
 from common.evaluation.config import GenerationTestConfig
+from common.readout_settings import READS, SETTINGS, Place, ReadoutName
 from common.schema_docs import settings_table
 from examples import real_results
 from examples import results as quickstart_results
@@ -63,6 +64,39 @@ def settings_section(name: str) -> str:
     return folded("every setting", settings_table(SCHEMAS[name]))
 
 
+POOLING: dict[ReadoutName, str] = {
+    "last_token": "the final state itself, through a linear head: what `AutoModelForSequenceClassification` computes",
+    "mean_pool": "the mean of the final states",
+    "layerwise_attention": "in each layer attention over tokens, its query behind a gated (GEGLU) projection; learnt weights over layers",
+    "full_attention_pooling": "attention over the tokens of each layer, then attention over layers",
+    "weighted_layers": "learnt weights over layers",
+    "attention_pooled_encoder": "attention over layers",
+    "attention_pooled_decoder": "attention over layers",
+    "decoder_output": "the final state",
+}
+_TOKENS = {"all": "all tokens", "first": "first token", "last": "last token"}
+
+
+def place_words(place: Place | None) -> str:
+    """What is read, in words; an encoder-decoder's decoder has no other first token than the one it starts from."""
+    if place is None:
+        return "—"
+    if place.part == "decoder":
+        return "decoder's last token" if place.token == "last" else "decoder's start token"
+    return f"encoder's {_TOKENS[place.token].removeprefix('all ')}" if place.part == "encoder" else _TOKENS[place.token]
+
+
+def readouts_table(name: str) -> str:
+    """Every readout with what it reads of each kind of transformer."""
+    assert name == "all", name
+    rows = ["| `name` | causal | encoder | encoder-decoder | score of | settings |", "|---|---|---|---|---|---|"]
+    for readout, places in READS.items():
+        words = [place_words(places.get(kind)) for kind in ("causal", "encoder", "encoder_decoder")]
+        settings = ", ".join(f"`{setting}`" for setting in SETTINGS[readout])
+        rows.append("| " + " | ".join([f"`{readout}`", *words, POOLING[readout], settings]) + " |")
+    return "\n" + "\n".join(rows) + "\n\n"
+
+
 def folded(summary: str, table: str) -> str:
     """A table that a reader opens."""
     return f"\n<details><summary>{summary}</summary>\n\n{table.strip()}\n\n</details>\n\n"
@@ -83,7 +117,12 @@ def results_section(name: str) -> str:
 
 def regenerate(text: str) -> str:
     """A document with every table made anew."""
-    makers: dict[str, Callable[[str], str]] = {"settings": settings_section, "metrics": metrics_table, "results": results_section}
+    makers: dict[str, Callable[[str], str]] = {
+        "settings": settings_section,
+        "readouts": readouts_table,
+        "metrics": metrics_table,
+        "results": results_section,
+    }
 
     def replace(match: re.Match[str]) -> str:
         return f"<!-- {match[1]}:{match[2]} -->\n{makers[match[1]](match[2])}<!-- /{match[1]} -->"

@@ -74,7 +74,7 @@ def lengths_beyond_a_judge(config: PPORunConfig, sources: Sources) -> list[str]:
             continue
         if judge.manifest.vocabulary_fingerprint != policy.manifest.vocabulary_fingerprint:
             continue
-        needed = max(limit, new) if judge.is_encoder_decoder else limit + new
+        needed = max(limit, new) if judge.splits_text else limit + new
         if needed > judge.manifest.max_length:
             notes.append(
                 f"{judge.setting}: {judge.name} reads {judge.manifest.max_length} tokens, a prompt of {limit} and an answer of {new} have "

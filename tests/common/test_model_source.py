@@ -44,6 +44,15 @@ def test_a_whole_directory_is_described(tmp_path: Path) -> None:
     assert (source.positions, source.prompt_format, source.is_reward_model, source.is_encoder_decoder) == (64, "chat", False, False)
 
 
+def test_prompt_and_answer_part_ways_in_encoder_decoders_but_for_readouts_of_both_in_one(tmp_path: Path) -> None:
+    facts = {"model_type": "t5", "is_encoder_decoder": True}
+    for name, splits in (("last_token", True), ("decoder_output", False)):
+        manifest = {"stage": "reward_regression", "readout": {"name": name}}
+        assert check_model_source(str(write_model(tmp_path / name, manifest=manifest, **facts)), role="reward").splits_text is splits
+    assert check_model_source(str(write_model(tmp_path / "sft", manifest={}, **facts))).splits_text
+    assert not check_model_source(str(write_reward_model(tmp_path / "causal")), role="reward").splits_text
+
+
 def test_missing_directory_and_dangling_latest(tmp_path: Path) -> None:
     assert problem(tmp_path / "no") == f"model_name: no model directory {tmp_path / 'no'}"
     assert problem(tmp_path / "latest").endswith("run the stage that writes it first")

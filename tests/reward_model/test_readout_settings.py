@@ -45,8 +45,8 @@ def refusal(config: Path, *overrides: str) -> list[str]:
         ("t5", {"name": "attention_pooled_decoder", "n_layers": 2}, "n_layers", "got 2, expected at most the model's 1 layers"),
         ("gpt_neo", {"name": "weighted_layers", "n_layers": 3}, "n_layers", "got 3, expected at most the model's 2 layers"),
         ("gpt_neo", {"n_layers": 2}, "n_layers", "got 2, expected nothing here: last_token has no settings"),
-        ("gpt_neo", {"name": "mean_pool", "attention_size": 8}, "attention_size", "got 8, expected nothing here: mean_pool has hidden_sizes, "
-         "dropout"),
+        ("gpt_neo", {"name": "mean_pool", "attention_size": 8}, "attention_size", "got 8, expected nothing here: mean_pool has "
+         "hidden_sizes, dropout"),
         ("gpt_neo", {"name": "mean_pool", "hidden_sizes": [0]}, "hidden_sizes.0", "got 0, expected a whole number >= 1"),
         ("gpt_neo", {"name": "mean"}, "name", "got 'mean', expected last_token, "),
     ],
