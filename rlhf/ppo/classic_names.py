@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
+
 _CHUNKED = "forwards are bounded by tokens, so there is no cache to empty; leave it out"
 _COMPUTED = "the trainer works it out; leave it out"
 
@@ -43,6 +46,23 @@ ELSEWHERE: dict[str, str] = {
 """Name -> what to do instead."""
 
 
-def elsewhere_lines(names: list[str]) -> list[str]:
-    """A line for each setting that is none of `PPOConfig` but was one of trl's."""
-    return [f"PPOConfig has no {name}: {ELSEWHERE[name]}" for name in names if name in ELSEWHERE]
+CONFIG_METHODS: dict[str, str] = {
+    "to_dict": "use dataclasses.asdict(config)",
+    "total_ppo_epochs": "steps of PPOTrainer.train are PPO steps (batches) already",
+}
+"""What else trl's config had."""
+
+
+def unknown_lines(names: Iterable[str], known: Sequence[str]) -> list[str]:
+    """A line for each setting that `PPOConfig` has not: what to do instead of one of trl's, what else may have been meant."""
+    lines = []
+    for name in names:
+        if name in ELSEWHERE:
+            lines.append(f"PPOConfig has no {name}: {ELSEWHERE[name]}")
+        elif name not in known:
+            close = difflib.get_close_matches(name, [*known, *ELSEWHERE], n=1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            lines.append(
+                f"PPOConfig has no {name}{meant}" + (f" {close[0]}: {ELSEWHERE[close[0]]}" if close and close[0] in ELSEWHERE else "")
+            )
+    return lines

@@ -276,9 +276,9 @@ def test_rows_of_one_group_answer_one_prompt(build: Build, make_model: Any) -> N
     ("settings", "message"),
     [
         ({"advantage_estimator": "rloo"}, "advantage_estimator rloo compares answers to one prompt: samples_per_prompt 1 is less than 2"),
-        ({"advantage_estimator": "vine"}, "advantage_estimator: got vine, expected gae, rloo or grpo"),
+        ({"advantage_estimator": "vine"}, "advantage_estimator: got 'vine', expected gae, rloo or grpo"),
         ({"samples_per_prompt": 3}, "batch_size 8 counts answers and is not divisible by samples_per_prompt 3"),
-        ({"samples_per_prompt": 0}, "samples_per_prompt: got 0, expected at least 1"),
+        ({"samples_per_prompt": 0}, "samples_per_prompt: got 0, expected a whole number >= 1"),
         ({"advantage_estimator": "grpo", "samples_per_prompt": 4, "critic_warmup_steps": 1}, "critic_warmup_steps 1: .* no value to warm"),
         ({"advantage_estimator": "grpo", "samples_per_prompt": 4, "whiten_rewards": True}, "whiten_rewards: .* takes scores as they are"),
         ({"use_score_norm": True}, "use_score_norm has no effect without use_score_scaling"),
