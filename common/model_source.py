@@ -126,7 +126,8 @@ def check_model_source(name: str, *, setting: str = "model_name", role: Role = "
     elif path.is_symlink():
         raise UserError(f"{setting}: {name} points to {os.readlink(path)}, which does not exist")
     elif path.is_absolute() or not _HUB_NAME.fullmatch(name):
-        hint = "; run the stage that writes it first" if path.name == "latest" else ""
+        hint = "" if path.is_absolute() else f" (looked for {os.path.abspath(path)})"
+        hint += "; run the stage that writes it first" if path.name == "latest" else ""
         raise UserError(f"{setting}: no model directory {name}{hint}")
     else:
         source = _describe_hub_model(name, setting)

@@ -19,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from common.errors import UserError
 from common.freezing import find_blocks
 from common.lora import add_adapters, is_lora, merged_copy
+from common.model_source import check_model_source
 from common.models.backbone import hidden_size
 from common.models.load import Dtype, load_generator, quiet
 from common.models.readouts import LastToken
@@ -108,6 +109,8 @@ class ModelWithValueHead(nn.Module):
             folder = Path(name_or_model)
             if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
                 raise UserError(f"{folder} holds an adapter without its model; {_INSTEAD['is_trainable']}")
+            if not (folder / "config.json").is_file():  # nothing to load: say so at once, instead of asking the hub for a minute
+                check_model_source(str(name_or_model), setting=f"{cls.__name__}.from_pretrained", trust_remote_code=trust_remote_code)
             loaded_as = _dtype_name(dtype or torch_dtype or "float32")
             pretrained = load_generator(str(name_or_model), dtype=loaded_as, trust_remote_code=trust_remote_code)
             saved = _saved_head(folder)

@@ -25,6 +25,7 @@ from common.tracking import Tracker
 from rlhf.ppo import logs, loop
 from rlhf.ppo.advantages import classic_whitened_rewards
 from rlhf.ppo.answers import Answers, gather_answers
+from rlhf.ppo.classic_attributes import ClassicAttributes
 from rlhf.ppo.config import PPOConfig
 from rlhf.ppo.estimators import ESTIMATORS
 from rlhf.ppo.kl import adapted_kl_coef, kl_per_token
@@ -43,15 +44,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Ids = Sequence[int] | Tensor
-KEPT_COLUMNS = frozenset({"input_ids", "attention_mask", "label", "query", "response"})
-"""Of a `datasets.Dataset`, with `remove_unused_columns`."""
 
 
 class NonFiniteError(UserError):
     """A score, log-probability, loss or gradient that is no finite number; raised before the optimizer touches a parameter."""
 
 
-class PPOTrainer:
+class PPOTrainer(ClassicAttributes):
     """Trains a policy with a value head (`model`) against its reference.
 
     The arguments have the classic order. `ref_model`: None for a frozen copy of `model` as it is now (LoRA: adapters included).
@@ -129,7 +128,7 @@ class PPOTrainer:
         )
         self.lr_scheduler = lr_scheduler
         self.dataset = dataset
-        self.dataloader = _dataloader(dataset, data_collator, self.config) if dataset is not None else None
+        self.dataloader = self.prepare_dataloader(dataset, data_collator) if dataset is not None else None
         self.kl_coef = self.config.init_kl_coef
         self.moments = RunningMoments()
         self.steps_done = 0
@@ -380,7 +379,16 @@ class PPOTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave; the model's own weights are the caller's to load."""
+        """Take back what `state_dict` gave; the model's own weights are the caller's to load.
+
+        Raises ValueError, before anything changes, where the state is of a trainer with a critic or scheduler and this one has none, or
+        the other way round.
+        """
+        for name in ("critic", "lr_scheduler"):
+            has, had = getattr(self, name) is not None, state[name] is not None
+            if has is not had:
+                owners = ("the state", "this trainer") if had else ("this trainer", "the state")
+                raise ValueError(f"{name}: {owners[0]} has one and {owners[1]} has none; make the trainer as the one that was saved")
         self.model.v_head.load_state_dict(state["v_head"])
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
@@ -421,19 +429,6 @@ def _check_arguments(
             "training_data_collator has nothing to do here: prompts and answers are padded by position, and padding changes no number; "
             "leave it out (data_collator makes the dataloader's batches)"
         )
-
-
-def _dataloader(dataset: Any, data_collator: Callable[[list[Any]], Any] | None, config: PPOConfig) -> torch.utils.data.DataLoader[Any]:
-    """Whole batches of `config.batch_size / config.samples_per_prompt` rows in an order that the seed decides."""
-    rows, of = config.prompts_per_batch, "batch_size" if config.samples_per_prompt == 1 else "batch_size / samples_per_prompt"
-    if len(dataset) < rows:
-        raise ValueError(f"dataset: {len(dataset)} rows make no batch of {of} {rows}")
-    if config.remove_unused_columns and hasattr(dataset, "remove_columns"):
-        dataset = dataset.remove_columns([name for name in dataset.column_names if name not in KEPT_COLUMNS])
-    generator = torch.Generator().manual_seed(config.seed)
-    return torch.utils.data.DataLoader(
-        dataset, batch_size=rows, collate_fn=data_collator, shuffle=True, drop_last=True, generator=generator
-    )
 
 
 def _recomputes(model: nn.Module) -> bool:

@@ -36,9 +36,8 @@ def test_every_setting_is_read(section: type, root: Path) -> None:
 
 
 def test_the_trainer_reads_every_setting_of_its_own(root: Path) -> None:
-    code = "".join(
-        (root / "rlhf" / "ppo" / f"{name}.py").read_text() for name in ("trainer", "update", "estimators", "loop", "logs", "config")
-    )
+    names = ("trainer", "classic_attributes", "update", "estimators", "loop", "logs", "config")
+    code = "".join((root / "rlhf" / "ppo" / f"{name}.py").read_text() for name in names)
     for_the_record = {"task_name", "model_name", "query_dataset", "reward_model"}
     read = {name for name in trainer_settings() if re.search(rf"(config|self|settings)\.{name}\b", code)}
     assert trainer_settings() - read == for_the_record

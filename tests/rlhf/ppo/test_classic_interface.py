@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -79,15 +82,66 @@ def test_a_command_line_makes_a_config_as_classic_scripts_do() -> None:
     ("settings", "message"),
     [
         ({"project_kwargs": {"total_limit": "3"}}, "project_kwargs: got total_limit, expected logging_dir or project_dir"),
-        ({"mixed_precision": "fp16"}, "mixed_precision: got fp16, expected no or bf16"),
-        ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: got 0, expected at least 1"),
-        ({"log_with": "comet_ml"}, "log_with: got comet_ml, expected wandb, tensorboard or None"),
+        ({"mixed_precision": "fp16"}, "mixed_precision: got 'fp16', expected no or bf16"),
+        ({"batch_size": 0}, "batch_size: got 0, expected a whole number >= 1"),
+        ({"gradient_accumulation_steps": 2.5}, "gradient_accumulation_steps: got 2.5, expected a whole number >= 1"),
+        ({"learning_rate": "1e-5"}, "learning_rate: got '1e-5', expected a number >= 0"),
+        ({"seed": None}, "seed: got None, expected a whole number >= 0"),
+        ({"whiten_rewards": "yes"}, "whiten_rewards: got 'yes', expected True or False"),
+        ({"score_clip": float("inf")}, "score_clip: got inf, expected a number > 0 or None"),
+        ({"log_with": "comet_ml"}, "log_with: got 'comet_ml', expected wandb, tensorboard or None"),
     ],
 )
 def test_settings_that_could_not_act_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PPOConfig(**settings)
+
+
+def test_all_wrong_values_and_names_are_told_at_once_each_with_what_was_meant() -> None:
+    with pytest.raises(UserError) as error:
+        PPOConfig(learning_rte=0.1, kl_coeff=0.1, colour="red")  # type: ignore[call-arg]
+    assert error.value.problems == (
+        "PPOConfig has no learning_rte; did you mean learning_rate?",
+        "PPOConfig has no kl_coeff; did you mean kl_coef? kl_coef: use init_kl_coef, with adap_kl_ctrl=False for a fixed one",
+        "PPOConfig has no colour",
+    )
+    with pytest.raises(UserError) as error:
+        PPOConfig(batch_size=-4, gamma=1.5)
+    assert error.value.problems == (
+        "batch_size: got -4, expected a whole number >= 1",
+        "gamma: got 1.5, expected a number >= 0 and <= 1",
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 64, "mini_batch_size": 24}, "= 24; batch_size 48 or 72 is, or mini_batch_size 16 or 32 divides it"),
+        ({"batch_size": 4}, "= 128; batch_size 128 is, or mini_batch_size 4 divides it"),
+        ({"batch_size": 9, "mini_batch_size": 2, "gradient_accumulation_steps": 2}, "= 4; batch_size 8 or 12 is$"),
+        (
+            {"batch_size": 64, "mini_batch_size": 16, "samples_per_prompt": 7},
+            "by samples_per_prompt 7; batch_size 112 is, or samples_per_prompt 4 or 8 divides it",
+        ),
+    ],
+)
+def test_numbers_that_do_not_divide_name_those_that_would(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PPOConfig(**settings)
+
+
+def test_whole_and_numpys_numbers_are_taken_as_what_they_are() -> None:
+    config = PPOConfig(batch_size=np.int64(8), mini_batch_size=4.0, vf_coef=1, lam=np.float32(0.5))  # type: ignore[arg-type]
+    read = [config.batch_size, config.mini_batch_size, config.vf_coef, config.lam]
+    assert read == [8, 4, 1.0, 0.5] and [type(value) for value in read] == [int, int, float, float]
+
+
+def test_what_else_the_classic_config_had_says_what_to_read() -> None:
+    config = PPOConfig()
+    for name, message in (("world_size", "the trainer works it out"), ("to_dict", "dataclasses.asdict"), ("colour", "has no colour$")):
+        with pytest.raises(AttributeError, match=message):
+            getattr(config, name)
+    assert not hasattr(config, "global_batch_size") and copy.deepcopy(config) == config
 
 
 # --- the trainer's arguments --------------------------------------------------------------------------------------------------------
@@ -121,6 +175,28 @@ def test_several_processes_are_refused_before_each_trains_alone(monkeypatch: pyt
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="WORLD_SIZE is 2, but PPO runs in one process"):
         Runtime.local()
+
+
+def test_what_scripts_read_of_a_trainer_has_the_classic_meaning(build: Build, batch: Batch, make_model: Any) -> None:
+    trainer = build(init_kl_coef=0.3, adap_kl_ctrl=True, horizon=100, use_score_scaling=True)
+    assert (trainer.kl_ctl.value, trainer.current_step, trainer.is_peft_model, trainer.is_distributed) == (0.3, 0, False, False)
+    stats = trainer.step(*batch)
+    assert stats["objective/kl_coef"] == 0.3 and trainer.kl_ctl.value == trainer.kl_coef != 0.3
+    assert trainer.current_step == 1 and trainer.running.std == pytest.approx(float(torch.tensor(batch.scores).std()))
+    trainer.kl_ctl.value = 0.1
+    assert trainer.step(*batch)["objective/kl_coef"] == 0.1
+    assert build(get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))).is_peft_model
+    [first, *_] = trainer.prepare_dataloader([{"query": number} for number in range(9)], list)
+    assert len(first) == 4
+
+
+def test_an_attribute_that_is_nowhere_is_named_and_a_fault_inside_one_is_not_hidden(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build()
+    with pytest.raises(AttributeError, match=r"PPOTrainer has no colour$"):
+        trainer.colour  # type: ignore[attr-defined]  # noqa: B018
+    monkeypatch.setattr("rlhf.ppo.logs.own_tracker", lambda config, is_main: config.colour)
+    with pytest.raises(AttributeError, match="PPOConfig has no colour"):
+        trainer.tracker  # noqa: B018
 
 
 def test_the_accelerator_answers_what_scripts_ask(build: Build) -> None:
@@ -343,3 +419,12 @@ def test_a_training_without_a_folder_logs_where_log_stats_does(build: Build, tmp
     run = tmp_path / "desc-ppo,index-0"
     assert [line["objective/kl"] for line in read_metrics(run)] == [line["objective/kl"] for line in history]
     assert list((run / "tensorboard").iterdir())
+
+
+def test_a_model_that_is_nowhere_is_one_line_that_says_what_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, looked_for in (("./nowhere", tmp_path / "nowhere"), ("../a/b/c", tmp_path.parent / "a/b/c")):
+        with pytest.raises(UserError, match=re.escape(f"from_pretrained: no model directory {name} (looked for {looked_for})")):
+            AutoModelForCausalLMWithValueHead.from_pretrained(name)
+    with pytest.raises(UserError, match=r"has no config\.json, so it is no model directory"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)

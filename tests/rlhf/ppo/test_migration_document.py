@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from common.tracking import read_metrics
 from rlhf.ppo import PPOConfig, PPOTrainer
+from rlhf.ppo.classic_attributes import INSTEAD
 from rlhf.ppo.classic_names import ELSEWHERE
 from tests.rlhf.ppo.conftest import BATCH
 from tests.rlhf.ppo.test_classic_interface import CLASSIC_FIELDS
@@ -34,6 +35,19 @@ CLASSIC_STATISTICS = frozenset(
     }
 )  # fmt: skip
 """Of trl 0.11.4's `step`."""
+
+
+CLASSIC_ATTRIBUTES = frozenset(
+    {
+        "accelerator", "batched_forward_pass", "compare_step", "compute_advantages", "compute_rewards", "config", "create_model_card",
+        "current_device", "current_step", "data_collator", "dataloader", "dataset", "from_pretrained", "gather_stats", "generate",
+        "highest_reward", "is_distributed", "is_encoder_decoder", "is_peft_model", "is_using_text_environment", "kl_ctl", "log_stats",
+        "loss", "lr_scheduler", "model", "model_params", "optimizer", "optional_peft_ctx", "prepare_dataloader", "prepare_model_inputs",
+        "push_to_hub", "push_to_hub_kwargs", "record_step_stats", "ref_model", "running", "save_pretrained", "step", "tokenizer",
+        "train_minibatch",
+    }
+)  # fmt: skip
+"""Public ones of trl 0.11.4's `PPOTrainer`."""
 
 
 def blocks(text: str = TEXT) -> list[tuple[str, str]]:
@@ -113,3 +127,15 @@ def test_every_classic_statistic_has_a_row_that_is_right(build: Callable[..., PP
     assert stats["tokens/queries_dist"].tolist() == [3, 6, 2, 4] and stats["tokens/responses_dist"].tolist() == [3, 5, 2, 4]
     assert stats["tokens/queries_len_std"] == pytest.approx(float(torch.tensor([3.0, 6, 2, 4]).std()))
     assert stats["tokens/responses_len_std"] == pytest.approx(float(torch.tensor([3.0, 5, 2, 4]).std()))
+
+
+def test_every_classic_attribute_has_a_row_that_is_right(build: Callable[..., PPOTrainer]) -> None:
+    trainer = build()
+    told = {re.match(r"\.(\w+)", name): told for names, told in rows("The trainer") for name in names}
+    named = {match[1]: told for match, told in told.items() if match is not None}
+    assert named.keys() == CLASSIC_ATTRIBUTES
+    assert {name for name, told in named.items() if told == "same"} == {name for name in CLASSIC_ATTRIBUTES if hasattr(trainer, name)}
+    assert {name for name, told in named.items() if told == "refused"} == INSTEAD.keys()
+    for name, instead in INSTEAD.items():
+        with pytest.raises(AttributeError, match=re.escape(f"PPOTrainer has no {name}: {instead}")):
+            getattr(trainer, name)

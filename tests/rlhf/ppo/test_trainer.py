@@ -595,3 +595,16 @@ def test_ppo_finds_the_rewarded_token(make_model: MakeModel, tokenizer: Any) -> 
         shares.append(sum(hits) / 64)
         trainer.step(rollout.queries, rollout.responses, hits, sampled=rollout)
     assert shares[0] < 0.3 and shares[-1] > 0.8
+
+
+def test_a_state_of_another_kind_of_trainer_is_refused_before_anything_changes(make_model: MakeModel, tokenizer: Any) -> None:
+    plain, scheduled = make_trainer(make_model(), tokenizer), make_trainer(make_model(), tokenizer)
+    scheduled.lr_scheduler = torch.optim.lr_scheduler.LinearLR(scheduled.optimizer)
+    scheduled.step(QUERIES, RESPONSES, SCORES)
+    with pytest.raises(ValueError, match="lr_scheduler: the state has one and this trainer has none"):
+        plain.load_state_dict(scheduled.state_dict())
+    with pytest.raises(ValueError, match="lr_scheduler: this trainer has one and the state has none"):
+        scheduled.load_state_dict(plain.state_dict())
+    assert (plain.steps_done, scheduled.steps_done) == (0, 1) and not plain.optimizer.state_dict()["state"]
+    with pytest.raises(ValueError, match="critic: the state has one and this trainer has none"):
+        plain.load_state_dict({**plain.state_dict(), "critic": {}})
