@@ -77,15 +77,16 @@ def find_blocks(model: nn.Module) -> list[Block]:
     stacks: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(stack + ".") for stack in stacks)
-        if inside or not isinstance(module, nn.ModuleList) or len(module) == 0 or _is_attention(name, module):
+        if inside or not isinstance(module, nn.ModuleList) or len(module) == 0 or is_attention(name, module):
             continue
-        if all(any(_is_attention(inner, part) for inner, part in member.named_modules()) for member in module):
+        if all(any(is_attention(inner, part) for inner, part in member.named_modules()) for member in module):
             stacks.append(name)
             blocks += [Block(f"{name}.{index}.", index, len(module)) for index in range(len(module))]
     return blocks
 
 
-def _is_attention(name: str, module: nn.Module) -> bool:
+def is_attention(name: str, module: nn.Module) -> bool:
+    """Whether a module, by its class or the last part of its name, is attention."""
     attribute = name.rpartition(".")[2].lower()
     return "attention" in type(module).__name__.lower() or attribute in {"attn", "attention", "self_attn", "cross_attn", "crossattention"}
 
@@ -102,7 +103,7 @@ def parameter_groups(model: nn.Module) -> dict[str, Group]:
         block = next((block for block in blocks if name.startswith(block.prefix)), None)
         # Attention counts inside blocks only: a whole model may have the word in its class name.
         in_attention = block is not None and any(
-            _is_attention(ancestor, modules[ancestor]) for ancestor in ancestors if len(ancestor) >= len(block.prefix)
+            is_attention(ancestor, modules[ancestor]) for ancestor in ancestors if len(ancestor) >= len(block.prefix)
         )
         if "norm" in type(owner).__name__.lower():
             groups[name] = "ln"

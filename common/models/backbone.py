@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,7 @@ from common.errors import UserError
 from common.freezing import find_blocks
 from common.model_source import layers_in
 from common.models.kinds import backbone_kind
+from common.models.last_layer import LastFeedForward
 from common.models.modes import draws_dropout
 from common.models.packed import as_line
 from common.models.parts import without_adapters
@@ -186,10 +188,10 @@ def backbone_states(backbone: nn.Module, batch: RewardBatch, needs: Needs) -> St
     return _of_one_token(_upper_layers(stack, run, needs.layers, lambda states: states[rows, read]))
 
 
-def line_states(backbone: nn.Module, batch: RewardBatch, needs: Needs) -> States:
+def line_states(backbone: nn.Module, batch: RewardBatch, needs: Needs, last: LastFeedForward | None = None) -> States:
     """As `backbone_states` for causal models that can read a line: without padding, and a beginning that rows share read once.
 
-    Where dropout is on, rows share nothing: each draws noise of its own.
+    Where dropout is on, rows share nothing: each draws noise of its own. `last`: runs for the tokens that are read alone.
     """
     plain = without_adapters(backbone)
     mask = batch.attention_mask.bool()
@@ -199,7 +201,8 @@ def line_states(backbone: nn.Module, batch: RewardBatch, needs: Needs) -> States
         layers = _upper_layers(plain, run, needs.layers, lambda states: states.view(-1, states.shape[-1]))  # (N, D) each
         return States(torch.stack([F.embedding(line.places, layer) for layer in layers], 1), mask)
     places = line.places.gather(1, token_position(mask, needs.token)[:, None])[:, 0]  # (B,)
-    return _of_one_token(_upper_layers(plain, run, needs.layers, lambda states: states.view(-1, states.shape[-1])[places]))
+    with nullcontext() if last is None else last.at(places):
+        return _of_one_token(_upper_layers(plain, run, needs.layers, lambda states: states.view(-1, states.shape[-1])[places]))
 
 
 def token_position(mask: Tensor, token: Token) -> Tensor:

@@ -31,6 +31,7 @@ from common.models.backbone import (
     state_rows,
 )
 from common.models.kinds import backbone_kind, positions_of
+from common.models.last_layer import LastFeedForward
 from common.models.load import Dtype, check_vocabulary, load_backbone, load_sequence_classifier, load_tokenizer
 from common.models.modes import evaluating
 from common.models.packed import can_pack
@@ -60,6 +61,7 @@ class RewardModel(nn.Module):
         self.needs = readout_needs(readout_settings, backbone.config)
         self.readout = build_readout(readout_settings, self.needs, hidden_size(backbone.config), seed)
         self._padding_free = self._packs = False
+        self._last: LastFeedForward | None = None
 
     @classmethod
     def from_backbone(
@@ -168,7 +170,7 @@ class RewardModel(nn.Module):
         """The states of the batch in parts, with the rows that each part has."""
         everything = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
         if self._packs:
-            yield everything, line_states(self.backbone, batch, self.needs)
+            yield everything, line_states(self.backbone, batch, self.needs, self._last)
         elif not self._padding_free or not bool(batch.attention_mask[:, 0].all()):  # padded on the left
             yield everything, backbone_states(self.backbone, batch, self.needs)
         else:
@@ -186,7 +188,9 @@ class RewardModel(nn.Module):
         Scores and gradients stay the same to rounding. It pays on a CPU; a GPU would start kernels for each row.
         """
         self._padding_free = on
-        self._packs = on and backbone_kind(self.config) == "causal" and can_pack(without_adapters(self.backbone))
+        plain = without_adapters(self.backbone)
+        self._packs = on and backbone_kind(self.config) == "causal" and can_pack(plain)
+        self._last = LastFeedForward.find(plain) if self._packs and self.needs.token != "all" else None
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write weights and configuration into an existing folder.

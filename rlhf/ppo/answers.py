@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from common.collate import right_pad
 from common.models.backbone import decoder_start
+from common.models.last_layer import LastFeedForward
 from common.models.lower_layers import LowerLayers
 from common.models.packed import Line, as_line, can_pack, packed_line
 from common.models.parts import take_apart, without_adapters
@@ -143,14 +144,17 @@ class Trunk:
     def __init__(self, module: nn.Module, *, pack: bool = True) -> None:
         self.module = module
         self.packs = pack and can_pack(module)
+        self.last = LastFeedForward.find(module) if self.packs else None
 
     def at_answers(self, answers: Answers, lower: LowerLayers | None = None, entering: Tensor | None = None) -> Tensor:
         """Last hidden states (M, D) where an answer token is predicted; they start above `lower` from `entering` (real tokens, D)."""
         real, places = answers.real(), answers.places()
         if self.packs:
             line = answers.line()
-            states = self._read(answers, line, lower, None if entering is None else entering[line.kept[real]][None])
-            return states[0].index_select(0, line.places[places])
+            wanted = line.places[places]
+            with nullcontext() if self.last is None else self.last.at(wanted):
+                states = self._read(answers, line, lower, None if entering is None else entering[line.kept[real]][None])
+            return states[0].index_select(0, wanted)
         padded = None
         if entering is not None:
             padded = entering.new_zeros((*answers.ids.shape, entering.shape[-1]))
