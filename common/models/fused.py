@@ -1,7 +1,7 @@
 """Faster forms of two parts of a model that transformers computes in many small steps, equal to them to float32 rounding.
 
     attention of GPT-Neo                     written-out softmax(q k' + mask) v  ->  one scaled_dot_product_attention
-    tanh-GELU (`gelu_new` and its synonyms)  nine elementwise operations         ->  one
+    tanh-GELU (`gelu_new` and its synonyms)  nine elementwise operations         ->  one, in GPT-Neo with prepacked weights none
 
 Each part's class is exchanged for a subclass without state of its own, and back. Unlike a replaced module or a bound method that
 leaves parameter names, weights, configuration, hooks, deep copies and pickles as they are, and works on a model in memory, adapters
@@ -20,9 +20,10 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 from transformers.activations import AccurateGELUActivation, FastGELUActivation, NewGELUActivation
-from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP, GPTNeoSelfAttention
 
 from common.models.packed import attend_to_own_text, texts_in_line
+from common.models.prepacked import PrepackedLinear
 
 
 class FusedGPTNeoSelfAttention(GPTNeoSelfAttention):
@@ -142,8 +143,21 @@ class FusedAccurateGELU(_FusedGELU, AccurateGELUActivation):
     """`gelu_accurate`, the same function."""
 
 
+class FusedGPTNeoMLP(GPTNeoMLP):
+    """GPT-Neo's feed-forward part, its activation computed with the product before it where weights are prepacked."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """States (..., D) -> states (..., D)."""
+        if not isinstance(self.c_fc, PrepackedLinear) or not isinstance(self.act, _FusedGELU):
+            plain: Tensor = super().forward(hidden_states)
+            return plain
+        states: Tensor = self.dropout(self.c_proj(self.c_fc.then_gelu(hidden_states)))
+        return states
+
+
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     GPTNeoSelfAttention: FusedGPTNeoSelfAttention,
+    GPTNeoMLP: FusedGPTNeoMLP,
     NewGELUActivation: FusedNewGELU,
     FastGELUActivation: FusedFastGELU,
     AccurateGELUActivation: FusedAccurateGELU,
@@ -152,6 +166,7 @@ _PLAIN = {fused: plain for plain, fused in _FUSED.items()}
 # What of the exchanged classes the subclasses rely on: another version's class with another interface is left as it is.
 _INTERFACES = {
     GPTNeoSelfAttention: ("hidden_states", "attention_mask", "layer_past", "use_cache", "output_attentions", "kwargs"),
+    GPTNeoMLP: ("hidden_states",),
     NewGELUActivation: ("input",),
     FastGELUActivation: ("input",),
     AccurateGELUActivation: ("input",),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 
 class PrepackedLinear(nn.Linear):
@@ -22,10 +23,21 @@ class PrepackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if torch.is_grad_enabled() or input.dtype != self.weight.dtype or torch.is_autocast_enabled("cpu"):
-            return super().forward(input)
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(input, self.prepacked, self.bias, "none", [], "")
-        return result
+        return _product(input, self.prepacked, self.bias) if self._applies(input) else super().forward(input)
+
+    def then_gelu(self, input: Tensor) -> Tensor:
+        """tanh-GELU of (..., out), from the same kernel as the product where that can be."""
+        if self._applies(input):
+            return _product(input, self.prepacked, self.bias, "gelu", "tanh")
+        return gelu(super().forward(input), approximate="tanh")
+
+    def _applies(self, input: Tensor) -> bool:
+        return not torch.is_grad_enabled() and input.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu")
+
+
+def _product(input: Tensor, prepacked: Any, bias: Tensor | None, then: str = "none", variant: str = "") -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(input, prepacked, bias, then, [], variant)
+    return result
 
 
 @contextmanager
@@ -61,7 +73,9 @@ def _available(dtype: torch.dtype) -> bool:
         return False
     input, weight = torch.linspace(-1, 1, 12).reshape(3, 4).to(dtype), torch.linspace(-1, 1, 20).reshape(5, 4).to(dtype)
     try:
-        got = torch.ops.mkldnn._linear_pointwise(input, torch.ops.mkldnn._reorder_linear_weight(weight), None, "none", [], "")
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        got = _product(input, packed, None), _product(input, packed, None, "gelu", "tanh")
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
-    return torch.allclose(got, input @ weight.T, rtol=1e-2, atol=1e-2)
+    plain = input @ weight.T
+    return all(torch.allclose(*pair, rtol=1e-2, atol=1e-2) for pair in zip(got, (plain, gelu(plain, approximate="tanh")), strict=True))

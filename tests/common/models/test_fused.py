@@ -31,6 +31,7 @@ from common.lora import add_lora
 from common.models import fused
 from common.models.fused import FusedGPTNeoSelfAttention, FusedNewGELU, set_fused
 from common.models.load import build_backbone, build_generator, load_backbone, load_generator, train_tokenizer
+from common.models.prepacked import prepacked
 from common.models.recompute import recompute_activations
 from common.optim import adamw
 from common.schema import LoraSettings, ModelInit
@@ -225,6 +226,22 @@ def test_short_types_round_less_and_never_give_nan() -> None:
         logits = exact(**inputs).logits
     assert bool(logits.isfinite().all())
     assert float((logits[real].float() - expected).abs().mean()) <= 1.1 * plain_error
+
+
+@torch.no_grad()
+def test_with_prepacked_weights_the_activation_is_part_of_the_product(model: GPTNeoForCausalLM) -> None:
+    inputs = batch("none")
+    set_fused(model)
+    expected, ran = model(**inputs).logits, []
+    for block in model.transformer.h:
+        block.mlp.act.register_forward_hook(lambda *_: ran.append(True))
+    with prepacked(model):
+        close(model(**inputs).logits, expected)
+        assert not ran
+        with torch.enable_grad():
+            close(model(**inputs).logits, expected)
+    model(**inputs)
+    assert len(ran) == 4
 
 
 @torch.no_grad()

@@ -26,6 +26,17 @@ def test_results_are_those_of_plain_layers(dtype: torch.dtype, tolerance: float)
     torch.testing.assert_close(packed, plain, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_the_activation_behind_a_product_is_that_of_its_result(dtype: torch.dtype, tolerance: float) -> None:
+    layer, x = network(dtype)[0], torch.randn(5, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = nn.functional.gelu(layer(x), approximate="tanh")
+    with prepacked(layer):
+        assert torch.equal(layer.then_gelu(x), expected) and layer.then_gelu(x).requires_grad
+        layer.weight.data.zero_()  # what was prepacked is what is used
+        with torch.no_grad():
+            torch.testing.assert_close(layer.then_gelu(x), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_gradients_autocast_and_other_types_take_the_plain_way() -> None:
     model, x = network(), torch.randn(3, 48)
     with prepacked(model):
