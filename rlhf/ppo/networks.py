@@ -76,6 +76,8 @@ class Networks:
         self.model, self.ref_model, self.critic = model, ref_model, critic
         self.policy, self.reference = (Forward(network, pack=pack) for network in (model.pretrained_model, plain))
         self.critic_trunk = Trunk(critic.trunk, pack=pack) if critic is not None and not self.policy.encoder_decoder else None
+        trunks = [self.policy.trunk, self.reference.trunk, *([self.critic_trunk] if critic is not None else [])]
+        self.packs = all(trunk is not None and trunk.packs for trunk in trunks)
         self.vocab = int(model.config.get_text_config().vocab_size)
         self.mixed_precision, self.static_decoding = mixed_precision, static_decoding
         if mixed_precision == "no":
@@ -201,7 +203,7 @@ class Networks:
 
     def chunks(self, rows: Tensor, answers: Answers) -> list[Tensor]:
         """The rows (numbers in `answers`) in forwards that memory holds."""
-        return chunks(rows, answers, self.vocab, packed=self.policy.trunk is not None and self.policy.trunk.packs)
+        return chunks(rows, answers, self.vocab, packed=self.packs)
 
 
 def _scatter(buffer: Tensor, rows: Tensor, present: Tensor, flat: Tensor) -> None:

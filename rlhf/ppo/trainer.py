@@ -108,8 +108,8 @@ class PPOTrainer(ClassicAttributes):
             self.critic,
             mixed_precision=self.config.mixed_precision,
             cache_frozen_layers=self.config.cache_frozen_layers,
-            # Recomputing happens in backward, which no longer knows the texts of a line; on a GPU each text would start kernels of its own.
-            pack=self.config.padding_free and not self.recomputes and self.runtime.device.type == "cpu",
+            # What others set up to be recomputed in backward knows no line there; on a GPU each text would start kernels of its own.
+            pack=self.config.padding_free and self.recomputes == self.config.gradient_checkpointing and self.runtime.device.type == "cpu",
             static_decoding=self.config.static_decoding and self.runtime.device.type == "cuda",
         )
         self.policy = self.networks.policy

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.lora import add_lora
 from common.models import packed
+from common.models.fused import set_fused
 from common.schema import GenerateParams, LoraSettings
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ppo.answers import Forward, gather_answers
@@ -101,6 +102,39 @@ def test_answers_to_one_prompt_meet_in_a_forward(make_model: Any) -> None:
     """Whatever their lengths, and in whatever order a minibatch names them."""
     answers = gather_answers([[4] * 1100] * 2 + [[5] * 1100] * 2, [[7], [8] * 50, [9], [6] * 50], make_model().config)
     assert [chunk.tolist() for chunk in chunks(torch.tensor([2, 0, 3, 1]), answers, 10, packed=True)] == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("shared", [None, 1])
+@pytest.mark.parametrize("kind", ["gpt_neo", "llama"])
+def test_texts_stay_in_a_line_where_activations_are_recomputed(
+    kind: str, shared: int | None, make_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make_model(kind)
+    attention, counts = type(first.transformer.h[0].attn if kind == "gpt_neo" else first.model.layers[0].self_attn), [0]
+    forward = attention.forward
+
+    def counted(*given: Any, **named: Any) -> Any:
+        counts[-1] += torch.is_grad_enabled()
+        return forward(*given, **named)
+
+    monkeypatch.setattr(attention, "forward", counted)
+    kept = run(make_model, tokenizer, kind, shared=shared)
+    counts.append(0)
+    recomputed = run(make_model, tokenizer, kind, shared=shared, gradient_checkpointing=True)
+    assert recomputed[0].recomputes and recomputed[0].networks.packs
+    assert counts[1] - counts[0] == (1 if shared else 2) * 2 * 2  # once more in backward: layers x epochs x minibatches
+    assert_same(recomputed, kept)
+
+
+def test_rows_share_a_forward_by_tokens_alone_only_where_every_network_reads_lines(make_model: Any, tokenizer: Any) -> None:
+    """Else a network that pads would have a whole forward padded to its longest row."""
+    reference = make_model("gpt_neo")
+    set_fused(reference, False)
+    policies = [with_value_head(make_model("gpt_neo")) for _ in range(2)]
+    line, mixed = (PPOTrainer(PPOConfig(), policy, other, tokenizer) for policy, other in zip(policies, (None, reference), strict=True))
+    answers = gather_answers([[5]] * 7 + [[5] * 300], [[6]] * 8, line.policy.model.config)
+    groups = [trainer.networks.chunks(torch.arange(8), answers) for trainer in (line, mixed)]
+    assert [sorted(map(len, group)) for group in groups] == [[8], [1, 7]]
 
 
 @pytest.mark.parametrize("padding_free", [True, False])
