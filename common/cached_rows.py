@@ -62,18 +62,19 @@ class CachedRows:
         longest = pad_to or int(tokens.max(initial=0))
         ragged = bool((tokens != longest).any())
         make = torch.zeros if ragged else torch.empty
-        states = make(len(places), longest, layers, self.facts.hidden_size, dtype=TORCH_DTYPES[self.facts.dtype])
+        # The tokens of a layer stand together, as readouts take them.
+        states = make(layers, len(places), longest, self.facts.hidden_size, dtype=TORCH_DTYPES[self.facts.dtype])
         out = states.view(torch.uint16).numpy() if self.facts.dtype == "bfloat16" else states.numpy()
         for number in np.unique(shard).tolist():
             stored = self._map(number)
             here = np.flatnonzero(shard == number)
             if longest == 1:
-                out[here, 0] = stored[start[here], -layers:]
+                out[:, here, 0] = stored[start[here], -layers:].swapaxes(0, 1)
                 continue
             for row, begin, count in zip(here.tolist(), start[here].tolist(), tokens[here].tolist(), strict=True):
-                out[row, :count] = stored[begin : begin + count, -layers:]
+                out[:, row, :count] = stored[begin : begin + count, -layers:].swapaxes(0, 1)
         self._forget(out.nbytes + len(places) * _TOUCHED_BYTES)
-        return states.transpose(1, 2), torch.arange(longest) < torch.from_numpy(tokens)[:, None]
+        return states.transpose(0, 1), torch.arange(longest) < torch.from_numpy(tokens)[:, None]
 
     def _map(self, number: int) -> NDArray[Any]:
         """A shard's states (tokens, layers, D), mapped."""
