@@ -14,6 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from rlhf.ppo.masked import masked_sum
 
+BLOCK_LOGITS = {"cpu": 2**18, "cuda": 2**28}
+"""Numbers of logits that are worked on at a time: on a CPU as many as its caches hold."""
+
 
 class TokenStats(NamedTuple):
     """What the policy says about given tokens, each (N,): log-probability of the token and entropy of the distribution."""
@@ -40,17 +43,21 @@ class _TokenStats(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, entropy: bool, entropy_gradient: bool
     ) -> tuple[Tensor, Tensor]:
-        scaled = logits.float() if temperature == 1.0 else logits.float() / temperature
-        top = scaled.amax(-1, keepdim=True)
-        probabilities = (scaled - top).exp_()
-        total = probabilities.sum(-1, keepdim=True)
-        log_total = top + total.log()
-        probabilities /= total
-        chosen = (scaled.gather(-1, tokens[:, None]) - log_total).squeeze(-1)
-        spread = torch.zeros_like(chosen)
-        if entropy:
-            # 0 * -inf is no number: a token that cannot come adds nothing.
-            spread = (log_total.squeeze(-1) - torch.linalg.vecdot(probabilities, scaled.clamp(min=-1e30))).clamp(min=0.0)
+        keeps = ctx.needs_input_grad[0]
+        probabilities = torch.empty_like(logits, dtype=torch.float32) if keeps else None
+        chosen, spread = (torch.zeros(len(logits), device=logits.device) for _ in range(2))
+        size = max(1, BLOCK_LOGITS.get(logits.device.type, BLOCK_LOGITS["cpu"]) // logits.shape[-1])
+        for block in map(slice, range(0, len(logits), size), range(size, len(logits) + size, size)):
+            scaled = logits[block].float() if temperature == 1.0 else logits[block].float() / temperature
+            top = scaled.amax(-1, keepdim=True)
+            shares = torch.sub(scaled, top, out=None if probabilities is None else probabilities[block]).exp_()
+            total = shares.sum(-1, keepdim=True)
+            log_total = top + total.log()
+            shares /= total
+            chosen[block] = (scaled.gather(-1, tokens[block, None]) - log_total).squeeze(-1)
+            if entropy:
+                # 0 * -inf is no number: a token that cannot come adds nothing.
+                spread[block] = (log_total.squeeze(-1) - torch.linalg.vecdot(shares, scaled.clamp(min=-1e30))).clamp(min=0.0)
         ctx.mark_non_differentiable(*(() if entropy_gradient else (spread,)))
         ctx.save_for_backward(probabilities, tokens, spread)
         ctx.temperature, ctx.entropy_gradient, ctx.dtype = temperature, entropy_gradient, logits.dtype

@@ -13,7 +13,7 @@ from common.lora import add_lora
 from common.models import packed
 from common.models.fused import set_fused
 from common.schema import GenerateParams, LoraSettings
-from rlhf.ppo import PPOConfig, PPOTrainer
+from rlhf.ppo import PPOConfig, PPOTrainer, losses
 from rlhf.ppo.answers import Forward, gather_answers
 from rlhf.ppo.chunks import chunks
 from rlhf.ppo.losses import token_stats
@@ -193,13 +193,18 @@ def test_prompts_that_are_alike_are_read_once_and_answered_each_in_its_own_way(k
         torch.testing.assert_close(together.logprobs[row, :width], rollout.logprobs[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("block", [22, 2**18])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("entropy_gradient", [True, False])
-def test_token_stats_and_their_gradient_are_those_of_log_softmax(temperature: float, entropy_gradient: bool) -> None:
+def test_token_stats_and_their_gradient_are_those_of_log_softmax(
+    temperature: float, entropy_gradient: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all tokens at once, and of two and then one of them."""
+    monkeypatch.setitem(losses.BLOCK_LOGITS, "cpu", block)
     generator = torch.Generator().manual_seed(0)
-    logits, tokens = 3 * torch.randn(6, 11, generator=generator), torch.randint(0, 10, (6,), generator=generator)
+    logits, tokens = 3 * torch.randn(5, 11, generator=generator), torch.randint(0, 10, (5,), generator=generator)
     logits[:, 10] = -torch.inf
-    weights = torch.randn(2, 6, generator=generator)
+    weights = torch.randn(2, 5, generator=generator)
     ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     stats = token_stats(ours, tokens, temperature, entropy=True, entropy_gradient=entropy_gradient)
     everything = (plain / temperature).log_softmax(-1)
