@@ -63,7 +63,8 @@ class TokenChooser:
             logits = torch.cat([block(text[row, real[row]][None], logits[row][None]) for row in range(len(text))])
         if position < params.min_length:
             logits = logits.clone()
-            logits[:, self.end_ids] = float("-inf")
+            # An id that no token has (-1: nothing ends an answer) would count from the vocabulary's end.
+            logits[:, [token for token in self.end_ids if 0 <= token < logits.shape[1]]] = float("-inf")
         if not params.do_sample:
             return logits
         assert rows is not None

@@ -156,6 +156,15 @@ def test_14_only_the_answer_is_searched_for_eos_and_the_configured_id_counts(mak
         assert ended == (response[-1] == first)
 
 
+def test_an_end_that_is_no_token_leaves_min_length_every_token() -> None:
+    """-1 counted from the end of the vocabulary, whose last token then could not come."""
+    params = GenerateParams.model_validate({"do_sample": False, "min_length": 3, "eos_token_id": [-1, 2, 9]})
+    chooser = TokenChooser(params, [-1, 2, 9], seed=0, step=0)
+    nothing = torch.zeros((1, 0), dtype=torch.long)
+    scores = chooser.scores(torch.zeros(1, 5), None, 0, nothing, nothing.bool())
+    assert scores.isinf().tolist() == [[False, False, True, False, False]]
+
+
 def test_min_length_top_k_and_repetition_penalty_shape_what_is_sampled(make_model: MakeModel, tokenizer: Any) -> None:
     model = policy_of(make_model, "gpt_neo")
     greedy = sample(model, tokenizer, params=GenerateParams(do_sample=False, max_new_tokens=12))
