@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.ppo.masked import Reduce, alone, masked_moments
+from rlhf.ppo.masked import Reduce, alone, masked_mean, masked_moments
+
+ROUNDING = 1e-5
+"""Differences of float32 numbers that are smaller than this share of them may be rounding alone."""
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -49,11 +52,25 @@ def grpo(scores: Tensor, mask: Tensor, group: int) -> Tensor:
         A_i = (score_i - mean of the group) / (standard deviation of the group + 1e-4)
 
     `scores` (B,) without KL, which is a term of the loss; the deviation's divisor is `group` - 1. Rows as in `rloo`. Answers of
-    one score get 0.
+    one score, up to rounding, get 0.
     """
     groups = scores.view(-1, group)
     centred = groups - groups.mean(1, keepdim=True)
+    rounding = centred.abs().amax(1, keepdim=True) <= ROUNDING * groups.abs().amax(1, keepdim=True)
+    centred = centred.masked_fill(rounding, 0.0)
     return _on_every_token((centred / (groups.std(1, keepdim=True) + 1e-4)).flatten(), mask)
+
+
+def are_alike(advantages: Tensor, mask: Tensor, scale: Tensor | float, *, centre: bool, reduce: Reduce = alone) -> bool:
+    """Whether advantages (B, T) say nothing: none in any process differs from 0 by more than rounding; with `centre`, from their mean.
+
+    An optimizer that divides by the gradient's size, as Adam does, would make steps of full size of what rounding left. `scale`: how
+    large the numbers were that they are differences of. False where there is none.
+    """
+    centred = advantages - masked_mean(advantages, mask, reduce) if centre else advantages
+    differs = (torch.where(mask, centred, 0.0).abs() > ROUNDING * scale).any()
+    apart, present = reduce(torch.stack([differs, mask.any()]).float()).tolist()
+    return present > 0 and apart == 0
 
 
 def _on_every_token(advantages: Tensor, mask: Tensor) -> Tensor:

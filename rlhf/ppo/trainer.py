@@ -19,11 +19,12 @@ from common.launch.runtime import Runtime
 from common.models.load import set_dropout
 from common.models.parts import without_adapters
 from common.models.recompute import recompute_activations
+from common.notes import say
 from common.optim import adamw
 from common.schema import GenerateParams
 from common.tracking import Tracker
 from rlhf.ppo import logs, loop
-from rlhf.ppo.advantages import classic_whitened_rewards
+from rlhf.ppo.advantages import are_alike, classic_whitened_rewards
 from rlhf.ppo.answers import Answers, gather_answers
 from rlhf.ppo.classic_attributes import ClassicAttributes
 from rlhf.ppo.config import PPOConfig
@@ -134,6 +135,7 @@ class PPOTrainer(ClassicAttributes):
         self.steps_done = 0
         self.optimizer_steps = 0
         self.sampled_rows = 0
+        self._said_alike = False
         self.record: StepRecord | None = None
         """Tensors of the last step."""
 
@@ -334,6 +336,10 @@ class PPOTrainer(ClassicAttributes):
             scores, shaped, nn.functional.pad(values, (0, extra)), nn.functional.pad(mask, (0, extra)), config
         )
         advantages = advantages[:, : mask.shape[1]]
+        if self._tell_nothing(advantages, mask, scores, values):
+            advantages = torch.zeros_like(advantages)
+        elif estimator.whitens:
+            advantages = masked_whiten(advantages, mask, reduce)
         record = StepRecord(
             answers=answers,
             scores=scores,
@@ -343,7 +349,7 @@ class PPOTrainer(ClassicAttributes):
             kl=kl,
             rewards=rewards,
             non_score_rewards=non_score,
-            advantages=masked_whiten(advantages, mask, reduce) if estimator.whitens else advantages,
+            advantages=advantages,
             returns=None if returns is None else returns[:, : mask.shape[1]],
         )
         update = Update(
@@ -361,6 +367,22 @@ class PPOTrainer(ClassicAttributes):
             self.optimizer_steps,
         )
         return record, update
+
+    def _tell_nothing(self, advantages: Tensor, mask: Tensor, scores: Tensor, values: Tensor) -> bool:
+        """Whether advantages (B, T), before they are whitened, are rounding alone; says so once."""
+        # GRPO's, which are in deviations of their group, have been told from rounding there.
+        scale: Tensor | float = 0.0
+        if not self.estimator.kl_in_loss:
+            # Log-probabilities are right to about 1e-6 nats, and the KL coefficient times that enters.
+            scale = scores.abs().max() + torch.where(mask, values, 0.0).abs().max() + self.kl_coef
+        alike = are_alike(advantages, mask, scale, centre=self.estimator.whitens, reduce=self.runtime.sum)
+        if alike and not self._said_alike:
+            self._said_alike = True
+            say(
+                f"PPO step {self.steps_done}: all scores alike, so that advantages would be rounding alone; they are 0 then, and teach the "
+                "policy nothing (said once)"
+            )
+        return alike
 
     # --- state -----------------------------------------------------------------------------------------------------------------------
 

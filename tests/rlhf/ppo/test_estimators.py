@@ -15,7 +15,7 @@ import common.chunks as common_chunks
 from common.launch.runtime import Runtime
 from common.schema import GenerateParams
 from rlhf.ppo import PPOConfig, PPOTrainer
-from rlhf.ppo.advantages import grpo, rloo
+from rlhf.ppo.advantages import are_alike, grpo, rloo
 from rlhf.ppo.losses import policy_loss
 from rlhf.ppo.models import Critic, with_value_head
 from rlhf.ppo.rewards import kl_shaped_rewards
@@ -54,8 +54,8 @@ def test_grpo_by_hand() -> None:
     advantages = grpo(tensor([1.0, 2.0, 6.0, 0.1, 0.1, 0.1]), mask, 3)
     spread = math.sqrt(7.0) + 1e-4
     torch.testing.assert_close(advantages[:3], tensor([[-2.0, -2.0], [-1.0, -1.0], [3.0, 3.0]]) / spread, **EXACT)
-    torch.testing.assert_close(advantages[3:], torch.zeros(3, 2), rtol=0, atol=1e-3)
-    # eps bounds what rounding of 0.1 leaves; with scores that differ by 1e-4 it halves: +-0.5e-4 / (sqrt(0.5) * 1e-4 + 1e-4)
+    assert not advantages[3:].any()  # not even what rounding of 0.1 leaves
+    # eps bounds what is close; with scores that differ by 1e-4 it halves: +-0.5e-4 / (sqrt(0.5) * 1e-4 + 1e-4)
     close = grpo(tensor([0.0, 1e-4]), tensor([[True], [True]]), 2)
     torch.testing.assert_close(close, tensor([[-0.5], [0.5]]) / (math.sqrt(0.5) + 1), rtol=1e-4, atol=0)
 
@@ -222,6 +222,52 @@ def test_no_split_or_order_changes_the_update(
         torch.testing.assert_close(half, whole, **close)
     monkeypatch.setitem(common_chunks.CHUNK_TOKENS, "cpu", 12)
     torch.testing.assert_close(updated(), whole, **close)
+
+
+ESTIMATED: list[dict[str, Any]] = [
+    {"advantage_estimator": "gae", "lam": 1.0, "vf_coef": 0.0},
+    {"advantage_estimator": "rloo", "samples_per_prompt": 4},
+    {"advantage_estimator": "grpo", "samples_per_prompt": 4, "init_kl_coef": 0.0},
+]
+
+
+@pytest.mark.parametrize("settings", ESTIMATED, ids=lambda settings: settings["advantage_estimator"])
+@pytest.mark.parametrize("scores", [[0.7, 0.7000001, 0.7, 0.6999999], [0.0] * 4, [1e4, 1e4 + 0.01, 1e4, 1e4]])
+def test_scores_that_are_alike_up_to_rounding_teach_nothing_and_say_so_once(
+    scores: list[float], settings: dict[str, Any], build: Build, batch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Adam would make steps of full size of the smallest gradient. Log-probabilities that differ by rounding are no KL either."""
+    trainer = build(optimizer="adam", **settings)
+    torch.nn.init.zeros_(trainer.model.v_head.summary.weight)
+    for parameter in trainer.ref_model.parameters():
+        parameter.data *= 1 + 1e-7
+    before = parameters(trainer)
+    for _ in range(2):
+        trainer.step([batch.queries[0]] * 4, batch.responses, scores)
+    assert torch.equal(parameters(trainer), before)
+    assert capsys.readouterr().out.count("all scores alike") == 1
+
+
+@pytest.mark.parametrize("settings", ESTIMATED, ids=lambda settings: settings["advantage_estimator"])
+@pytest.mark.parametrize("scores", [[0.7, 0.7001, 0.7, 0.7], [1e4, 1e4 + 1, 1e4, 1e4], [1e-3, 2e-3, 1e-3, 1e-3]])
+def test_scores_that_differ_a_little_teach(
+    scores: list[float], settings: dict[str, Any], build: Build, batch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = build(optimizer="adam", **settings)
+    torch.nn.init.zeros_(trainer.model.v_head.summary.weight)
+    before = parameters(trainer)
+    trainer.step([batch.queries[0]] * 4, batch.responses, scores)
+    assert not torch.equal(parameters(trainer), before) and "alike" not in capsys.readouterr().out
+
+
+def test_alike_is_what_is_alike_in_all_processes(in_ranks: Any) -> None:
+    mask, parts = tensor([[True, False]]), [tensor([[1.0, 9.0]]), tensor([[1.0 + 1e-7, 3.0]]), tensor([[1.1, 0.0]])]
+
+    def work(runtime: Runtime) -> bool:
+        return are_alike(parts[runtime.rank], mask, 1.0, centre=True, reduce=runtime.sum)
+
+    assert in_ranks(2, work) == [True, True] and in_ranks(3, work) == [False] * 3
+    assert not are_alike(parts[0], mask, 1.0, centre=False) and not are_alike(parts[0], ~mask & mask, 1.0, centre=True)
 
 
 def test_gae_takes_several_answers_to_a_prompt_as_it_takes_any(build: Build, make_model: Any) -> None:
