@@ -69,8 +69,8 @@ def are_alike(advantages: Tensor, mask: Tensor, scale: Tensor | float, *, centre
     """
     centred = advantages - masked_mean(advantages, mask, reduce) if centre else advantages
     differs = (torch.where(mask, centred, 0.0).abs() > ROUNDING * scale).any()
-    apart, present = reduce(torch.stack([differs, mask.any()]).float()).tolist()
-    return present > 0 and apart == 0
+    apart, present = reduce(torch.stack([differs, mask.any()]).float())
+    return bool(present) and not bool(apart)
 
 
 def _on_every_token(advantages: Tensor, mask: Tensor) -> Tensor:

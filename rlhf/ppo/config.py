@@ -79,7 +79,7 @@ class PPOConfig:
     static_decoding: bool = True
     """Launch a decoding step as one CUDA graph; on a GPU, for causal models that can (see `rlhf.ppo.static_decoding`)."""
     gradient_checkpointing: bool = False
-    """Recompute activations in backward."""
+    """Recompute activations in backward, a critic's too."""
     seed: NonNegativeInt = 0
     """Of the order of minibatches and of sampling."""
     steps: PositiveInt | None = None

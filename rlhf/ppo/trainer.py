@@ -96,13 +96,15 @@ class PPOTrainer(ClassicAttributes):
             model.v_head.requires_grad_(False)  # the critic's head takes its place, or nothing reads it
         reference = ref_model if ref_model is not None else reference_copy(model)
         self.ref_model = reference.eval().requires_grad_(False).to(device) if ref_model is not None else reference
-        plain = without_adapters(model.pretrained_model)
+        transformers = [without_adapters(model.pretrained_model), *([critic.trunk] if critic is not None else [])]
         if self.config.gradient_checkpointing:
-            recompute_activations(plain)
-        # transformers recompute activations in training mode only; with every dropout at 0 the modes do not differ.
-        self.recomputes = _recomputes(plain)
-        if self.recomputes:
-            set_dropout(plain, 0.0)
+            for transformer in transformers:
+                recompute_activations(transformer)
+        self.recomputing = [transformer for transformer in transformers if _recomputes(transformer)]
+        """Those whose activations are computed again in backward."""
+        # They are in training mode only; with every dropout at 0 the modes do not differ.
+        for transformer in self.recomputing:
+            set_dropout(transformer, 0.0)
         self.networks = Networks(
             model,
             self.ref_model,
@@ -110,7 +112,9 @@ class PPOTrainer(ClassicAttributes):
             mixed_precision=self.config.mixed_precision,
             cache_frozen_layers=self.config.cache_frozen_layers,
             # What others set up to be recomputed in backward knows no line there; on a GPU each text would start kernels of its own.
-            pack=self.config.padding_free and self.recomputes == self.config.gradient_checkpointing and self.runtime.device.type == "cpu",
+            pack=self.config.padding_free
+            and bool(self.recomputing) is self.config.gradient_checkpointing
+            and self.runtime.device.type == "cpu",
             static_decoding=self.config.static_decoding and self.runtime.device.type == "cuda",
         )
         self.policy = self.networks.policy
@@ -260,9 +264,11 @@ class PPOTrainer(ClassicAttributes):
         answers = gather_answers(query_ids, response_ids, self.policy.model.config, response_masks=masks, device=self.model.device)
         self.record, update = self._prepare(answers, raw_scores.to(self.model.device), temperature, sampled)
         prepared = time.perf_counter()
-        self.policy.model.train(self.recomputes)
+        for transformer in self.recomputing:
+            transformer.train()
         updates = update.run()
-        self.policy.model.eval()
+        for transformer in self.recomputing:
+            transformer.eval()
         self.optimizer_steps = update.optimizer_steps
         stats = step_statistics(self.record, updates, kl_coef=self.kl_coef, reduce=self.runtime.sum)
         stats["ppo/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])

@@ -104,10 +104,10 @@ def test_answers_to_one_prompt_meet_in_a_forward(make_model: Any) -> None:
     assert [chunk.tolist() for chunk in chunks(torch.tensor([2, 0, 3, 1]), answers, 10, packed=True)] == [[0, 1], [2, 3]]
 
 
-@pytest.mark.parametrize("shared", [None, 1])
+@pytest.mark.parametrize(("shared", "critic"), [(None, False), (1, False), (None, True)])
 @pytest.mark.parametrize("kind", ["gpt_neo", "llama"])
-def test_texts_stay_in_a_line_where_activations_are_recomputed(
-    kind: str, shared: int | None, make_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+def test_texts_stay_in_a_line_where_activations_of_policy_and_critic_are_recomputed(
+    kind: str, shared: int | None, critic: bool, make_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = make_model(kind)
     attention, counts = type(first.transformer.h[0].attn if kind == "gpt_neo" else first.model.layers[0].self_attn), [0]
@@ -118,11 +118,13 @@ def test_texts_stay_in_a_line_where_activations_are_recomputed(
         return forward(*given, **named)
 
     monkeypatch.setattr(attention, "forward", counted)
-    kept = run(make_model, tokenizer, kind, shared=shared)
+    kept = run(make_model, tokenizer, kind, shared=shared, critic=critic)
     counts.append(0)
-    recomputed = run(make_model, tokenizer, kind, shared=shared, gradient_checkpointing=True)
-    assert recomputed[0].recomputes and recomputed[0].networks.packs
-    assert counts[1] - counts[0] == (1 if shared else 2) * 2 * 2  # once more in backward: layers x epochs x minibatches
+    recomputed = run(make_model, tokenizer, kind, shared=shared, critic=critic, gradient_checkpointing=True)
+    assert len(recomputed[0].recomputing) == 1 + critic and recomputed[0].networks.packs
+    assert not any(module.training for network in recomputed[0].recomputing for module in network.modules())
+    layers = (1 if shared else 2) + (2 if critic else 0)
+    assert counts[1] - counts[0] == layers * 2 * 2  # once more in backward: layers x epochs x minibatches
     assert_same(recomputed, kept)
 
 

@@ -399,7 +399,7 @@ def test_09_recomputed_activations_change_nothing(make_model: MakeModel, tokeniz
     model = make_model("gpt2", resid_pdrop=0.5)
     recompute_activations(model)
     checkpointed = make_trainer(model, tokenizer)
-    assert checkpointed.recomputes and not plain.recomputes
+    assert checkpointed.recomputing and not plain.recomputing
     step(plain), step(checkpointed)
     torch.testing.assert_close(parameters(checkpointed), parameters(plain), rtol=1e-6, atol=1e-7)
     assert not any(module.training for module in checkpointed.model.modules())
