@@ -338,6 +338,18 @@ def test_readouts_compute_in_float32_over_bfloat16_states_and_under_autocast(nam
     assert all(parameter.dtype == torch.float32 for parameter in readout.parameters())
 
 
+@pytest.mark.parametrize("model_type", ONE_OF_EACH_KIND)
+def test_mixed_precision_reads_layers_of_unequal_types(model_type: str, tokenizer: Any) -> None:
+    model = reward_model(model_type, tokenizer, "layerwise_attention")
+    batch = collate_rewards(inputs(model, tokenizer), 0)
+    expected = model(*batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = model(*batch)
+        scores.sum().backward()
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0.05)
+    assert scores.dtype == torch.float32 and not torch.equal(scores, expected)
+
+
 # --- what is learnt
 
 
