@@ -312,6 +312,16 @@ def test_layers_are_normalised_before_they_are_mixed() -> None:
     torch.testing.assert_close(readout(States(larger, mask)), readout(States(values, mask)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["layerwise_attention", "full_attention_pooling"])
+def test_tokens_are_normalised_before_they_are_weighed(name: ReadoutName) -> None:
+    """Some transformers have single tokens with states a thousand times larger, which would take all the attention."""
+    readout = build_readout(ReadoutSettings(name=name), Needs("whole", "all", 2), 4, seed=0)
+    values = torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    larger = values * torch.tensor([1.0, 1000.0, 1.0, 30.0, 1.0])[:, None]
+    torch.testing.assert_close(readout(States(larger, mask)), readout(States(values, mask)), rtol=1e-4, atol=1e-5)
+
+
 def test_the_head_has_hidden_layers_and_dropout_acts_in_training_alone(tokenizer: Any) -> None:
     model = reward_model("gpt_neo", tokenizer, "mean_pool", hidden_sizes=[12, 5], dropout=0.5)
     assert isinstance(model.readout, Pooled)
