@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from common.models.modes import evaluating
-from common.models.short_texts import Group, attend_in_groups, groups_of_like_length, serves
+from common.models.short_texts import Groups, attend_in_groups, groups_of_like_length, serves
 
 NAME = "packed_texts"
 SHARED_TOKENS = 8
@@ -47,7 +47,7 @@ class Texts:
         self.shares_nothing = all(tokens == 0 for _, tokens in self.shared)
         self.attended = 0
         self._masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
-        self._groups: list[Group] | None = None
+        self._groups: Groups | None = None
 
     def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
         """What is added to the logits (queries, keys) of a text's last tokens; None where plain causality says it all."""
@@ -63,12 +63,11 @@ class Texts:
             self._masks[key] = torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
         return self._masks[key]
 
-    def in_groups(self, query: Tensor, window: int | None) -> tuple[list[Group], list[Tensor]]:
+    def in_groups(self, query: Tensor, window: int | None) -> tuple[Groups, list[Tensor]]:
         """The texts in groups of like length, and what is added to the logits of each."""
         if self._groups is None:
             self._groups = groups_of_like_length(self.lengths, query.shape[1], query.device)
-        longest = [group.places.shape[1] for group in self._groups]
-        return self._groups, [self._mask(tokens, tokens, window, torch.float32, query.device) for tokens in longest]
+        return self._groups, [self._mask(tokens, tokens, window, torch.float32, query.device) for _, tokens in self._groups.shapes]
 
 
 _line: ContextVar[tuple[Any, Texts] | None] = ContextVar("configuration of the trunk that reads a line, and the texts", default=None)

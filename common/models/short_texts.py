@@ -21,37 +21,50 @@ LOGITS_AT_ONCE = 2**20
 """Numbers of logits that are computed together: what stays in a CPU's cache (4 MiB)."""
 
 
-class Group(NamedTuple):
-    """Some texts of a line, padded to the longest."""
+class Groups(NamedTuple):
+    """The texts of a line of N tokens in groups of like length, each padded to its longest; P tokens in all."""
 
+    shapes: list[tuple[int, int]]
+    """(G, S) texts and tokens of each group."""
     places: Tensor
-    """(G, S): where each token stands in the line; 0 for padding, which causality hides."""
+    """(P,): where each token stands in the line; 0 for padding, which causality hides."""
     real: Tensor
-    """(G, S) True where a token is no padding."""
+    """(P, 1) True where a token is no padding."""
+    back: Tensor
+    """(N,): where each token of the line stands among the P."""
 
-    def take(self, line: Tensor) -> Tensor:
-        """(N, heads, d) -> (G * heads, S, d)."""
-        return line[self.places].transpose(1, 2).flatten(0, 1)
+    def take(self, line: Tensor, *, masked: bool = False) -> list[Tensor]:
+        """(N, heads, d) -> (G * heads, S, d) of each group; `masked`: zeros for padding."""
+        padded = line.flatten(1).index_select(0, self.places)
+        if masked:
+            padded *= self.real
+        parts = padded.unflatten(1, line.shape[1:]).split([count * tokens for count, tokens in self.shapes])
+        return [part.unflatten(0, shape).transpose(1, 2).flatten(0, 1) for part, shape in zip(parts, self.shapes, strict=True)]
 
-    def put(self, into: Tensor, padded: Tensor) -> None:
-        """Write (G * heads, S, d) into a line (N, heads, d)."""
-        rows = padded.unflatten(0, (len(self.places), -1)).transpose(1, 2)
-        into[self.places[self.real]] = rows[self.real]
+    def put(self, parts: Sequence[Tensor], heads: int) -> Tensor:
+        """(G * heads, S, d) of each group -> (N, heads, d)."""
+        padded = [part.unflatten(0, (-1, heads)).transpose(1, 2).flatten(0, 1).flatten(1) for part in parts]
+        line: Tensor = torch.cat(padded).index_select(0, self.back).unflatten(1, (heads, -1))
+        return line
 
 
-def groups_of_like_length(lengths: Sequence[int], heads: int, device: torch.device | str) -> list[Group]:
-    """The texts of a line, the longest first, in groups of at most `LOGITS_AT_ONCE` logits, at least one text each."""
+def groups_of_like_length(lengths: Sequence[int], heads: int, device: torch.device | str) -> Groups:
+    """Longest texts first, groups of at most `LOGITS_AT_ONCE` logits, at least one text each."""
     begins = torch.tensor([0, *lengths]).cumsum(0).tolist()
     order = sorted(range(len(lengths)), key=lambda text: -lengths[text])
-    groups = []
+    shapes, places, real = [], [], []
     while order:
         longest = lengths[order[0]]
         count = max(1, LOGITS_AT_ONCE // (heads * longest**2))
         texts, order = order[:count], order[count:]
-        places = [pad(torch.arange(begins[text], begins[text + 1]), (0, longest - lengths[text])) for text in texts]
-        real = torch.arange(longest) < torch.tensor([[lengths[text]] for text in texts])
-        groups.append(Group(torch.stack(places).to(device), real.to(device)))
-    return groups
+        shapes.append((len(texts), longest))
+        for text in texts:
+            places.append(pad(torch.arange(begins[text], begins[text + 1]), (0, longest - lengths[text])))
+            real.append(torch.arange(longest) < lengths[text])
+    slots, kept = torch.cat(places), torch.cat(real)
+    back = torch.empty(begins[-1], dtype=torch.long)
+    back[slots[kept]] = kept.nonzero()[:, 0]
+    return Groups(shapes, slots.to(device), kept[:, None].to(device), back.to(device))
 
 
 def serves(query: Tensor, key: Tensor, lengths: Sequence[int]) -> bool:
@@ -59,7 +72,7 @@ def serves(query: Tensor, key: Tensor, lengths: Sequence[int]) -> bool:
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape == key.shape and max(lengths) <= LONGEST
 
 
-def attend_in_groups(query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], masks: Sequence[Tensor], scale: float) -> Tensor:
+def attend_in_groups(query: Tensor, key: Tensor, value: Tensor, groups: Groups, masks: Sequence[Tensor], scale: float) -> Tensor:
     """Attention within each text: (1, heads, N, d) -> (1, N, heads, d). `masks`: added to each group's logits, (S, S) in float32."""
     lines = (part[0].transpose(0, 1) for part in (query, key, value))
     mixed: Tensor = _InGroups.apply(*lines, groups, masks, scale)
@@ -70,34 +83,28 @@ class _InGroups(torch.autograd.Function):
     """Queries, keys and values (N, heads, d) -> (N, heads, d)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], masks: Sequence[Tensor], scale: float
-    ) -> Tensor:
-        mixed = torch.empty(query.shape, dtype=query.dtype)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Groups, masks: Sequence[Tensor], scale: float) -> Tensor:
+        mixed: list[Tensor] = []
         kept: list[Tensor] = []
         with torch.autocast("cpu", enabled=False):
-            for group, mask in zip(groups, masks, strict=True):
-                q, k, v = (group.take(line) for line in (query, key, value))
+            for q, k, v, mask in zip(*(groups.take(line) for line in (query, key, value)), masks, strict=True):
                 logits = torch.baddbmm(mask, q.float(), k.float().transpose(1, 2), alpha=scale)
                 weights = logits.softmax(-1).to(q.dtype)
-                group.put(mixed, weights @ v)
+                mixed.append(weights @ v)
                 kept += [q, k, v, weights]
         ctx.save_for_backward(*kept)
         ctx.groups, ctx.scale = groups, scale
-        return mixed
+        return groups.put(mixed, query.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [torch.empty(gradient.shape, dtype=gradient.dtype) for _ in range(3)]
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
         kept = ctx.saved_tensors
-        for number, group in enumerate(ctx.groups):
+        for number, mixed in enumerate(ctx.groups.take(gradient, masked=True)):
             q, k, v, weights = kept[4 * number : 4 * number + 4]
-            mixed = group.take(gradient) * group.real.repeat_interleave(gradient.shape[1], 0)[..., None]
-            of_value = weights.transpose(1, 2) @ mixed
             of_logits = torch._softmax_backward_data(mixed @ v.transpose(1, 2), weights, -1, weights.dtype)
             if ctx.scale != 1.0:
                 of_logits *= ctx.scale
-            for line, part in zip(gradients, (of_logits @ k, of_logits.transpose(1, 2) @ q, of_value), strict=True):
-                group.put(line, part)
-        return *gradients, None, None, None
+            parts.append((of_logits @ k, of_logits.transpose(1, 2) @ q, weights.transpose(1, 2) @ mixed))
+        return *(ctx.groups.put(part, gradient.shape[1]) for part in zip(*parts, strict=True)), None, None, None

@@ -42,9 +42,9 @@ def test_products_give_what_the_kernel_gives(window: int | None, most: int, monk
 def test_texts_share_a_group_by_length_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(short_texts, "LOGITS_AT_ONCE", 2 * 2 * 12**2)
     groups = short_texts.groups_of_like_length(LENGTHS, 2, "cpu")
-    assert [group.real.sum(1).tolist() for group in groups] == [[30], [12, 7], [3, 1]]
-    covered = torch.cat([group.places[group.real] for group in groups])
-    assert covered.sort().values.tolist() == list(range(sum(LENGTHS)))
+    assert groups.shapes == [(1, 30), (2, 12), (2, 3)]
+    assert [int(part.sum()) for part in groups.real.split([30, 12, 12, 3, 3])] == [30, 12, 7, 3, 1]
+    assert groups.places[groups.back].tolist() == list(range(sum(LENGTHS))) and bool(groups.real[groups.back].all())
 
 
 def test_what_does_not_fit_is_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
