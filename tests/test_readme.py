@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+from common.freezing import apply_freezing
+from common.schema import FreezeSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -93,6 +98,16 @@ def test_the_reward_functions_named_exist(document: str) -> None:
     assert named
     for file, function in named:
         assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8"), f"{document}: {file}:{function}"
+
+
+def test_the_freezing_shown_trains_the_two_upper_layers_alone() -> None:
+    [block] = re.findall(r"^```yaml\n(model_params:[^`]*layers_not_to_freeze[^`]*)^```", README, flags=re.MULTILINE)
+    config = GPTNeoConfig(vocab_size=9, hidden_size=4, num_layers=4, num_heads=1, attention_types=[[["global"], 4]])
+    model = GPTNeoForCausalLM(config)
+    apply_freezing(model, FreezeSettings.model_validate(yaml.safe_load(block)["model_params"]))
+    trained = {name.split(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"2", "3"}
+    assert all(parameter.requires_grad for layer in model.transformer.h[2:] for parameter in layer.parameters())
 
 
 def anchors(document: Path) -> set[str]:
