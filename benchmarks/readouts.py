@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for way in ("cached", "never"):
                 figures = in_process(options, readout, way, options.n, options.epochs if way == "cached" else 1)
                 found.setdefault(readout, {}).setdefault(way, []).append(figures)
-                print(f"round {number + 1}: {readout}, {way}: {statistics.median(figures['epochs']):.3f} s", file=sys.stderr, flush=True)
+            print(f"round {number + 1}: {table({readout: found[readout]}).splitlines()[-1]}", file=sys.stderr, flush=True)
     print(table(found))
     growth = {int(n): in_process(options, chosen[-1], "cached", int(n), 1) for n in filter(None, options.growth.split(","))}
     if growth:
@@ -142,7 +142,7 @@ def measure(options: argparse.Namespace, readout: str) -> dict[str, Any]:
 
     epochs: list[list[tuple[float, float]]] = []
     losses: list[Any] = []
-    filled = {"seconds": 0.0, "bytes": 0}
+    filled = {"seconds": 0.0, "bytes": 0, "answers": 0}
 
     def on_train_epoch_start(self: Any) -> None:
         epochs.append([(time.perf_counter(), time.process_time())])
@@ -156,12 +156,13 @@ def measure(options: argparse.Namespace, readout: str) -> dict[str, Any]:
     def watched(*arguments: Any, **keywords: Any) -> Any:
         begun = time.perf_counter()
         rows = read_from_cache(*arguments, **keywords)
-        states = rows[0][0].answers[0].states
-        filled.update(seconds=time.perf_counter() - begun, bytes=int(states.rows.tokens.sum()) * states.rows.facts.bytes_per_token)
+        kept = rows[0][0].answers[0].states.rows
+        size = int(kept.tokens.sum()) * kept.facts.bytes_per_token
+        filled.update(seconds=time.perf_counter() - begun, bytes=size, answers=len(kept))
         return rows
 
     PairModule.on_train_epoch_start, PairModule.on_train_batch_end = on_train_epoch_start, on_train_batch_end  # type: ignore[method-assign]
-    training.read_from_cache = watched
+    training.read_from_cache, training.SCORE_SAMPLE = watched, 8  # moments of scores are no part of an epoch
     records = [
         {
             "Question": text(question[1:-1]),
@@ -187,7 +188,7 @@ def measure(options: argparse.Namespace, readout: str) -> dict[str, Any]:
         "losses": [float(loss) for loss in losses[:steps]],
         "fill": filled["seconds"],
         "bytes": filled["bytes"],
-        "answers": 2 * options.n,
+        "answers": filled["answers"],
         "peak_rss_mb": round(peak_rss_mib()),
         "versions": versions(),
     }
