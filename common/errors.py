@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -20,8 +22,11 @@ class UserError(ValueError):
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Run a script's `main(argv)` and exit with its code; a `UserError` becomes lines on stderr and exit code 2."""
+    from common.followers import followed_run  # which raises errors of this module
+
     try:
-        code = main(sys.argv[1:])
+        with contextlib.redirect_stdout(open(os.devnull, "w")) if followed_run() else contextlib.nullcontext():
+            code = main(sys.argv[1:])
     except UserError as error:
         sys.stdout.flush()
         for problem in error.problems:

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import yaml
 
 from common.errors import UserError
+from common.followers import followed_run
 from common.notes import take_notes
 from common.provenance import check_clean
 from common.schema import RunSettings
@@ -41,6 +42,8 @@ def check_start(settings: RunSettings, root: Path) -> None:
 
     root: where `stage_runs_root` says that the runs lie. Raises UserError with every problem.
     """
+    if followed_run() is not None:
+        return
     problems: list[str] = []
     for refuse in (
         lambda: _refuse_taken(root, settings.desc, settings.index),

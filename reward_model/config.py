@@ -74,7 +74,17 @@ class RewardModelParams(ModelParams):
 
 class RewardConfig(TrainingSettings):
     data: RewardData = Field(description="Training data.")
+    use_multi_gpu_if_available: bool = Field(
+        False, description="Train on every GPU of the machine, where it has several; `data.batch_size` rows go to each."
+    )
     model_params: RewardModelParams
+
+    @model_validator(mode="after")
+    def _one_number_of_devices(self) -> Self:
+        if self.use_multi_gpu_if_available and "devices" in self.trainer.params:
+            given = self.trainer.params["devices"]
+            raise ValueError(f"use_multi_gpu_if_available is true, and trainer.params.devices is {given}; remove one of them")
+        return self
 
     @model_validator(mode="after")
     def _readout_fits_the_model(self) -> Self:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch.utils.data import DataLoader, Dataset
 
 from common.batching import Batch, BatchPlan, PlanSampler
+from common.followers import local_rank
 from common.models.answers import Answer
 from reward_model.config import RewardData
 
@@ -52,8 +53,12 @@ def training_loader(
     seed: int,
     accumulate: int,
     limit: int | float | None = None,
+    processes: int = 1,
 ) -> DataLoader[Any]:
-    """Batches whose order is a function of seed and epoch. `accumulate`: micro-batches per step; `limit`: as in `BatchPlan`."""
+    """This process's batches, whose order is a function of seed and epoch.
+
+    accumulate: micro-batches per step. limit: as in `BatchPlan`. processes: how many share each batch of `processes * batch_size` rows.
+    """
     plan = BatchPlan(
         [row.length for row in rows],
         weights=[row.weight for row in rows],
@@ -63,13 +68,24 @@ def training_loader(
         seed=seed,
         questions=[row.question for row in rows],
         limit=limit,
+        world_size=processes,
+        rank=local_rank(),
     )
     return _loader(rows, plan, data, pad_id, collate)
 
 
-def validation_loader(rows: Sequence[Row], data: RewardData, pad_id: int, collate: Callable[..., Mapping[str, Any]]) -> DataLoader[Any]:
-    """Every row once, rows of like length together."""
-    plan = BatchPlan([row.length for row in rows], batch_size=data.val_batch_size or data.batch_size, mode="bucketed", seed=0)
+def validation_loader(
+    rows: Sequence[Row], data: RewardData, pad_id: int, collate: Callable[..., Mapping[str, Any]], processes: int = 1
+) -> DataLoader[Any]:
+    """This process's share of the rows, rows of like length together; all shares are every row once."""
+    plan = BatchPlan(
+        [row.length for row in rows],
+        batch_size=data.val_batch_size or data.batch_size,
+        mode="bucketed",
+        seed=0,
+        world_size=processes,
+        rank=local_rank(),
+    )
     return _loader(rows, plan, data, pad_id, collate)
 
 

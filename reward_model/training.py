@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from common.closing import finish_run, opening_lines
 from common.config import resolved_dict
 from common.errors import UserError
 from common.failed_start import removed_if_unused
+from common.followers import followed_run, leading
 from common.freezing import apply_freezing
 from common.launch.checkpointing import LAST
 from common.launch.lightning import (
@@ -25,9 +27,11 @@ from common.launch.lightning import (
     avoids_padding,
     batch_limit,
     build_trainer,
-    check_one_process,
+    check_one_machine,
     check_trainer,
     fit,
+    on_all_gpus,
+    processes_here,
     total_optimizer_steps,
     trainer_params,
     training_device,
@@ -42,7 +46,7 @@ from common.models.reward import RewardModel, RewardScorer
 from common.notes import say
 from common.records import PairRecord, ScoreRecord, Splits
 from common.runs import create_run_directory, run_log, stage_runs_root, write_config, write_text_atomically
-from common.schema import FreezeSettings
+from common.schema import FreezeSettings, TrainerSettings
 from common.score_transform import ScoreTransform
 from common.tokenization import Encoder
 from common.tracking import Tracker
@@ -77,8 +81,11 @@ class Objective(Generic[Record, R]):
 
 def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Record, R]) -> Path:
     """Train, keep the best checkpoint, publish it as `latest`; returns the run directory."""
-    check_one_process(config.trainer)
+    resolved = resolved_dict(config)
+    config = config.model_copy(update={"trainer": on_devices(config)})
+    check_one_machine(config.trainer)
     check_trainer(config.trainer)
+    processes, followed = processes_here(config.trainer), followed_run()
 
     # 1. model and tokenizer
     tokenizer, model = start_model(config, (text for record in splits.train for text in objective.texts(record)))
@@ -114,14 +121,13 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
         seed=config.seed,
         accumulate=accumulate,
         limit=batch_limit(config.trainer),
+        processes=processes,
     )
-    val_loader = validation_loader(val_rows, data, tokenizer.pad_token_id, objective.collate)
+    val_loader = validation_loader(val_rows, data, tokenizer.pad_token_id, objective.collate, processes)
     total_steps = total_optimizer_steps(config.trainer, len(train_loader))
     module = objective.module(model, total_steps, val_rows)
 
     # 3. run directory, trainer
-    resolved = resolved_dict(config)
-
     def save(directory: Path, metrics: dict[str, float], step: int) -> None:
         manifest = new_manifest(
             objective.stage,
@@ -139,19 +145,29 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
         )
         save_model_directory(directory, model, tokenizer, manifest)
 
-    run_dir = create_run_directory(runs_root, config.desc, config.index)
-    with (
-        removed_if_unused(run_dir),
-        run_log(run_dir),
-        Tracker.start(run_dir, stage=objective.stage, config=resolved, wandb=config.wandb, tensorboard=config.tensorboard) as tracker,
-    ):
-        write_config(run_dir, resolved)
+    run_dir = followed or create_run_directory(runs_root, config.desc, config.index)
+    with contextlib.ExitStack() as stack:
+        if followed is None:
+            stack.enter_context(removed_if_unused(run_dir))
+            stack.enter_context(run_log(run_dir))
+            stack.enter_context(leading(run_dir))
+            write_config(run_dir, resolved)
+        tracker = stack.enter_context(
+            Tracker.start(
+                run_dir,
+                stage=objective.stage,
+                config=resolved,
+                wandb=config.wandb,
+                tensorboard=config.tensorboard,
+                is_main=followed is None,
+            )
+        )
         opening = opening_lines(
             run_dir,
             parameters=model.parameters(),
             rows={"train": len(train_rows), "val": len(val_rows)},
             steps=total_steps,
-            batch=f"{data.batch_size} x {accumulate} rows",
+            batch=f"{data.batch_size} x {accumulate} rows" + (f" on each of {processes} devices" if processes > 1 else ""),
         )
         print("\n".join([*prepared, *opening]))
         trainer = build_trainer(
@@ -166,6 +182,8 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
 
         # 4. train, then measure the scores of what was kept
         result = fit(trainer, module, train_loader, val_loader)
+        if followed is not None:
+            return run_dir
         answers = [answer for row in train_rows for answer in row.answers]
         moments = {path: record_score_moments(path, answers, config) for path in {result.model, (run_dir / LAST).resolve()}}
         mean, scale = moments[result.model]
@@ -173,6 +191,14 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
         extra = {"score_mean": mean, "score_scale": scale}
         finish_run(tracker, result, runs_root=runs_root, extra=extra, log_model=config.wandb.log_model)
     return run_dir
+
+
+def on_devices(config: RewardConfig) -> TrainerSettings:
+    """The trainer's settings for the devices that are here."""
+    settings = on_all_gpus(config.trainer) if config.use_multi_gpu_if_available else config.trainer
+    if config.model_params.freeze_backbone and "strategy" not in settings.params and processes_here(settings) > 1:
+        settings = settings.model_copy(update={"params": {**settings.params, "strategy": "ddp"}})  # every weight that trains is read
+    return settings
 
 
 def start_model(config: RewardConfig, texts: Iterable[str]) -> tuple[PreTrainedTokenizerBase, RewardModel]:

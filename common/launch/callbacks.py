@@ -328,7 +328,7 @@ class Checkpoints(pl.Callback):
             raise UserError(
                 f"trainer.checkpoint.monitor: validation did not log {self.keeper.monitor}; it logged: {', '.join(sorted(metrics))}"
             )
-        improves = self.keeper.improves(metrics)
+        improves = trainer.strategy.broadcast(self.keeper.improves(metrics))  # only the first process knows what it kept
         figures = "  ".join(f"{name} {format_figure(value)}" for name, value in metrics.items())
         self.report.note(f"step {trainer.global_step}: {figures}{'  (best so far)' if improves else ''}")
         if self.every_n_steps is None or self._due or improves:

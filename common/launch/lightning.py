@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from common.batching import limited
 from common.closing import RunResult
 from common.errors import UserError
+from common.followers import followed_run, refuse_launchers
 from common.launch.callbacks import (
     Checkpoints,
     ProgressReport,
@@ -34,12 +35,14 @@ from common.launch.callbacks import (
     TrainingMetrics,
     set_epoch,
 )
-from common.launch.checkpointing import CheckpointKeeper, SaveFn
+from common.launch.checkpointing import BEST, CheckpointKeeper, SaveFn
 from common.launch.runtime import peak_memory_gib
 from common.launch.signals import StopSignals
 from common.schema import DataSettings, TrainerSettings
 from common.tracking import Tracker
 
+# Strategies under which every process has the whole model.
+ONE_MODEL_EACH = ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
 FLOAT16 = frozenset({16, "16", "16-mixed", "16-true"})
 
 
@@ -58,6 +61,8 @@ def trainer_params(settings: TrainerSettings) -> dict[str, Any]:
             params["limit_val_batches"] = overfit
     if params.get("max_epochs") is None and params.get("max_steps") in (None, -1):
         params["max_epochs"] = 1
+    if params.get("strategy") in (None, "auto") and _processes(params["devices"], on_cpu(params)) > 1:
+        params["strategy"] = "ddp_find_unused_parameters_true"  # a readout need not read all of a transformer
     return params
 
 
@@ -128,6 +133,33 @@ def check_one_process(settings: TrainerSettings) -> None:
     devices, nodes = params["devices"], int(params.get("num_nodes", 1))
     if nodes > 1 or _processes(devices, on_cpu(params)) > 1:
         raise UserError(f"trainer.params: got devices {devices}, num_nodes {nodes}; this version trains in one process, set both to 1")
+
+
+def processes_here(settings: TrainerSettings) -> int:
+    """Processes that train together, on this machine."""
+    params = trainer_params(settings)
+    return _processes(params["devices"], on_cpu(params))
+
+
+def check_one_machine(settings: TrainerSettings) -> None:
+    """Refuse more than one machine, processes that another launcher started, and strategies that no checkpoint could be saved from."""
+    refuse_launchers()
+    params = trainer_params(settings)
+    if int(params.get("num_nodes", 1)) > 1:
+        raise UserError(f"trainer.params.num_nodes: got {params['num_nodes']}; this version trains on one machine, set it to 1")
+    if processes_here(settings) > 1 and params["strategy"] not in ONE_MODEL_EACH:
+        raise UserError(
+            f"trainer.params.strategy: got {params['strategy']!r}, under which no process has the whole model to save; "
+            f"expected auto or one of {', '.join(ONE_MODEL_EACH)}"
+        )
+
+
+def on_all_gpus(settings: TrainerSettings) -> TrainerSettings:
+    """The settings with every GPU of this machine, where it has several and `accelerator` takes them."""
+    count = torch.cuda.device_count()
+    if count < 2 or on_cpu(trainer_params(settings)):
+        return settings
+    return settings.model_copy(update={"params": {**settings.params, "devices": count}})
 
 
 def _processes(devices: Any, cpu: bool) -> int:
@@ -201,7 +233,7 @@ def build_trainer(
     shows_progress = params.pop("enable_progress_bar", True)
     logger = TrackerLogger(tracker)
     metrics = TrainingMetrics(tracker, total_steps, params["log_every_n_steps"])
-    report = ProgressReport(metrics, total_steps, shows_progress)
+    report = ProgressReport(metrics, total_steps, shows_progress and followed_run() is None)
     keeper = CheckpointKeeper.from_settings(run_dir, save, settings.checkpoint, choices)
     checkpoints = Checkpoints(keeper, settings.checkpoint.every_n_train_steps, total_steps, StopSignals(), report)
     trainer = _lightning_trainer(
@@ -242,10 +274,10 @@ def fit(
         except MisconfigurationException as error:
             raise UserError(f"trainer.params: {' '.join(str(error).split())}") from error
     keeper = checkpoints.keeper
-    if keeper.best is None:
+    if keeper.best is None and trainer.is_global_zero:
         raise UserError("training ended before its first step; raise trainer.params.max_time, if it is set")
     return RunResult(
-        model=keeper.best,
+        model=keeper.best or keeper.run_dir / BEST,
         monitor=keeper.monitor,
         best_value=keeper.best_value,
         best_metrics=dict(keeper.best_metrics),

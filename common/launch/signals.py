@@ -58,8 +58,8 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        assert self.received is not None
-        return EXIT_CODES[self.received]
+        """Of the received signal; of SIGTERM where another process of this run received one."""
+        return EXIT_CODES[self.received or signal.SIGTERM]
 
     def stop(self) -> NoReturn:
         """Leave with the exit code of the received signal."""

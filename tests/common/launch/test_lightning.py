@@ -23,7 +23,18 @@ from common.checkpoint import atomic_directory
 from common.closing import RunResult, finish_run
 from common.errors import UserError
 from common.launch.callbacks import TRAINING_METRICS, ProgressReport, count_tokens, mixed_seed
-from common.launch.lightning import batch_limit, build_trainer, check_one_process, check_trainer, fit, total_optimizer_steps, trainer_params
+from common.launch.lightning import (
+    batch_limit,
+    build_trainer,
+    check_one_machine,
+    check_one_process,
+    check_trainer,
+    fit,
+    on_all_gpus,
+    processes_here,
+    total_optimizer_steps,
+    trainer_params,
+)
 from common.lightning_arguments import Strategy
 from common.schema import CheckpointSettings, TrainerSettings
 from common.tracking import Tracker, read_metrics
@@ -507,3 +518,29 @@ def test_a_process_that_is_told_to_end_exits_with_143(tmp_path: Path) -> None:
 def test_more_processes_than_one_are_refused(params: dict[str, object]) -> None:
     with pytest.raises(UserError, match="this version trains in one process"):
         check_one_process(TrainerSettings(params={"accelerator": "cpu", **params}))
+
+
+def test_several_processes_on_one_machine_each_hold_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings(**params: object) -> TrainerSettings:
+        return TrainerSettings(params={"accelerator": "cpu", **params})
+
+    check_one_machine(settings(devices=2))
+    check_one_machine(settings(devices=2, strategy="ddp"))
+    assert trainer_params(settings(devices=2))["strategy"] == "ddp_find_unused_parameters_true"
+    assert [processes_here(settings(devices=devices)) for devices in (1, 3, "2", "auto")] == [1, 3, 2, 1]
+    with pytest.raises(UserError, match="num_nodes: got 2; this version trains on one machine"):
+        check_one_machine(settings(num_nodes=2))
+    with pytest.raises(UserError, match="strategy: got 'fsdp', under which no process has the whole model to save"):
+        check_one_machine(settings(devices=2, strategy="fsdp"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but the script starts its processes itself"):
+        check_one_machine(settings())
+
+
+def test_all_gpus_are_taken_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = TrainerSettings(params={"max_epochs": 2})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for present, devices in ((0, None), (1, None), (4, 4)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda present=present: present)
+        assert on_all_gpus(settings).params.get("devices") == devices
+    assert on_all_gpus(TrainerSettings(params={"accelerator": "cpu"})).params == {"accelerator": "cpu"}
