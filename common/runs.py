@@ -17,7 +17,7 @@ import yaml
 from common.errors import UserError
 from common.followers import followed_run
 from common.notes import take_notes
-from common.provenance import check_clean
+from common.provenance import check_clean, code_state
 from common.schema import RunSettings
 
 RESULTS_ROOT_VARIABLE = "RESULTS_ROOT_DIR"
@@ -44,6 +44,7 @@ def check_start(settings: RunSettings, root: Path) -> None:
     """
     if followed_run() is not None:
         return
+    code_state()  # what manifests record is the code that was loaded
     problems: list[str] = []
     for refuse in (
         lambda: _refuse_taken(root, settings.desc, settings.index),
