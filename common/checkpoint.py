@@ -66,6 +66,7 @@ class Manifest(BaseModel):
     readout: dict[str, Any] | None = Field(None, description="Reward models: how the score is read out; null for text generators.")
     score_mean: float | None = Field(None, description="Reward models: mean of output scores on the training set.")
     score_scale: float | None = Field(None, description="Reward models: standard deviation of output scores on the training set.")
+    member_means: list[float] | None = Field(None, description="Ensembles: mean of each member's output scores on the training set.")
     score_transform: ScoreTransform | None = Field(None, description="Reward models: what training did to scores, to be inverted.")
     metrics: dict[str, float] = Field(default_factory=dict, description="Figures of this checkpoint.")
     data_fingerprint: str | None = Field(None, description="SHA-256 of the validated training data.")

@@ -60,6 +60,12 @@ class ModelSource:
         return any(name.endswith("ForSequenceClassification") for name in (self.config or {}).get("architectures") or [])
 
     @property
+    def readouts(self) -> int:
+        """Readouts of a reward model: more than one for an ensemble."""
+        saved = (self.manifest.readout if self.manifest is not None else None) or {}
+        return int(saved.get("ensemble", 1))
+
+    @property
     def is_encoder_decoder(self) -> bool:
         return bool((self.config or {}).get("is_encoder_decoder", False))
 

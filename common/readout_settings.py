@@ -76,6 +76,8 @@ SETTINGS: dict[ReadoutName, tuple[str, ...]] = {
     "decoder_output": _HEAD,
 }
 """The settings that each readout has."""
+_OF_ENSEMBLES = ("ensemble", "bootstrap")
+_NOT_SAVED = {"dropout", "bootstrap"}  # training alone depends on them
 
 
 class ReadoutSettings(Section):
@@ -86,19 +88,29 @@ class ReadoutSettings(Section):
     attention_size: PositiveInt = Field(64, description="Width of the gated projection in `layerwise_attention`.")
     hidden_sizes: list[PositiveInt] = Field(default_factory=list, description="Widths of hidden layers in the head; none: it is linear.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout before each layer of the head.")
+    ensemble: PositiveInt = Field(
+        1, description="Readouts that are trained side by side over one backbone, from different beginnings; the score is their mean."
+    )
+    bootstrap: bool = Field(
+        False, description="Each readout of an ensemble learns from a resample of the rows: one counts 0, 1, 2 … times, by Poisson(1)."
+    )
 
     @model_validator(mode="after")
     def _every_setting_is_read(self) -> Self:
         reads = SETTINGS[self.name]
-        idle = [name for name in self.model_fields_set if name not in ("name", *reads) and getattr(self, name) != _DEFAULTS[name]]
+        read = ("name", *_OF_ENSEMBLES, *reads)
+        idle = [name for name in self.model_fields_set if name not in read and getattr(self, name) != _DEFAULTS[name]]
         if idle:
             has = f"{self.name} has {', '.join(reads) or 'no settings'}"
             raise KeyedProblems({(name,): f"got {getattr(self, name)}, expected nothing here: {has}" for name in sorted(idle)})
+        if self.bootstrap and self.ensemble == 1:
+            raise KeyedProblems({("bootstrap",): "got true, which needs an ensemble of 2 or more"})
         return self
 
     @model_serializer(mode="wrap")
     def _own_settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if name == "name" or name in SETTINGS[self.name]}
+        own = ("name", *SETTINGS[self.name], *(_OF_ENSEMBLES if self.ensemble > 1 else ()))
+        return {name: value for name, value in handler(self).items() if name in own}
 
     @property
     def reads_layers(self) -> bool:
@@ -108,7 +120,7 @@ class ReadoutSettings(Section):
     @property
     def shape(self) -> dict[str, Any]:
         """What saved weights depend on."""
-        return self.model_dump(exclude={"dropout"})
+        return self.model_dump(exclude=_NOT_SAVED)
 
 
 _DEFAULTS: dict[str, Any] = {

@@ -46,6 +46,7 @@ class Stream(IntEnum):
     TOKENS = 0
     PROMPT_ORDER = 1
     MINIBATCHES = 2
+    BOOTSTRAP = 3
 
 
 def stream_keys(seed: int, step: int, rows: Tensor, position: int | Tensor, stream: Stream = Stream.TOKENS) -> Tensor:

@@ -26,7 +26,7 @@ from common.schema_docs import settings_table
 from examples import real_results
 from examples import results as quickstart_results
 from reward_model.config import ClassificationConfig, RegressionConfig, RewardTestConfig
-from reward_model.logged import PAIR_METRICS, PAIR_TRAINING_METRICS, SCORE_METRICS
+from reward_model.logged import PAIR_MEMBER_METRICS, PAIR_METRICS, PAIR_TRAINING_METRICS, SCORE_MEMBER_METRICS, SCORE_METRICS
 from rlhf.config import PPORunConfig
 from sft.config import SFTConfig
 from sft.metrics import GENERATION_METRICS, VALIDATION_METRICS
@@ -50,8 +50,8 @@ def metrics(name: str) -> dict[str, str]:
 
         stage = {
             "sft": {**VALIDATION_METRICS, **GENERATION_METRICS},
-            "classification": {**PAIR_TRAINING_METRICS, **PAIR_METRICS},
-            "regression": SCORE_METRICS,
+            "classification": {**PAIR_TRAINING_METRICS, **PAIR_METRICS, **PAIR_MEMBER_METRICS},
+            "regression": {**SCORE_METRICS, **SCORE_MEMBER_METRICS},
         }[name]
         return {**TRAINING_METRICS, **stage}
     assert name == "ppo", name

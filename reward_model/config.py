@@ -22,7 +22,7 @@ from common.schema import (
     TrainingSettings,
     WandbSettings,
 )
-from reward_model.logged import PAIR_METRICS, SCORE_METRICS
+from reward_model.logged import PAIR_MEMBER_METRICS, PAIR_METRICS, SCORE_MEMBER_METRICS, SCORE_METRICS
 
 
 class RewardData(DataSettings):
@@ -128,7 +128,7 @@ class ClassificationConfig(RewardConfig):
 
     @property
     def monitored(self) -> dict[str, str]:
-        return PAIR_METRICS
+        return PAIR_METRICS | (PAIR_MEMBER_METRICS if self.model_params.readout.ensemble > 1 else {})
 
 
 class RegressionParams(RewardModelParams):
@@ -157,7 +157,7 @@ class RegressionConfig(RewardConfig):
 
     @property
     def monitored(self) -> dict[str, str]:
-        return SCORE_METRICS
+        return SCORE_METRICS | (SCORE_MEMBER_METRICS if self.model_params.readout.ensemble > 1 else {})
 
 
 class RewardTestData(RowSettings):

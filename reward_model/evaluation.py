@@ -15,7 +15,7 @@ from common.evaluation.csv_log import CsvLog
 from common.evaluation.identity import model_identity
 from common.model_source import ModelSource
 from common.models.backbone import RewardInput, collate_rewards, reward_inputs
-from common.models.reward import RewardScorer
+from common.models.reward import Judgement, RewardScorer
 from common.records import Prompt
 from common.runs import write_text_atomically
 from common.tracking import Tracker, wandb_mode
@@ -42,21 +42,26 @@ def load_scorer(config: RewardTestConfig) -> RewardScorer:
     )
 
 
+def columns_of(source: ModelSource, columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns of a CSV of scores; those of an ensemble of readouts have their spread, too."""
+    return (*columns, "spread") if source.readouts > 1 else tuple(columns)
+
+
 def open_log(config: RewardTestConfig, source: ModelSource, data_fingerprint: str, columns: Sequence[str]) -> CsvLog:
     """The CSV of this evaluation, continued if the same model was being evaluated on the same rows."""
     limits = {"max_length": config.data.max_length, "max_prompt_length": config.data.max_prompt_length}
     identity = {"model": model_identity(source), "data": data_fingerprint, "split": config.data.split, **limits}
-    log = CsvLog(config.test_params.log_file, columns, identity)
+    log = CsvLog(config.test_params.log_file, columns_of(source, columns), identity)
     if log.note:
         print(log.note)
     return log
 
 
-def score_unique(scorer: RewardScorer, rows: Sequence[tuple[Prompt, str]]) -> list[float]:
+def judge_unique(scorer: RewardScorer, rows: Sequence[tuple[Prompt, str]]) -> list[Judgement]:
     """Final scores of (prompt, answer) rows; one that occurs several times is scored once."""
     unique = list(dict.fromkeys(rows))
-    scores = dict(zip(unique, scorer.score([prompt for prompt, _ in unique], [answer for _, answer in unique]), strict=True))
-    return [scores[row] for row in rows]
+    judged = dict(zip(unique, scorer.judge([prompt for prompt, _ in unique], [answer for _, answer in unique]), strict=True))
+    return [judged[row] for row in rows]
 
 
 def invariance(scorer: RewardScorer, rows: Sequence[tuple[Prompt, str]], seed: int) -> dict[str, float]:

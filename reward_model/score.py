@@ -2,7 +2,7 @@
 
 Reads any format with answers (question/answer, with or without scores, preference pairs, dialogues; all splits) and CSV files of questions
 and answers, such as test_sft.py writes; writes one line per answer with its score and prints how the scores are distributed. It compares
-nothing: `test_reward.py` says how good the scores are.
+nothing: `test_reward.py` says how good the scores are. Scores of an ensemble of readouts come with its spread.
 
     python reward_model/score.py MODEL FILE [--output scores.jsonl | scores.csv] [--batch_size 32] [--unusable_rows drop] [--cuda]
 """
@@ -51,12 +51,13 @@ def main(argv: Sequence[str]) -> int:
         trust_remote_code=options.trust_remote_code,
     )
     reads = f"this model reads {scorer.encoder.max_length} tokens"
-    scores = scorer.score([prompt for prompt, _ in answers], [str(columns["answer"]) for _, columns in answers])
+    judged = scorer.judge([prompt for prompt, _ in answers], [str(columns["answer"]) for _, columns in answers])
     for note in scorer.encoder.take_notes(reads, remedy="train one with a larger data.max_length"):
         print(f"note: {note}")
-    rows = [{**columns, "score": score} for (_, columns), score in zip(answers, scores, strict=True)]
+    columns = (*COLUMNS, "spread") if scorer.model.members > 1 else COLUMNS
+    rows = [{**known, "score": answer.score, "spread": answer.spread} for (_, known), answer in zip(answers, judged, strict=True)]
     try:
-        write_text_atomically(output, csv_text(rows) if output.suffix == ".csv" else jsonl_text(rows))
+        write_text_atomically(output, csv_text(rows, columns) if output.suffix == ".csv" else jsonl_text(rows, columns))
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror or error}; --output names another place") from None
 
@@ -64,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
         values = np.array([row["score"] for row in rows if row["role"] == role], dtype=np.float64)
         quantiles = "  ".join(f"{share:.0%} {value:.3f}" for share, value in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True))
         print(f"{role}: {len(values)} answers, mean {values.mean():.4f}, standard deviation {values.std():.4f}\n  quantiles: {quantiles}")
+    if scorer.model.members > 1:
+        print(f"spread of the {scorer.model.members} readouts: {np.mean([answer.spread for answer in judged]):.4f} (mean)")
     print(f"scores of {len(rows):,} answers: {output}")
     return 0
 
@@ -105,14 +108,14 @@ def output_path(source: str, output: str | None) -> Path:
     return path
 
 
-def jsonl_text(rows: Sequence[dict[str, object]]) -> str:
-    lines = [{name: row[name] for name in COLUMNS if row[name] is not None} for row in rows]
+def jsonl_text(rows: Sequence[dict[str, object]], columns: Sequence[str]) -> str:
+    lines = [{name: row[name] for name in columns if row[name] is not None} for row in rows]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def csv_text(rows: Sequence[dict[str, object]]) -> str:
+def csv_text(rows: Sequence[dict[str, object]], columns: Sequence[str]) -> str:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -273,7 +274,8 @@ def read_from_cache(
 def record_score_moments(directory: Path, answers: Sequence[Answer], config: RewardConfig) -> tuple[float, float]:
     """Mean and standard deviation of a checkpoint's output scores on training answers, also written into its manifest.
 
-    Above `SCORE_SAMPLE` answers they are measured on a seeded sample of that many. PPO normalises scores with them.
+    Above `SCORE_SAMPLE` answers they are measured on a seeded sample of that many. PPO normalises scores with them. The mean of each
+    member of an ensemble goes into the manifest, too.
     """
     manifest = read_manifest(directory)
     assert manifest is not None, "a checkpoint has a manifest"
@@ -284,8 +286,12 @@ def record_score_moments(directory: Path, answers: Sequence[Answer], config: Rew
         device="cuda" if torch.cuda.is_available() else "cpu",
         trust_remote_code=config.trust_remote_code,
     )
-    scores = torch.tensor(scorer.transform.invert(scorer.score_inputs(sample)), dtype=torch.float64)
+    raw = scorer.score_members(sample)  # (N, M)
+    scores = torch.tensor(scorer.transform.invert(raw.mean(1).tolist()), dtype=torch.float64)
     mean, scale = float(scores.mean()), float(scores.std(correction=0))
-    complete = manifest.model_copy(update={"score_mean": mean, "score_scale": scale})
+    measured: dict[str, Any] = {"score_mean": mean, "score_scale": scale}
+    if scorer.model.members > 1:
+        measured["member_means"] = [statistics.fmean(scorer.transform.invert(member)) for member in raw.T.tolist()]
+    complete = manifest.model_copy(update=measured)
     write_text_atomically(directory / MANIFEST, complete.model_dump_json(indent=2) + "\n")
     return mean, scale

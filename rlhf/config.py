@@ -154,7 +154,7 @@ class PPOParams(Section):
 
 
 _PART_SETTINGS: dict[str, tuple[str, ...]] = {
-    "model": ("model_name", "batch_size", "normalise"),
+    "model": ("model_name", "batch_size", "normalise", "combine", "std_coef"),
     "function": ("path", "timeout_s"),
     "length": ("min_words", "max_words"),
     "repetition": ("ngram",),
@@ -189,8 +189,10 @@ class RewardComponent(Section):
         default_factory=lambda: [".", "!", "?"], description="must_end: 1 where the answer ends in one of these, else 0."
     )
     members: list[RewardComponent] = Field(default_factory=list, description="sum, ensemble: its parts.")
-    combine: Literal["mean", "min", "mean_minus_std"] = Field("mean", description="ensemble: how members are combined.")
-    std_coef: NonNegativeFloat = Field(1.0, description="ensemble: factor of the spread in `mean_minus_std`.")
+    combine: Literal["mean", "min", "mean_minus_std"] = Field(
+        "mean", description="ensemble: how members are combined; model: how the readouts of a model are that was trained with several."
+    )
+    std_coef: NonNegativeFloat = Field(1.0, description="ensemble, model: factor of the spread in `mean_minus_std`.")
 
     @model_validator(mode="after")
     def _complete(self) -> RewardComponent:

@@ -13,6 +13,8 @@ A pooled readout takes one vector of the tokens of each layer, one vector of tho
 
 Which token is one and which part of the transformer is read is in `common.readout_settings`. States of lower layers may be a thousand
 times larger than those behind a final norm (T5's are), so every vector is normalised before it is weighed, mixed or scored.
+
+Several readouts of the same states make an ensemble, whose score is their mean.
 """
 
 from __future__ import annotations
@@ -63,10 +65,17 @@ class ScoreHead(Float32Linear):
 class Readout(nn.Module):
     """Base of all readouts. `forward` maps states to scores (B,) in float32."""
 
-    score: ScoreHead
-
     def forward(self, states: States) -> Tensor:
         raise NotImplementedError
+
+    def member_scores(self, states: States) -> Tensor:
+        """Scores of the M members of an ensemble, (B, M); any other readout is its own only member."""
+        scores: Tensor = self(states)
+        return scores[:, None]
+
+    def linear_weight(self) -> Tensor | None:
+        """The weight (1, D) that scores the final state of one token; None where more than that makes a score."""
+        return None
 
 
 class LastToken(Readout):
@@ -79,6 +88,9 @@ class LastToken(Readout):
     def forward(self, states: States) -> Tensor:
         scores: Tensor = self.score(states.values[:, -1, 0])
         return scores
+
+    def linear_weight(self) -> Tensor:
+        return self.score.weight
 
 
 class Pooled(Readout):
@@ -121,6 +133,24 @@ class Pooled(Readout):
             pooled: Tensor = self.tokens[layer](normalised(states), mask)
             return pooled
         return masked_mean(states, mask)
+
+
+class Ensemble(Readout):
+    """M readouts of the same states, alike but for the weights they started from. The score is the mean of theirs."""
+
+    def __init__(self, members: Sequence[Readout]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, states: States) -> Tensor:
+        return self.member_scores(states).mean(1)
+
+    def member_scores(self, states: States) -> Tensor:
+        return torch.stack([member(states) for member in self.members], 1)
+
+    def linear_weight(self) -> Tensor | None:
+        weights = [member.score.weight for member in self.members if isinstance(member, LastToken)]
+        return torch.stack(weights).mean(0) if weights else None
 
 
 class Attention(nn.Module):
@@ -176,8 +206,15 @@ def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
 
 
 def build_readout(settings: ReadoutSettings, needs: Needs, hidden_size: int, seed: int) -> Readout:
-    """The readout that the settings ask for, with fresh weights that depend on `seed` alone."""
+    """The readout that the settings ask for, with fresh weights that depend on `seed` alone.
+
+    The first member of an ensemble starts as the readout alone would.
+    """
     generator = torch.Generator().manual_seed(seed)
-    if settings.name == "last_token":
-        return LastToken(hidden_size, generator)
-    return Pooled(settings, hidden_size, needs.layers, generator)
+
+    def build() -> Readout:
+        if settings.name == "last_token":
+            return LastToken(hidden_size, generator)
+        return Pooled(settings, hidden_size, needs.layers, generator)
+
+    return build() if settings.ensemble == 1 else Ensemble([build() for _ in range(settings.ensemble)])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from pydantic import ValidationError
@@ -21,6 +22,7 @@ from common.models.answers import Answer, collate_answers
 from common.models.backbone import (
     Entry,
     RewardBatch,
+    RewardInput,
     States,
     as_reward_input,
     backbone_states,
@@ -151,14 +153,23 @@ class RewardModel(nn.Module):
         decoder_attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Ids (B, S) and masks (B, S), True on real tokens -> raw scores (B,)."""
-        batch = RewardBatch(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
-        parts = [(rows, self.readout(states)) for rows, states in self._states(batch)]
-        return torch.cat([scores for _, scores in parts])[torch.cat([rows for rows, _ in parts]).argsort()]
+        return self.scores(RewardBatch(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask))
 
     def scores(self, inputs: RewardBatch | States) -> Tensor:
-        """Raw scores (B,) of a batch, or of states that were computed before."""
-        scores: Tensor = self.readout(inputs) if isinstance(inputs, States) else self(*inputs)
-        return scores
+        """Raw scores (B,) of a batch, or of states that were computed before: the mean over the members of an ensemble."""
+        return self.member_scores(inputs).mean(1)
+
+    def member_scores(self, inputs: RewardBatch | States) -> Tensor:
+        """As `scores`, of each of the M members of an ensemble: (B, M). Any other readout is its own only member."""
+        if isinstance(inputs, States):
+            return self.readout.member_scores(inputs)
+        parts = [(rows, self.readout.member_scores(states)) for rows, states in self._states(inputs)]
+        return torch.cat([scores for _, scores in parts])[torch.cat([rows for rows, _ in parts]).argsort()]
+
+    @property
+    def members(self) -> int:
+        """Readouts of the ensemble; 1 where there is none."""
+        return self.readout_settings.ensemble
 
     def state_rows(self, batch: RewardBatch) -> list[Tensor]:
         """The states that the readout reads, (T, L, D) of each row without padding: `readout(collate_states(rows))` are the scores."""
@@ -231,6 +242,22 @@ def _saved_settings(name: str, manifest: Manifest | None) -> ReadoutSettings:
         return ReadoutSettings.model_validate(saved)
     except ValidationError:
         raise UserError(f"{name} has the readout {saved}, which is none of this version") from None
+
+
+class Judgement(NamedTuple):
+    """What a reward model makes of one answer."""
+
+    score: float
+    """Its final score."""
+    members: list[float]
+    """The final scores of the members of an ensemble (any other readout: the score). Each is shifted by how far its mean on the training
+    set lies from the model's, as far as a manifest tells: pairs leave the zero of every member free, and only what they say of this answer
+    alone is their disagreement."""
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the members."""
+        return statistics.pstdev(self.members)
 
 
 class RewardScorer:
@@ -309,6 +336,26 @@ class RewardScorer:
 
     def raw_scores(self, prompts: Sequence[Prompt | str], responses: Sequence[str], ended: Sequence[bool] | None = None) -> list[float]:
         """As `score`, with the score transform left on: what `AutoModelForSequenceClassification` gives."""
+        return self.score_inputs(self._inputs(prompts, responses, ended))
+
+    def judge(self, prompts: Sequence[Prompt | str], responses: Sequence[str], ended: Sequence[bool] | None = None) -> list[Judgement]:
+        """As `score`, with what each member of an ensemble says."""
+        raw = self.score_members(self._inputs(prompts, responses, ended))
+        scores = self.transform.invert(raw.mean(1).tolist())
+        members = [self.transform.invert(column) for column in raw.T.tolist()]
+        shifts = self._member_shifts
+        return [
+            Judgement(score, [value - shift for value, shift in zip(values, shifts, strict=True)])
+            for score, values in zip(scores, zip(*members, strict=True), strict=True)
+        ]
+
+    @property
+    def _member_shifts(self) -> list[float]:
+        """By how much each member's mean on the training set lies above the model's; 0 where no manifest tells."""
+        means = self.manifest.member_means if self.manifest else None
+        return [0.0] * self.model.members if means is None else [mean - self.score_mean for mean in means]
+
+    def _inputs(self, prompts: Sequence[Prompt | str], responses: Sequence[str], ended: Sequence[bool] | None) -> list[RewardInput]:
         if len(prompts) != len(responses) or (ended is not None and len(ended) != len(responses)):
             raise ValueError(f"{len(prompts)} prompts, {len(responses)} responses" + (f", {len(ended)} ended" if ended is not None else ""))
         flags = [True] * len(responses) if ended is None else list(ended)
@@ -316,11 +363,10 @@ class RewardScorer:
         encoded = self.encoder.pairs(asked, responses, unusable_rows="drop")
         del self.encoder.counts["rows dropped"]  # they are judged all the same
         entry = self.model.entry
-        rows = [
+        return [
             as_reward_input(row or self._empty_answer(prompt), entry, ended=flag)
             for row, prompt, flag in zip(encoded, asked, flags, strict=True)
         ]
-        return self.score_inputs(rows)
 
     def _empty_answer(self, prompt: Prompt) -> Encoded:
         """An answer without any token ends at once; it is judged, not refused."""
@@ -328,13 +374,16 @@ class RewardScorer:
 
     def score_inputs(self, rows: Sequence[Answer]) -> list[float]:
         """Raw scores of rows of tokens or states, in their order; rows of like length are scored together."""
+        scores: list[float] = self.score_members(rows).mean(1).tolist()
+        return scores
+
+    def score_members(self, rows: Sequence[Answer]) -> Tensor:
+        """As `score_inputs`, of each of the M members of an ensemble: (N, M) float64 on the CPU."""
         order = sorted(range(len(rows)), key=lambda index: rows[index].length)
-        scores = [0.0] * len(rows)
+        scores = torch.zeros(len(rows), self.model.members, dtype=torch.float64)
         with evaluating(self.model), torch.inference_mode(), prepacked(self.model):
             for start in range(0, len(order), self.batch_size):
                 chunk = order[start : start + self.batch_size]
                 batch = collate_answers([rows[index] for index in chunk], self.tokenizer.pad_token_id).to(self.device)
-                values: list[float] = self.model.scores(batch).tolist()
-                for index, value in zip(chunk, values, strict=True):
-                    scores[index] = value
+                scores[chunk] = self.model.member_scores(batch).to(scores)
         return scores

@@ -33,8 +33,9 @@ def pair_loss(
 ) -> Tensor:
     """Weighted sum over pairs of the preference loss and the centring term, a scalar; divide by the number of questions.
 
-    All tensors are (P,). `weight` is 1 / K for each of the K pairs of one question, so that a question counts once, however many of its
-    answers were rejected; times the pair's importance, where its margin says how much it counts (Wang et al. 2024, HelpSteer2-Preference).
+    All tensors are (P,), or (P, M) and (P, 1) for M models that are trained together. `weight` is 1 / K for each of the K pairs of one
+    question, so that a question counts once, however many of its answers were rejected; times the pair's importance, where its margin
+    says how much it counts (Wang et al. 2024, HelpSteer2-Preference).
     """
     loss = bradley_terry_loss(chosen, rejected, margin, label_smoothing)
     if centring_coef:

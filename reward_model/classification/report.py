@@ -37,6 +37,7 @@ class ScoredPair:
     rejected_length: int
     prompt_length: int
     values: tuple[str, ...] = ()  # of the columns that the report is broken down by
+    spread: float | None = None  # of the margins by an ensemble's members
 
 
 def pair_report(
@@ -68,6 +69,11 @@ def pair_report(
         Figure("correlation of score with length", length_correlation),
         Figure("rank correlation of score with length", spearman(scores, lengths)),
     ]
+    disagreement: list[Breakdown] = []
+    if pairs and pairs[0].spread is not None:
+        spreads = column(pairs, "spread")
+        figures.append(Figure("spread of the readouts' margins", mean(spreads)))
+        disagreement.append(sliced("by spread of the readouts' margins", spreads, right, longer))
     low = accuracy.interval.low if accuracy.interval else float("nan")
     gain_low = gain.interval.low if gain.interval else float("nan")
     checks = [
@@ -89,6 +95,7 @@ def pair_report(
         breakdowns=[
             calibration_breakdown("how often the preferred answer won, by how sure the model was", calibration),
             sliced("by margin |chosen - rejected|", np.abs(margins), right, longer),
+            *disagreement,
             sliced("by length difference (chosen - rejected, characters)", length_difference, right, longer),
             sliced("by length of the prompt (characters)", column(pairs, "prompt_length"), right, longer),
             *(by_value(name, [pair.values[i] for pair in pairs], right, longer) for i, name in enumerate(breakdown_by)),

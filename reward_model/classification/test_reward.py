@@ -9,8 +9,10 @@ It trains nothing and reads no split but the one named.
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Sequence
+from operator import sub
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
             chosen_length=len(record.chosen),
             rejected_length=len(rejected),
             prompt_length=prompt_length(record.prompt),
+            spread=float(row["spread"]) if "spread" in row else None,
             values=row_values,
         )
         for (record, rejected), row, row_values in zip(pairs, log.rows, values, strict=True)
@@ -75,20 +78,24 @@ def main(argv: Sequence[str]) -> int:
 
 
 def scored_rows(scorer: RewardScorer, pairs: Sequence[tuple[PairRecord, str]]) -> list[dict[str, object]]:
-    """CSV rows of (record, rejected answer) pairs; an answer that stands in several pairs is scored once."""
-    from reward_model.evaluation import score_unique
+    """CSV rows of (record, rejected answer) pairs; an answer that stands in several pairs is scored once.
 
-    chosen = score_unique(scorer, [(record.prompt, record.chosen) for record, _ in pairs])
-    rejected = score_unique(scorer, [(record.prompt, answer) for record, answer in pairs])
+    `spread`: standard deviation of the margins that the members of an ensemble give.
+    """
+    from reward_model.evaluation import judge_unique
+
+    chosen = judge_unique(scorer, [(record.prompt, record.chosen) for record, _ in pairs])
+    rejected = judge_unique(scorer, [(record.prompt, answer) for record, answer in pairs])
     return [
         {
             "question": record.prompt.question,
             "chosen": record.chosen,
             "rejected": answer,
-            "chosen_score": high,
-            "rejected_score": low,
-            "margin": high - low,
+            "chosen_score": high.score,
+            "rejected_score": low.score,
+            "margin": high.score - low.score,
         }
+        | ({"spread": statistics.pstdev(map(sub, high.members, low.members))} if len(high.members) > 1 else {})
         for (record, answer), high, low in zip(pairs, chosen, rejected, strict=True)
     ]
 

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         texts=lambda record: (render_prompt(record.prompt), *map(answer_text, (record.chosen, *record.rejected))),
         encode=lambda records, encoder, entry: encode_pairs(records, encoder, entry, config.model_params, config.data.unusable_rows),
         collate=collate_pairs,
-        module=lambda model, total_steps, _: PairModule(model, config.model_params, total_steps),
+        module=lambda model, total_steps, _: PairModule(model, config.model_params, total_steps, config.seed),
     )
     train(config, splits, objective)
     return 0

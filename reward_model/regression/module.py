@@ -16,6 +16,7 @@ from common.optim import build_optimizer
 from common.score_transform import ScoreTransform
 from reward_model.config import RegressionParams
 from reward_model.gathered import Gathered
+from reward_model.members import member_weights
 from reward_model.metrics import group_ids, mean, pairs_within, pearson, r2, same_sign, spearman, wins
 from reward_model.regression.dataset import ScoreBatch, ScoreRow
 from reward_model.regression.losses import score_loss
@@ -33,8 +34,9 @@ class ScoreModule(pl.LightningModule):
         transform: ScoreTransform,
         train_mean: float,
         validation_rows: Sequence[ScoreRow],
+        seed: int = 0,
     ) -> None:
-        """`train_mean`: mean training score in the data's units, the baseline of R2."""
+        """`train_mean`: mean training score in the data's units, the baseline of R2. `seed`: of an ensemble's resamples of the rows."""
         super().__init__()
         self.model = model
         self.params = params
@@ -42,6 +44,7 @@ class ScoreModule(pl.LightningModule):
         self.transform = transform
         self.train_mean = train_mean
         self.validation_rows = validation_rows
+        self.seed = seed
         self._validation = Gathered()
 
     def describe_rows(self, batch: ScoreBatch) -> str:
@@ -49,15 +52,17 @@ class ScoreModule(pl.LightningModule):
         return ", ".join(batch["where"])
 
     def forward(self, batch: ScoreBatch) -> Tensor:
-        """Raw scores (B,), on the transformed scale."""
-        return self.model.scores(batch["inputs"])
+        """Raw scores by each of the M members of an ensemble, (B, M), on the transformed scale."""
+        return self.model.member_scores(batch["inputs"])
 
     def losses(self, batch: ScoreBatch, scores: Tensor) -> Tensor:
-        """Loss of each row, (B,)."""
-        return score_loss(scores, batch["target"], self.params.loss_name, self.params.huber_delta)
+        """Loss of each row by each of the scores (B, M) that it has: (B, M)."""
+        return score_loss(scores, batch["target"][:, None], self.params.loss_name, self.params.huber_delta)
 
     def training_step(self, batch: ScoreBatch, batch_idx: int) -> Tensor:
-        return torch.sum(batch["weight"] * self.losses(batch, self(batch))) / batch["denominator"]
+        losses = self.losses(batch, self(batch))  # (B, M)
+        weight = member_weights(batch["weight"], batch["index"], self.model.readout_settings, self.seed)
+        return torch.sum(weight * losses) / (batch["denominator"] * losses.shape[1])
 
     def on_fit_start(self) -> None:
         freeze_eval(self.model)  # Lightning restores these modes after each validation
@@ -66,17 +71,22 @@ class ScoreModule(pl.LightningModule):
         self._validation = Gathered()
 
     def validation_step(self, batch: ScoreBatch, batch_idx: int) -> None:
-        scores = self(batch)
-        losses = self.losses(batch, scores)
-        for index, score, loss in zip(batch["index"].tolist(), scores.tolist(), losses.tolist(), strict=True):
-            self._validation.add(index, [score, loss])
+        members = self(batch)  # (B, M)
+        scores = members.mean(1, keepdim=True)
+        table = torch.cat([scores, self.losses(batch, scores), self.losses(batch, members).mean(1, keepdim=True), members], 1)
+        for index, row in zip(batch["index"].tolist(), table.tolist(), strict=True):
+            self._validation.add(index, row)
 
     def on_validation_epoch_end(self) -> None:
         gathered = self._validation.by_index()
         rows = [self.validation_rows[index] for index in gathered]
-        raw, losses = zip(*gathered.values(), strict=True)
-        metrics = score_metrics(self.transform.invert(raw), [row.score for row in rows], [row.question for row in rows], self.train_mean)
+        raw, losses, member_losses, *members = zip(*gathered.values(), strict=True)
+        targets = [row.score for row in rows]
+        metrics = score_metrics(self.transform.invert(raw), targets, [row.question for row in rows], self.train_mean)
         metrics["val/loss"] = mean(losses)
+        if len(members) > 1:
+            metrics |= member_metrics([self.transform.invert(scores) for scores in members], targets)
+            metrics["val/member_loss"] = mean(member_losses)
         self.log_dict(metrics)
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -96,3 +106,9 @@ def score_metrics(predicted: Sequence[float], target: Sequence[float], questions
         "val/accuracy": mean(same_sign(p, y)),
     }
     return metrics | ({"val/pair_accuracy": mean(wins(p[better] - p[worse]))} if len(better) else {})
+
+
+def member_metrics(predicted: Sequence[Sequence[float]], target: Sequence[float]) -> dict[str, float]:
+    """How the members of an ensemble differ, and how good one is, from the predictions of each, in the data's score units."""
+    p = np.asarray(predicted, dtype=np.float64)  # (M, N)
+    return {"val/spread": mean(p.std(0)), "val/member_accuracy": mean([mean(same_sign(scores, target)) for scores in p])}

@@ -42,6 +42,7 @@ class ScoredAnswer:
     length: int
     prompt_length: int
     values: tuple[str, ...] = ()  # of the columns that the report is broken down by
+    spread: float | None = None  # of the predictions by an ensemble's members
 
 
 def score_report(
@@ -97,6 +98,12 @@ def score_report(
         Figure("calibration intercept", intercept, baseline=0.0, baseline_name="calibrated"),
         Figure("expected calibration error (score units)", calibration_error),
     ]
+    disagreement: list[Breakdown] = []
+    if answers and answers[0].spread is not None:
+        spreads = column(answers, "spread")
+        figures.append(Figure("spread of the readouts", mean(spreads)))
+        figures.append(Figure("rank correlation of spread with absolute error", spearman(spreads, absolute)))
+        disagreement.append(sliced("by spread of the readouts", spreads, squared, total))
     checks = [
         Check(r2_interval.low > 0, f"better than the mean: R2 {shown(r2_value)}, lower end of its interval {shown(r2_interval.low)}"),
         Check(
@@ -120,6 +127,7 @@ def score_report(
         figures=figures,
         breakdowns=[
             calibration_breakdown("mean predicted (expected) and mean target (observed), by predicted score", calibration),
+            *disagreement,
             sliced("by length of the answer (characters)", length, squared, total),
             sliced("by length of the prompt (characters)", column(answers, "prompt_length"), squared, total),
             *(by_value(name, [answer.values[i] for answer in answers], squared, total) for i, name in enumerate(breakdown_by)),

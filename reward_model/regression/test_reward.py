@@ -65,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
             predicted=float(row["pred_score"]),
             length=len(record.answer),
             prompt_length=prompt_length(record.prompt),
+            spread=float(row["spread"]) if "spread" in row else None,
             values=row_values,
         )
         for record, row, row_values in zip(records, log.rows, values, strict=True)
@@ -81,17 +82,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def scored_rows(scorer: RewardScorer, records: Sequence[ScoreRecord]) -> list[dict[str, object]]:
-    """CSV rows of answers. `mse` is the squared error of the row."""
-    predictions = scorer.score([record.prompt for record in records], [record.answer for record in records])
+    """CSV rows of answers. `mse` is the squared error of the row, `spread` the standard deviation of an ensemble's members."""
+    judged = scorer.judge([record.prompt for record in records], [record.answer for record in records])
     return [
         {
             "question": record.prompt.question,
             "answer": record.answer,
             "target_score": record.score,
-            "pred_score": predicted,
-            "mse": (predicted - record.score) ** 2,
+            "pred_score": predicted.score,
+            "mse": (predicted.score - record.score) ** 2,
         }
-        for record, predicted in zip(records, predictions, strict=True)
+        | ({"spread": predicted.spread} if len(predicted.members) > 1 else {})
+        for record, predicted in zip(records, judged, strict=True)
     ]
 
 

@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
             transform=transform,
             train_mean=sum(scores) / len(scores),
             validation_rows=val_rows,
+            seed=config.seed,
         ),
         transform=transform,
     )

@@ -18,7 +18,7 @@ METRICS: dict[str, str] = {
     "train/judge_texts_cut": "Prompts and answers that a reward model could not read whole, for its maximum length, in this step.",
     "train/epoch": "Passes over the training prompts so far (fractional).",
     "reward/NAME": "Mean of each part of the reward pipeline on the step's answers, by the part's name; also `NAME_raw`, a reward model's "
-    "score before normalising, and `NAME_std`, the spread in an ensemble.",
+    "score before normalising, and `NAME_std`, the spread in an ensemble of models or of a model's readouts.",
     "objective/kl": "KL from the reference per answer (nats) by the estimator `kl_penalty`, summed over tokens, mean over answers.",
     "objective/kl_coef": "KL coefficient used in this step.",
     "objective/entropy": "Mean over answers of -log p of the sampled answer (nats).",

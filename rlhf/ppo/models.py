@@ -22,7 +22,6 @@ from common.lora import add_adapters, is_lora, merged_copy
 from common.model_source import check_model_source
 from common.models.backbone import hidden_size
 from common.models.load import Dtype, load_generator, quiet
-from common.models.readouts import LastToken
 from common.models.reward import RewardModel
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -206,9 +205,10 @@ class Critic(nn.Module):
     def from_reward_model(cls, reward: RewardModel, *, mean: float = 0.0, scale: float = 1.0, weight: float = 1.0) -> Critic:
         """Copy a reward model; values are weight * (score - mean) / scale. `reward` itself stays as it is."""
         critic = cls(copy.deepcopy(reward.backbone))
-        if isinstance(reward.readout, LastToken):
+        head = reward.readout.linear_weight()
+        if head is not None:
             with torch.no_grad():
-                critic.v_head.summary.weight.copy_(reward.readout.score.weight * (weight / scale))
+                critic.v_head.summary.weight.copy_(head * (weight / scale))
                 critic.v_head.summary.bias.fill_(-mean * weight / scale)
         return critic
 

@@ -15,7 +15,7 @@ from common.records import Prompt
 from rlhf.config import RewardComponent, RewardSettings
 from rlhf.reward_pipelines.combine import Ensemble, WeightedSum
 from rlhf.reward_pipelines.function import PythonFunction, check_signature, load_function
-from rlhf.reward_pipelines.model import TrainedRewardModel
+from rlhf.reward_pipelines.model import TrainedEnsemble, TrainedRewardModel
 from rlhf.reward_pipelines.part import Answers, RewardPart, RewardResult
 from rlhf.reward_pipelines.rules import LengthRule, MustEndRule, RegexRule, RepetitionRule
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 _EXTRA_FIGURES: dict[str, dict[str, str]] = {
-    "model": {"_raw": "the score before normalising"},
+    "model": {"_raw": "the score before normalising", "_std": "the spread of its readouts"},
     "ensemble": {"_std": "the spread of the members"},
 }
 """What some parts log beside their value, by the suffix to their name."""
@@ -123,9 +123,12 @@ def check_pipeline(settings: RewardSettings, *, trust_remote_code: bool = False)
         try:
             if component.type == "model":
                 assert component.model_name is not None
-                sources.append(
-                    check_model_source(component.model_name, setting=setting, role="reward", trust_remote_code=trust_remote_code)
-                )
+                source = check_model_source(component.model_name, setting=setting, role="reward", trust_remote_code=trust_remote_code)
+                sources.append(source)
+                idle = component.model_fields_set & {"combine", "std_coef"}
+                if idle and source.readouts == 1:
+                    place = setting.removesuffix(".model_name")
+                    problems.extend(f"{place}.{key}: has no effect: {component.model_name} has one readout" for key in sorted(idle))
             elif component.type == "function":
                 assert component.path is not None
                 load_function(component.path)
@@ -244,13 +247,16 @@ def _build(
                 device=device,
                 trust_remote_code=trust_remote_code,
             )
-            if component.normalise == "manifest" and not scorer.knows_its_scale:
+            normalise = component.normalise
+            if normalise == "manifest" and not scorer.knows_its_scale:
                 say(
                     f"{component.model_name} has no mean and scale of its scores in a manifest (a stopped run, a model from elsewhere): "
                     "normalised by the reference's answers, as with normalise: reference"
                 )
-                return TrainedRewardModel(name, scorer, "reference")
-            return TrainedRewardModel(name, scorer, component.normalise)
+                normalise = "reference"
+            if scorer.model.members > 1:
+                return TrainedEnsemble(name, scorer, normalise, component.combine, component.std_coef)
+            return TrainedRewardModel(name, scorer, normalise)
         case "function":
             assert component.path is not None
             return PythonFunction(name, component.path, load_function(component.path), component.timeout_s)

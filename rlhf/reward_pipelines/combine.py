@@ -8,6 +8,8 @@ from typing import Literal
 
 from rlhf.reward_pipelines.part import Answers, RewardPart
 
+Combine = Literal["mean", "min", "mean_minus_std"]
+
 
 class _Combined(RewardPart):
     def __init__(self, name: str, members: Sequence[RewardPart]) -> None:
@@ -36,26 +38,26 @@ class WeightedSum(_Combined):
 
 
 class Ensemble(_Combined):
-    """Members that judge the same thing, each on its normalised scale.
+    """Members that judge the same thing, each on its normalised scale, as one: see `combined`. The spread is logged as `NAME_std`."""
 
-    mean: their average. min: the most severe. mean_minus_std: the average minus `std_coef` times their spread (population standard
-    deviation), so that an answer that fools one member gains little. The spread is logged as `NAME_std`.
-    """
-
-    def __init__(
-        self, name: str, members: Sequence[RewardPart], how: Literal["mean", "min", "mean_minus_std"] = "mean", std_coef: float = 1.0
-    ) -> None:
+    def __init__(self, name: str, members: Sequence[RewardPart], how: Combine = "mean", std_coef: float = 1.0) -> None:
         super().__init__(name, members)
         self.how = how
         self.std_coef = std_coef
 
     def values(self, answers: Answers, components: dict[str, list[float]]) -> list[float]:
         rows = self._columns(answers, components)
-        spreads = [statistics.pstdev(row) for row in rows]
-        components[f"{self.name}_std"] = spreads
-        if self.how == "min":
-            return [min(row) for row in rows]
-        means = [statistics.fmean(row) for row in rows]
-        if self.how == "mean":
-            return means
-        return [mean - self.std_coef * spread for mean, spread in zip(means, spreads, strict=True)]
+        components[f"{self.name}_std"] = [statistics.pstdev(row) for row in rows]
+        return [combined(row, self.how, self.std_coef) for row in rows]
+
+
+def combined(values: Sequence[float], how: Combine, std_coef: float = 1.0) -> float:
+    """What several judges of one answer make of it together.
+
+    mean: their average. min: the most severe. mean_minus_std: the average minus `std_coef` times their spread (population standard
+    deviation), so that an answer that fools one of them gains little.
+    """
+    if how == "min":
+        return min(values)
+    mean = statistics.fmean(values)
+    return mean if how == "mean" else mean - std_coef * statistics.pstdev(values)

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from common.records import Prompt
+from rlhf.reward_pipelines.combine import Combine, combined
 from rlhf.reward_pipelines.part import Answers, RewardPart
+
+Normalise = Literal["manifest", "reference", "none"]
 
 _LEAST_SCALE = 1e-6
 """Scores that differ less than this are taken as all alike, and not divided."""
@@ -25,6 +28,23 @@ class Scorer(Protocol):
     def score(self, prompts: Sequence[Prompt | str], responses: Sequence[str], ended: Sequence[bool] | None = None) -> list[float]: ...
 
 
+class MemberScorer(Scorer, Protocol):
+    """What it offers beside that for an ensemble of readouts: the final scores of its members."""
+
+    def judge(
+        self, prompts: Sequence[Prompt | str], responses: Sequence[str], ended: Sequence[bool] | None = None
+    ) -> Sequence[MemberScores]: ...
+
+
+class MemberScores(Protocol):
+    """The final score of an answer, and its members'."""
+
+    @property
+    def score(self) -> float: ...
+    @property
+    def members(self) -> Sequence[float]: ...
+
+
 class TrainedRewardModel(RewardPart):
     """(score - mean) / scale of a reward model, whatever its tokenizer; the score itself is logged as `NAME_raw`.
 
@@ -32,7 +52,7 @@ class TrainedRewardModel(RewardPart):
     sees, `none` takes 0 and 1.
     """
 
-    def __init__(self, name: str, scorer: Scorer, normalise: Literal["manifest", "reference", "none"] = "manifest") -> None:
+    def __init__(self, name: str, scorer: Scorer, normalise: Normalise = "manifest") -> None:
         super().__init__(name)
         self.scorer = scorer
         self.normalise = normalise
@@ -80,7 +100,9 @@ class TrainedRewardModel(RewardPart):
     def calibrate(self, answers: Answers) -> None:
         if self.normalise != "reference":
             return
-        raw = self._raw(answers)
+        self._learn_scale(self._raw(answers))
+
+    def _learn_scale(self, raw: Sequence[float]) -> None:
         self._mean = statistics.fmean(raw)
         spread = statistics.pstdev(raw)
         self._scale = spread if spread > _LEAST_SCALE else 1.0
@@ -91,3 +113,50 @@ class TrainedRewardModel(RewardPart):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self.normalise == "reference":
             self._mean, self._scale = state["mean"], state["scale"]
+
+
+class TrainedEnsemble(TrainedRewardModel):
+    """A reward model with several readouts: what `combined` makes of (score - mean) / scale of each, their spread logged as `NAME_std`.
+
+    The scale is the model's own; the mean is each member's, since a readout trained on pairs has a zero of its own.
+    """
+
+    scorer: MemberScorer
+
+    def __init__(
+        self,
+        name: str,
+        scorer: MemberScorer,
+        normalise: Normalise = "manifest",
+        how: Combine = "mean",
+        std_coef: float = 1.0,
+    ) -> None:
+        super().__init__(name, scorer, normalise)
+        self.how = how
+        self.std_coef = std_coef
+        self._member_means: list[float] | None = None  # None: all as the model's, to which the scorer shifts its members
+
+    def values(self, answers: Answers, components: dict[str, list[float]]) -> list[float]:
+        mean, scale = self.mean, self.scale
+        judged = self.scorer.judge(answers.prompts, answers.responses, answers.ended)
+        means = [mean] * len(judged[0].members) if self._member_means is None else self._member_means
+        rows = [[(score - own) / scale for score, own in zip(answer.members, means, strict=True)] for answer in judged]
+        if self.normalise != "none":
+            components[f"{self.name}_raw"] = [answer.score for answer in judged]
+        components[f"{self.name}_std"] = [statistics.pstdev(row) for row in rows]
+        return [combined(row, self.how, self.std_coef) for row in rows]
+
+    def calibrate(self, answers: Answers) -> None:
+        if self.normalise != "reference":
+            return
+        judged = self.scorer.judge(answers.prompts, answers.responses, answers.ended)
+        self._learn_scale([answer.score for answer in judged])
+        self._member_means = [statistics.fmean(scores) for scores in zip(*(answer.members for answer in judged), strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return state | {"member_means": self._member_means} if state else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._member_means = state.get("member_means")

@@ -103,28 +103,28 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(kind: str, evaluate,
     for file in path.parent.iterdir():
         file.unlink()
 
-    original = RewardScorer.score
+    original = RewardScorer.judge
     calls: list[int] = []
 
-    def dies(self: RewardScorer, prompts: Any, responses: Any, ended: Any = None) -> list[float]:
+    def dies(self: RewardScorer, prompts: Any, responses: Any, ended: Any = None) -> Any:
         if sum(calls) >= 6:
             raise KeyboardInterrupt
         calls.append(len(responses))
         return original(self, prompts, responses, ended)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RewardScorer, "score", dies)
+        patch.setattr(RewardScorer, "judge", dies)
         evaluate(kind)
     there = len(read(path))
     assert 0 < there < len(whole.splitlines()) - 1
 
     scored: list[int] = []
 
-    def counts(self: RewardScorer, prompts: Any, responses: Any, ended: Any = None) -> list[float]:
+    def counts(self: RewardScorer, prompts: Any, responses: Any, ended: Any = None) -> Any:
         scored.append(len(responses))
         return original(self, prompts, responses, ended)
 
-    monkeypatch.setattr(RewardScorer, "score", counts)
+    monkeypatch.setattr(RewardScorer, "judge", counts)
     evaluate(kind)
     assert path.read_bytes() == whole
     assert path.with_suffix(".summary.json").read_bytes() == summary

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -16,14 +18,19 @@ import torch
 from pydantic import ValidationError
 from transformers import GPTNeoConfig, GPTNeoForSequenceClassification
 
+from common.checkpoint import new_manifest, save_model_directory
 from common.errors import UserError
-from common.models.load import train_tokenizer
+from common.models.load import build_backbone, train_tokenizer
+from common.models.reward import Judgement, RewardModel, RewardScorer
+from common.readout_settings import ReadoutSettings
 from common.records import Prompt
+from common.schema import ModelInit
 from examples.custom_reward import polite_and_short
 from rlhf.config import RewardSettings
+from rlhf.ppo.models import Critic
 from rlhf.reward_pipelines import RewardPipeline, build_pipeline, check_pipeline
 from rlhf.reward_pipelines.combine import Ensemble, WeightedSum
-from rlhf.reward_pipelines.model import TrainedRewardModel
+from rlhf.reward_pipelines.model import TrainedEnsemble, TrainedRewardModel
 from rlhf.reward_pipelines.rules import repeated_share
 
 
@@ -147,6 +154,48 @@ def test_prompts_with_context_and_cut_answers_reach_the_model_as_they_are() -> N
     assert scorer.seen == [([prompt, Prompt("plain")], ["a", "b"], [True, False])]
 
 
+class EnsembleScorer(TableScorer):
+    """As `TableScorer`; the table has the scores of every member."""
+
+    def __init__(self, members: dict[str, list[float]], mean: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__({response: statistics.fmean(values) for response, values in members.items()}, mean, scale)
+        self.members = members
+
+    def judge(self, prompts: Sequence[Prompt | str], responses: Sequence[str], ended: Sequence[bool] | None = None) -> list[Judgement]:
+        return [Judgement(score, self.members[one]) for score, one in zip(self.score(prompts, responses, ended), responses, strict=True)]
+
+
+@pytest.mark.parametrize(("how", "expected"), [("mean", [2.0, 0.0]), ("min", [1.0, -2.0]), ("mean_minus_std", [1.5, -1.0])])
+def test_the_readouts_of_a_model_are_combined_as_models_are(how: Any, expected: list[float]) -> None:
+    # (12 - 10) / 2 = 1 and (16 - 10) / 2 = 3; -2 and 2. Means 2 and 0, spreads 1 and 2.
+    scorer = EnsembleScorer({"a": [12, 16], "b": [6, 14]}, mean=10, scale=2)
+    result = RewardPipeline(TrainedEnsemble("model", scorer, how=how, std_coef=0.5)).score(["q", "q"], ["a", "b"])
+    assert result.scores == result.components["model"] == expected
+    assert result.components["model_raw"] == [14, 10]
+    assert result.components["model_std"] == [1, 2]
+    assert len(scorer.seen) == 1  # one pass through the model
+    plain = RewardPipeline(TrainedEnsemble("model", scorer, "none", how=how, std_coef=0.5)).score(["q"], ["a"])
+    assert plain.components.keys() == {"model", "model_std"} and plain.components["model_std"] == [2]
+
+
+def test_reference_answers_give_every_member_its_own_zero() -> None:
+    """Members that agree but for 100 points do not disagree."""
+
+    def pipeline() -> RewardPipeline:
+        scorer = EnsembleScorer({"x": [1, 101], "y": [5, 105], "z": [7, 109]})
+        return RewardPipeline(TrainedEnsemble("model", scorer, "reference", "mean_minus_std"))
+
+    first = pipeline()
+    assert first.needs_calibration
+    first.calibrate(["q", "q"], ["x", "y"])  # means 3 and 103, of the model 53; scale 2
+    result = first.score(["q", "q"], ["y", "z"])
+    assert result.components["model_std"] == [0, 0.5]
+    assert result.scores == [1, 2.5 - 0.5]
+    second = pipeline()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.score(["q", "q"], ["y", "z"]) == result
+
+
 @pytest.fixture(scope="module")
 def reward_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny plain transformers reward model."""
@@ -186,6 +235,45 @@ def test_a_model_that_does_not_know_its_scale_is_normalised_by_reference_answers
     pipeline.calibrate(["a", "b", "c"], ["Paris.", "Because.", "So."])
     scores = pipeline(["a", "b", "c"], ["Paris.", "Because.", "So."])
     assert sum(scores) == pytest.approx(0, abs=1e-5) and sum(score**2 for score in scores) == pytest.approx(3, rel=1e-4)
+
+
+def test_an_ensemble_from_its_directory(tmp_path: Path) -> None:
+    """The members' spread lowers the reward, and a value head starts from the mean of their weights."""
+    tokenizer = train_tokenizer(["Question: what is the capital of France?\nAnswer: Paris."], 300)
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2}
+    backbone = build_backbone(ModelInit(model_type="gpt_neo", config=sizes), tokenizer, 64, 0)
+    model = RewardModel.from_backbone(backbone, ReadoutSettings(ensemble=3), seed=0)
+    manifest = new_manifest(
+        "reward_classification", tokenizer, max_length=64, score_mean=0.5, score_scale=2.0, member_means=[0.1, 0.5, 0.9]
+    )
+    folder = save_model_directory(tmp_path / "model", model, tokenizer, manifest)
+    chosen = settings(type="model", model_name=str(folder), combine="mean_minus_std", std_coef=3.0)
+    check_pipeline(chosen)
+    prompts, responses = ["What is the capital of France?", "Why?"], ["Paris.", "Because."]
+    pipeline = build_pipeline(chosen)
+    assert not pipeline.needs_calibration
+    result = pipeline.score(prompts, responses)
+    judged = RewardScorer(folder).judge(prompts, responses)
+    assert result.components["model_std"] == pytest.approx([answer.spread / 2 for answer in judged])
+    assert result.scores == pytest.approx([(answer.score - 0.5) / 2 - 3 * answer.spread / 2 for answer in judged], abs=1e-6)
+    alone = build_pipeline(RewardSettings(reward_model_name=str(folder))).score(prompts, responses)
+    assert alone.scores == pytest.approx([(answer.score - 0.5) / 2 for answer in judged], abs=1e-6)
+    assert alone.components.keys() == {"model", "model_raw", "model_std"}
+
+    scorer = RewardScorer(folder)
+    critic = Critic.from_reward_model(scorer.model, mean=0.5, scale=2.0)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        value = critic.v_head(critic.trunk(ids).last_hidden_state)[0, -1]
+        torch.testing.assert_close(value, (scorer.model(ids, torch.ones_like(ids))[0] - 0.5) / 2)
+
+
+@pytest.mark.parametrize("setting", [{"combine": "min"}, {"std_coef": 2.0}])
+def test_one_readout_has_nothing_to_combine(setting: dict[str, Any], reward_dir: Path) -> None:
+    [key] = setting
+    member = {"type": "model", "model_name": str(reward_dir), **setting}
+    with pytest.raises(UserError, match=rf"^reward_config\.pipeline\.members\[0\]\.{key}: has no effect: .* has one readout$"):
+        check_pipeline(settings(type="sum", members=[member]))
 
 
 def test_no_answers_give_no_scores() -> None:
@@ -300,7 +388,12 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "suffix", "what"), [("model", "_raw", "the score before normalising"), ("ensemble", "_std", "the spread of the members")]
+    ("kind", "suffix", "what"),
+    [
+        ("model", "_raw", "the score before normalising"),
+        ("model", "_std", "the spread of its readouts"),
+        ("ensemble", "_std", "the spread of the members"),
+    ],
 )
 def test_a_name_that_another_part_logs_beside_its_value_is_refused(kind: str, suffix: str, what: str, reward_dir: Path) -> None:
     judge = {"type": "model", "name": "judge", "model_name": str(reward_dir)}

@@ -86,7 +86,7 @@ def test_validation_measures_the_loss_that_is_trained(module: Any) -> None:
     batch = collate_pairs(rows, [0, 1], PAD, 2.0)
     module.validation_step(batch, 0)
     module.on_validation_epoch_end()
-    chosen, rejected = (scores.detach() for scores in module(batch))
+    chosen, rejected = (scores.detach()[:, 0] for scores in module(batch))
     first, second = bradley_terry_loss(chosen - rejected, torch.zeros(2), torch.tensor([0.5, 0.0])).tolist()
     assert logged["val/loss"] == pytest.approx((first + 3 * second) / 2, rel=1e-5)
 

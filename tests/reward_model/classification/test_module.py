@@ -72,7 +72,7 @@ def test_one_forward_gives_the_scores_of_separate_ones(module: PairModule) -> No
     pairs = [(row.answers[0], other) for row in ROWS for other in row.answers[1:]]
     for number, pair in enumerate(pairs):
         alone = [module.model(torch.tensor([ids.input_ids]), torch.ones(1, len(ids.input_ids), dtype=torch.bool)) for ids in pair]
-        torch.testing.assert_close(torch.stack([chosen[number], rejected[number]]), torch.cat(alone), rtol=0, atol=1e-6)
+        torch.testing.assert_close(torch.cat([chosen[number], rejected[number]]), torch.cat(alone), rtol=0, atol=1e-6)
 
 
 def test_padding_never_changes_the_loss(module: PairModule) -> None:

@@ -80,7 +80,7 @@ def test_validation_metrics_are_in_the_datas_units_over_exactly_the_rows() -> No
     logged: dict[str, float] = {}
     module.log_dict = lambda metrics, **_: logged.update(metrics)  # type: ignore[method-assign]
     raw = torch.tensor([1.0, -1.0, 0.0, 0.0])
-    module.forward = lambda batch: raw[batch["index"]]  # type: ignore[method-assign]
+    module.forward = lambda batch: raw[batch["index"]][:, None]  # type: ignore[method-assign]
     module.on_validation_epoch_start()
     for indices in ([3, 0], [1, 2], [2, 2]):  # a row seen again counts once
         module.validation_step(collate_scores([ROWS[index] for index in indices], indices, PAD, 1.0), 0)
