@@ -70,11 +70,13 @@ def cached_answers(
         batch = collate_rewards([answers[place] for place in places], pad_id).to(device)
         return model.state_rows(batch)
 
-    if len(missing := cache.missing(digests)):
+    missing, rows = cache.missing(digests), len(np.unique(digests))
+    if len(missing) < rows:
+        say(f"states of {rows - len(missing):,} answers are there already: {cache.folder}")
+    if len(missing):
         size = cache.needed_bytes(int(tokens[missing].sum()))
         cache.check_room(size)
-        there = f"; {len(set(digests.tolist())) - len(missing):,} are there already" if len(missing) < len(set(digests.tolist())) else ""
-        say(f"states of {len(missing):,} answers take {gib(size)} in {cache.folder}, which may be deleted at any time{there}")
+        say(f"states of {len(missing):,} answers take {gib(size)} in {cache.folder}, which may be deleted at any time")
         if facts.token == "all":
             say(
                 f"this readout reads every token: {gib(size // len(missing))} of an answer's {tokens[missing].mean():.0f} tokens are kept; "

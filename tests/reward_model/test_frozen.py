@@ -84,7 +84,8 @@ def test_the_size_is_said_once_and_a_second_run_reads_what_the_first_wrote(write
     out = capsys.readouterr().out
     assert "states of 76 answers take" in out  # a seed makes another backbone here: model_init draws it
     run("pair", config, *QUICK, "model_params.learning_rate=1e-5")
-    assert "states of" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "note: states of 76 answers are there already: " in out and "take" not in out
 
 
 def test_a_readout_of_fewer_layers_reads_what_a_wider_one_left(write_config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +93,7 @@ def test_a_readout_of_fewer_layers_reads_what_a_wider_one_left(write_config, tmp
     run("pair", write_config("pair", model_params={**shared, "readout": {"name": "weighted_layers"}}), *QUICK)
     capsys.readouterr()
     run("pair", write_config("pair", model_params={**shared, "readout": {"name": "last_token"}}), *QUICK)
-    assert "states of" not in capsys.readouterr().out
+    assert "states of 76 answers are there already" in capsys.readouterr().out
     [folder] = (tmp_path / "shared").iterdir()
     facts = json.loads((folder / "cache.json").read_text())
     assert (facts["layers"], facts["token"], facts["dtype"]) == (2, "last", "bfloat16")
