@@ -92,6 +92,23 @@ def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table for a document: one for each split."""
+    parts = []
+    for split in dict.fromkeys(row["split"] for row in rows):
+        methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != OPTIMUM]
+        found = {(row["method"], row["kl"]): row for row in rows if row["split"] == split}
+        head = "".join(f" | {method} | of best of n (least seed)" for method in methods)
+        lines = [f"| {split} questions: within nats | best of n{head} | {OPTIMUM} |", "|---:" * (3 + 2 * len(methods)) + "|"]
+        for kl in dict.fromkeys(row["kl"] for row in rows):
+            best = found[OPTIMUM, kl]
+            own = [found[method, kl] for method in methods]
+            cells = "".join(f" | {row['gain']:.3f} | {row['ratio']:.2f} ({row['least_ratio']:.2f})" for row in own)
+            lines.append(f"| {kl:g} | {best['gain_best_of_n']:.3f}{cells} | {best['gain']:.3f} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
 def save(path: Path, about: Mapping[str, Any], rows: Sequence[dict[str, Any]], points: Sequence[Measured]) -> None:
     """Settings, table and points as JSON, a line for each row and point."""
     rounded = [{name: round(value, 5) if isinstance(value, float) else value for name, value in vars(point).items()} for point in points]
@@ -101,21 +118,25 @@ def save(path: Path, about: Mapping[str, Any], rows: Sequence[dict[str, Any]], p
     write_text_atomically(path, head + "".join(f',\n "{name}": [\n  {lines}\n ]' for name, lines in lists.items()) + "\n}\n")
 
 
-def draw(points: Sequence[Measured], path: Path, split: str = "test") -> Path:
-    """Gain in score and oracle quality against KL, side by side; returns the path."""
+def draw(points: Sequence[Measured], path: Path) -> Path:
+    """Gain in score and oracle quality against KL, side by side, a row for each split; returns the path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    points = [point for point in points if point.split == split]
-    figure = Figure(figsize=(11, 5.2), dpi=130, layout="constrained")
+    splits = list(dict.fromkeys(point.split for point in points))
+    figure = Figure(figsize=(11, 1.4 + 3.7 * len(splits)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharex=True)
-    start = {seed: start_score(points, seed, split) for seed in {point.seed for point in points}}
-    _draw_panel(left, points, lambda point: point.score - start[point.seed])
-    _draw_panel(right, points, lambda point: point.quality)
-    left.set_title("what training sees: gain in score over SFT (standard deviations)", fontsize=9, loc="left", fontweight="bold")
-    right.set_title("what is true: quality by the oracle (0-1)", fontsize=9, loc="left", fontweight="bold")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    panels = figure.subplots(len(splits), 2, sharex=True, squeeze=False)
+    for split, (left, right) in zip(splits, panels, strict=True):
+        own = [point for point in points if point.split == split]
+        start = {seed: start_score(points, seed, split) for seed in {point.seed for point in own}}
+        _draw_panel(left, own, lambda point, start=start: point.score - start[point.seed])
+        _draw_panel(right, own, lambda point: point.quality)
+        for axes, title in ((left, "gain in score over SFT (standard deviations)"), (right, "quality by the oracle (0-1)")):
+            axes.set_title(f"{split} questions: {title}", fontsize=9, loc="left", fontweight="bold")
+    for axes in panels[-1]:
+        axes.set_xlabel("KL from the SFT model, nats per answer", fontsize=9)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path)
     return path
 
@@ -142,7 +163,6 @@ def _draw_panel(axes: Axes, points: Sequence[Measured], height: Height) -> None:
         run = [point for point in points if (point.method, point.setting) == (method, coef)]
         _draw_run(axes, run, height, COLOURS[method], markers[coef], f"{method}, KL coefficient {coef:g}")
     axes.set_xlim(-0.05, KLS[-1] + 0.15)
-    axes.set_xlabel("KL from the SFT model, nats per answer", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)

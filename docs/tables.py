@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 from pydantic import BaseModel
 
+from benchmarks import frontier_results
 from common.evaluation.config import GenerationTestConfig
 from common.readout_settings import READS, SETTINGS, Place, ReadoutName
 from common.schema_docs import settings_table
@@ -111,8 +112,11 @@ def results_section(name: str) -> str:
     """What a run wrote: its JSON file stands in docs/results."""
     if name == "quickstart":
         return f"\n{quickstart_results.markdown(quickstart_results.Results.load(RESULTS / 'quickstart.json'))}\n"
+    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    if name == "frontier":
+        return f"\n{frontier_results.markdown(found['table'])}\n"
     assert name == "real_data", name
-    return f"\n{real_results.markdown(json.loads((RESULTS / 'real_data.json').read_text(encoding='utf-8')))}\n"
+    return f"\n{real_results.markdown(found)}\n"
 
 
 def regenerate(text: str) -> str:
