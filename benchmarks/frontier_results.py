@@ -92,11 +92,12 @@ def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table for a document: one for each split."""
+def markdown(results: Mapping[str, Any]) -> str:
+    """The table of a file that `save` wrote, for a document: one for each split, of methods that ran with several KL coefficients."""
+    rows, settings = results["table"], {(point["method"], point["setting"]) for point in results["points"]}
+    methods = [name for name in results["methods"] if len([1 for method, _ in settings if method == name]) > 1]
     parts = []
     for split in dict.fromkeys(row["split"] for row in rows):
-        methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != OPTIMUM]
         found = {(row["method"], row["kl"]): row for row in rows if row["split"] == split}
         head = "".join(f" | {method} | of best of n (least seed)" for method in methods)
         lines = [f"| {split} questions: within nats | best of n{head} | {OPTIMUM} |", "|---:" * (3 + 2 * len(methods)) + "|"]

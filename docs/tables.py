@@ -114,7 +114,7 @@ def results_section(name: str) -> str:
         return f"\n{quickstart_results.markdown(quickstart_results.Results.load(RESULTS / 'quickstart.json'))}\n"
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     if name == "frontier":
-        return f"\n{frontier_results.markdown(found['table'])}\n"
+        return f"\n{frontier_results.markdown(found)}\n"
     assert name == "real_data", name
     return f"\n{real_results.markdown(found)}\n"
 

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import frontier
 from benchmarks.frontier import Bench, Budget, Kept
-from benchmarks.frontier_results import BEST_OF_N, OPTIMUM, Measured, draw, table, table_lines
+from benchmarks.frontier_results import BEST_OF_N, OPTIMUM, Measured, draw, markdown, save, table, table_lines
 from common.checkpoint import new_manifest, save_model_directory
 from common.config import load_config
 from common.evaluation.generate import Answer
@@ -75,6 +75,16 @@ def test_the_table_compares_gains_within_the_same_kl() -> None:
     assert next(row for row in rows if (row["method"], row["kl"]) == ("PPO", 0.5))["gain"] == pytest.approx(0.375)
     lines = [line for line in table_lines(rows) if "below" in line]
     assert len(lines) == len([row for row in rows if row["method"] == "PPO"])
+
+
+def test_the_table_of_a_document_has_the_methods_of_several_coefficients(tmp_path: Path) -> None:
+    other = [replace(point, setting=0.2) for point in points() if point.method == "PPO"]
+    rloo = [replace(point, method="RLOO") for point in points() if point.method == "PPO"]
+    measured = [*points(), *other, *rloo]
+    save(tmp_path / "f.json", {"methods": {"PPO": [], "RLOO": []}}, table(measured), measured)
+    lines = markdown(json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))).splitlines()
+    assert lines[0] == "| test questions: within nats | best of n | PPO | of best of n (least seed) | optimum |"
+    assert "| 1 | 1.000 | 0.500 | 0.50 (0.50) | 1.100 |" in lines
 
 
 def test_the_picture_is_written(tmp_path: Path) -> None:
