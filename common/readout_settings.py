@@ -62,6 +62,7 @@ READS: dict[ReadoutName, Places] = {
 }
 """What each readout reads of each kind of transformer; where a kind is missing, the combination makes no sense."""
 
+KIND_WORDS: dict[BackboneKind, str] = {"causal": "a causal model", "encoder": "an encoder", "encoder_decoder": "an encoder-decoder"}
 PARTS: dict[BackboneKind, tuple[Part, ...]] = {"causal": ("whole",), "encoder": ("whole",), "encoder_decoder": ("encoder", "decoder")}
 
 _HEAD = ("hidden_sizes", "dropout")
@@ -133,8 +134,7 @@ def readout_problems(settings: ReadoutSettings, kind: BackboneKind, layers: Mapp
     place = READS[settings.name].get(kind)
     if place is None:
         fitting = ", ".join(name for name in get_args(ReadoutName) if kind in READS[name])
-        what = {"causal": "a causal model", "encoder": "an encoder", "encoder_decoder": "an encoder-decoder"}[kind]
-        return {"name": f"got {settings.name}, which makes no sense over {what}, expected one of: {fitting}"}
+        return {"name": f"got {settings.name}, which makes no sense over {KIND_WORDS[kind]}, expected one of: {fitting}"}
     has = (layers or {}).get(place.part)
     if settings.n_layers is not None and has is not None and settings.n_layers > has:
         return {"n_layers": f"got {settings.n_layers}, expected at most the model's {has} layers"}

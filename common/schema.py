@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from common.lightning_arguments import lightning_argument_problems
-from common.schema_types import Words
+from common.schema_types import Words, dotted
 
 # What a `wandb.api` of the shipped examples holds; never a key.
 API_PLACEHOLDERS = frozenset({"", "text", "null", "none", "your_api_key", "your-api-key", "YOUR_API_KEY"})
@@ -24,9 +24,9 @@ API_PLACEHOLDERS = frozenset({"", "text", "null", "none", "your_api_key", "your-
 class KeyedProblems(ValueError):
     """Problems with single keys below a value: the key's path -> what is wrong with it."""
 
-    def __init__(self, keyed: Mapping[tuple[str, ...], str]) -> None:
+    def __init__(self, keyed: Mapping[tuple[Any, ...], str]) -> None:
         self.keyed = keyed
-        super().__init__("; ".join(f"{'.'.join(path)}: {problem}" for path, problem in keyed.items()))
+        super().__init__("; ".join(f"{dotted(path)}: {problem}" for path, problem in keyed.items()))
 
 
 def resolve_monitor(monitor: str, choices: Iterable[str]) -> str:

@@ -94,14 +94,7 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
 
     # 2. rows -> ids -> loaders
     data = config.data
-    encoder = Encoder(
-        tokenizer,
-        prompt_format=data.prompt_format,
-        max_length=data.max_length,
-        max_prompt_length=data.max_prompt_length,
-        truncate_prompt=data.truncate_prompt,
-        is_encoder_decoder=model.entry.splits,
-    )
+    encoder = text_encoder(config, tokenizer, model)
     remedy = "raise data.max_length" if data.max_prompt_length is None else "raise data.max_length or data.max_prompt_length"
     train_rows = objective.encode(splits.train, encoder, model.entry)
     notes = encoder.take_notes("train", remedy=remedy)
@@ -226,6 +219,19 @@ def start_model(config: RewardConfig, texts: Iterable[str]) -> tuple[PreTrainedT
         backbone = load_backbone(config.model_name, dtype=params.model_dtype, trust_remote_code=trust)
     give_pad_token(tokenizer, backbone)
     return tokenizer, RewardModel.from_backbone(backbone, params.readout, seed=config.seed).train()
+
+
+def text_encoder(config: RewardConfig, tokenizer: PreTrainedTokenizerBase, model: RewardModel) -> Encoder:
+    """What makes ids of texts as the data section says, for the parts of the model that they enter."""
+    data = config.data
+    return Encoder(
+        tokenizer,
+        prompt_format=data.prompt_format,
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
+        truncate_prompt=data.truncate_prompt,
+        is_encoder_decoder=model.entry.splits,
+    )
 
 
 def prepare_model(model: RewardModel, config: RewardConfig) -> list[str]:

@@ -19,7 +19,6 @@ if __name__ == "__main__":
 from common.config import parse_command_line
 from common.errors import run_main
 from common.notes import say
-from common.prompts import answer_text, render_prompt
 from common.runs import check_start, stage_runs_root
 from reward_model.classification.margins import check_margins
 from reward_model.config import ClassificationConfig
@@ -42,18 +41,10 @@ def main(argv: Sequence[str]) -> int:
         print(describe(config, splits))
         return 0
 
-    from reward_model.classification.dataset import collate_pairs, encode_pairs
-    from reward_model.classification.module import PairModule
-    from reward_model.training import Objective, train
+    from reward_model.classification.objective import pair_objective
+    from reward_model.training import train
 
-    objective = Objective(
-        stage="reward_classification",
-        texts=lambda record: (render_prompt(record.prompt), *map(answer_text, (record.chosen, *record.rejected))),
-        encode=lambda records, encoder, entry: encode_pairs(records, encoder, entry, config.model_params, config.data.unusable_rows),
-        collate=collate_pairs,
-        module=lambda model, total_steps, _: PairModule(model, config.model_params, total_steps, config.seed),
-    )
-    train(config, splits, objective)
+    train(config, splits, pair_objective(config))
     return 0
 
 

@@ -19,12 +19,11 @@ if __name__ == "__main__":
 from common.config import parse_command_line
 from common.errors import UserError, run_main
 from common.notes import say
-from common.prompts import answer_text, render_prompt
 from common.records import ScoreRecord, question_key
 from common.runs import check_start, stage_runs_root
 from common.schema import resolve_monitor
 from common.score_transform import ScoreTransform
-from reward_model.config import RegressionConfig
+from reward_model.config import RegressionConfig, RewardConfig
 from reward_model.inputs import check_fresh_model, check_models, describe, idle_settings, read_training_data
 from reward_model.metrics import group_ids, pairs_within
 
@@ -48,31 +47,14 @@ def main(argv: Sequence[str]) -> int:
         print(describe(config, splits))
         return 0
 
-    from reward_model.regression.dataset import collate_scores, encode_scores
-    from reward_model.regression.module import ScoreModule
-    from reward_model.training import Objective, train
+    from reward_model.regression.objective import score_objective
+    from reward_model.training import train
 
-    objective = Objective(
-        stage="reward_regression",
-        texts=lambda record: (render_prompt(record.prompt), answer_text(record.answer)),
-        encode=lambda records, encoder, entry: encode_scores(records, encoder, entry, transform, config.data.unusable_rows),
-        collate=collate_scores,
-        module=lambda model, total_steps, val_rows: ScoreModule(
-            model,
-            config.model_params,
-            total_steps,
-            transform=transform,
-            train_mean=sum(scores) / len(scores),
-            validation_rows=val_rows,
-            seed=config.seed,
-        ),
-        transform=transform,
-    )
-    train(config, splits, objective)
+    train(config, splits, score_objective(config, transform, scores))
     return 0
 
 
-def check_pairs(config: RegressionConfig, rows: Sequence[ScoreRecord]) -> None:
+def check_pairs(config: RewardConfig, rows: Sequence[ScoreRecord]) -> None:
     """Raise UserError where pair accuracy is to choose checkpoints and validation has no pair."""
     groups = group_ids([question_key(row.prompt) for row in rows])
     chosen = resolve_monitor(config.trainer.checkpoint.monitor, config.monitored)

@@ -1,0 +1,242 @@
+"""Comparing readouts: one backbone and one cache, figures beside the rule without a model, nothing trained twice."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.models.reward import RewardModel
+from common.readout_settings import ReadoutSettings
+from common.records import PairRecord, Prompt, ScoreRecord
+from reward_model import compare_readouts, comparison
+from reward_model.comparison_config import label
+from reward_model.comparison_report import Compared, Comparison, Measured, Rows, States, markdown, picture
+from reward_model.metrics import Interval
+
+QUICK = ("trainer.params.max_steps=2", "trainer.params.val_check_interval=1")
+
+
+def compare(config: Path, *overrides: str) -> Path:
+    """The directory of the comparison."""
+    assert compare_readouts.main(["--config_file", str(config), *QUICK, *overrides]) == 0
+    return max((config.parent / "models").glob("desc-*"))
+
+
+def comparison_config(write_config: Any, kind: str = "pair", architecture: str = "gpt_neo", **sections: Any) -> Path:
+    objective = {"pair": "pairs", "score": "scores"}[kind]
+    params = {"freeze_backbone": True, **sections.pop("model_params", {})}
+    path: Path = write_config(kind, architecture, objective=objective, **{"seeds": [1, 2], "model_params": params, **sections})
+    return path
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The runs that were trained, as they are."""
+    names: list[str] = []
+    train = comparison.train
+
+    def counted(config: Any, *arguments: Any) -> Path:
+        names.append(f"{config.desc} {config.seed}")
+        return train(config, *arguments)
+
+    monkeypatch.setattr(comparison, "train", counted)
+    return names
+
+
+def test_readouts_share_a_backbone_and_a_cache_and_none_is_trained_twice(
+    write_config: Any, trained: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = comparison_config(write_config, readouts=["last_token", {"name": "weighted_layers"}])
+    directory = compare(config)
+    assert trained == ["last_token 1", "last_token 2", "weighted_layers 1", "weighted_layers 2"]
+    out = capsys.readouterr().out
+    assert out.count("note: states of 92 answers take") == 1  # 46 pairs, once for all runs, test rows too
+    assert len(list((config.parent / "models" / "state_cache").iterdir())) == 1
+
+    found = json.loads((directory / "comparison.json").read_text())
+    assert found["rows"] == {"val": 6, "test": 8} and found["questions"] == {"val": 6, "test": 8} and found["seeds"] == [1, 2]
+    with (directory / "comparison.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["readout"], line["seed"]) for line in lines] == [(name.split()[0], name.split()[1]) for name in trained]
+    for readout in found["readouts"]:
+        mine = [float(line["val/loss"]) for line in lines if line["readout"] == readout["label"]]
+        assert readout["monitored"] == mine
+        assert len(set(readout["test"]["seeds"]) | set(mine)) > 1  # seeds differ
+    heads = {readout["label"]: readout["parameters"] for readout in found["readouts"]}
+    assert heads == {"last_token": 32, "weighted_layers": 32 + 2}
+    best = min(found["readouts"], key=lambda readout: np.mean(readout["monitored"]))
+    assert found["chosen"] == best["label"]
+    latest = (directory / "runs" / "reward_classification" / "latest").resolve()
+    assert latest.parents[1].name == f"desc-{best['label']},index-{1 + int(np.argmin(best['monitored']))}"
+    assert RewardModel.load(latest).readout_settings.name == best["label"]
+    kept = [path for path in (directory / "runs" / "reward_classification").glob("*/checkpoints") if path.is_dir()]
+    assert len(kept) == 2  # the best seed of each
+    assert (directory / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+    # a killed run is done again, a new seed added, what is there stays
+    del trained[:]
+    runs = directory / "runs" / "reward_classification"
+    (runs / "desc-last_token,index-2" / comparison.FINISHED).unlink()
+    before = (runs / "desc-last_token,index-1" / comparison.FINISHED).read_text()
+    assert compare(config, "--resume", "seeds=[1,2,3]") == directory
+    assert trained == ["last_token 2", "last_token 3", "weighted_layers 3"]
+    assert (runs / "desc-last_token,index-1" / comparison.FINISHED).read_text() == before
+    again = json.loads((directory / "comparison.json").read_text())
+    old, new = (next(readout for readout in one["readouts"] if readout["label"] == "last_token") for one in (found, again))
+    assert new["test"]["seeds"][:2] == old["test"]["seeds"] and len(new["test"]["seeds"]) == 3
+    assert again["states"][0]["seconds"] == found["states"][0]["seconds"]  # of the first filling
+
+    with pytest.raises(UserError, match=r"compares under other settings: model_params; start a new one"):
+        compare(config, "--resume", "model_params.weight_decay=0.5")
+
+
+def test_scores_a_rate_for_each_readout_and_those_that_make_no_sense(write_config: Any, trained: list[str], capsys: Any) -> None:
+    readouts = [{"name": "decoder_output"}, {"name": "mean_pool", "hidden_sizes": [4]}]
+    config = comparison_config(write_config, "score", "t5", readouts=readouts, seeds=[1], learning_rates=[1e-3, 1e-2])
+    directory = compare(config, "keep_models=true")
+    assert trained == [f"{name}-lr-{rate} 1" for name in ("decoder_output", "mean_pool-hidden_sizes-4") for rate in ("0.001", "0.01")]
+    found = Comparison.load(json.loads((directory / "comparison.json").read_text()))
+    assert found.metric.name == "MSE" and found.rows == {"val": 12, "test": 16}
+    with (directory / "comparison.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    for readout in found.readouts:
+        losses = {float(line["learning_rate"]): float(line["val/loss"]) for line in lines if line["readout"] == readout.label}
+        assert readout.learning_rate == min(losses, key=lambda rate: losses[rate])
+    assert {one.kept for one in found.states} == {
+        "the first token in the last layer of the decoder",
+        "every token in the last layer of the encoder",
+    }
+    assert "| learning rate |" in (directory / "comparison.md").read_text()
+    assert len(list((directory / "runs" / "reward_regression").glob("*/checkpoints"))) == 4
+    capsys.readouterr()
+    compare(comparison_config(write_config, "pair", "t5", seeds=[1]), "desc=all", "readouts=null", "trainer.params.max_steps=1")
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_readouts_that_make_no_sense_are_left_out_or_refused_where_they_were_asked_for(write_config: Any, trained: list[str]) -> None:
+    config = comparison_config(write_config, seeds=[1])
+    directory = compare(config, "model_params.freeze_backbone=false")
+    table = (directory / "comparison.md").read_text()
+    assert "Left out: attention_pooled_encoder, attention_pooled_decoder, decoder_output (makes no sense over a causal model)." in table
+    assert len(trained) == 5 and not (config.parent / "models" / "state_cache").exists()  # a backbone that trains has no states to keep
+    with pytest.raises(UserError, match=r"readouts\.1\.name: got decoder_output, which makes no sense over a causal model"):
+        compare(config, "readouts=[mean_pool,decoder_output]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["readouts=[mean_pol]"], "readouts.0: got 'mean_pol', expected a readout: "),
+        (["readouts=[mean_pool,mean_pool]"], "readouts.1: stands there twice"),
+        (["readouts=[{name: weighted_layers, n_layers: 3}]"], "readouts.0.n_layers: got 3, expected at most the model's 2 layers"),
+        (["seeds=[]"], "seeds: "),
+        (["model_params.readout.name=mean_pool"], "model_params.readout: expected nothing here"),
+        (["model_params.mae_loss=true"], "model_params.mae_loss: got True, expected nothing here: objective pairs has no such setting"),
+        (["objective=score"], "objective: got 'score', expected pairs or scores (did you mean scores?)"),
+        (["--resume"], "--resume: no comparison of desc toy in "),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_loaded(write_config: Any, overrides: list[str], expected: str) -> None:
+    config = comparison_config(write_config)
+    with pytest.raises(UserError) as refused:
+        compare_readouts.main(["--config_file", str(config), *overrides])
+    assert expected in str(refused.value)
+    assert not (config.parent / "models").exists()
+
+
+def test_labels_name_what_is_no_default() -> None:
+    assert label(ReadoutSettings(name="mean_pool")) == "mean_pool"
+    assert (
+        label(ReadoutSettings(name="weighted_layers", n_layers=2, hidden_sizes=[8, 4])) == "weighted_layers, n_layers 2, hidden_sizes 8-4"
+    )
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------------------
+
+
+def pair(question: str, chosen: str, *rejected: str) -> PairRecord:
+    return PairRecord(Prompt(question), chosen, rejected, None, {}, "")
+
+
+def test_pairs_are_counted_as_they_stand_in_the_scores() -> None:
+    rows = Rows.of_pairs([pair("a", "longer", "short", "longest"), pair("b", "same", "size")])
+    assert rows.groups.tolist() == [0, 0, 1]
+    assert rows.baseline.tolist() == [1.0, 0.0, 0.5]
+    # chosen, two rejected; chosen, rejected
+    assert rows.measure([1.0, 2.0, 0.0, 3.0, 3.0]).tolist() == [0.0, 1.0, 0.5]
+
+
+def test_the_gain_is_over_the_rule_and_positive_where_the_readout_is_better() -> None:
+    records = [ScoreRecord(Prompt(name), "text", score, {}, "") for name, score in (("a", 0.0), ("b", 4.0))]
+    rows = Rows.of_scores(records, train_mean=1.0)
+    assert rows.baseline.tolist() == [1.0, 9.0]
+    measured = Measured.of([rows.measure([0.0, 2.0]), rows.measure([0.0, 4.0])], rows, "scores", 200, 0)
+    assert measured.seeds == [2.0, 0.0] and measured.mean == 1.0
+    assert measured.gain == pytest.approx(5.0 - 1.0)
+    assert measured.interval == Interval(0.0, 2.0)  # drawn again: question a, b, or both
+    assert measured.gain_interval == Interval(1.0, 7.0)
+
+
+def compared(label: str, tokens: str, seeds: list[float], gain: float) -> Compared:
+    measured = Measured(seeds, Interval(0.25, 0.875), gain, Interval(gain - 0.25, gain + 0.25))
+    return Compared(label, 1e-3, 129, [1.0, 3.0], [0.5, 0.75], tokens, measured, measured)
+
+
+SHOWN = Comparison(
+    objective="pairs",
+    data="some_pairs",
+    backbone="gpt_neo",
+    backbone_parameters=1_250_000,
+    monitor="val/loss",
+    rows={"val": 10, "test": 20},
+    questions={"val": 4, "test": 7},
+    baseline={"val": 0.5, "test": 0.625},
+    seeds=[1, 2],
+    unit="core seconds",
+    states=[States("every token in 4 layers", ["mean_pool"], 3 * 2**20, 12.5)],
+    readouts=[compared("last_token", "one", [0.5, 0.75], 0.0), compared("mean_pool", "all", [0.75, 0.75], 0.125)],
+    chosen="mean_pool",
+    left_out={"decoder_output": "makes no sense over a causal model"},
+)
+
+
+def test_the_table_has_the_rule_first_and_the_readout_that_validation_chose_in_bold() -> None:
+    lines = markdown(SHOWN).splitlines()
+    assert lines[0].startswith("| readout | test accuracy (of the seeds) | validation accuracy (of the seeds) | 95 % by question |")
+    assert lines[2].startswith("| *the longer answer wins* | 0.625 | 0.500 |")
+    assert lines[3] == (
+        "| last_token | 0.625 (0.500 to 0.750) | 0.625 (0.500 to 0.750) | [0.250, 0.875] | +0.000 [-0.250, 0.250] | 129 | 2.0 |"
+    )
+    assert lines[4].startswith("| **mean_pool** | 0.750 (0.750 to 0.750) |") and "+0.125 [-0.125, 0.375]" in lines[4]
+    assert {len(line.split("|")) for line in lines[:5]} == {9}
+    text = markdown(SHOWN)
+    assert "pairs: 10 of 4 questions in val; 20 of 7 questions in test." in text
+    assert "mean_pool: every token in 4 layers, 3.0 MiB, 12.5 core seconds" in text
+    assert "Left out: decoder_output (makes no sense over a causal model)." in text
+
+
+def test_figures_survive_their_file() -> None:
+    assert Comparison.load(json.loads(SHOWN.json())) == SHOWN
+
+
+def test_the_picture_shows_seeds_means_intervals_and_the_rule() -> None:
+    panel, costs = picture([[SHOWN]]).axes
+    assert [tick.get_text() for tick in panel.get_yticklabels()] == ["last_token", "mean_pool"]  # the better one above
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in panel.lines]
+    for place, readout in enumerate(SHOWN.readouts):
+        assert (list(readout.val.interval), [place, place]) in drawn
+        assert (readout.val.seeds, [place, place]) in drawn
+        assert ([readout.val.mean], [place]) in drawn
+    assert ([0.625, 0.625], [0, 1]) in drawn  # the rule
+    assert panel.get_xlim()[0] < panel.get_xlim()[1]
+    texts = [text.get_text() for text in (*panel.texts, *costs.texts)]
+    assert "test: 20 pairs of 7 questions" in texts and "2.0 s, 129 weights" in texts
+    errors = Comparison(**{**SHOWN.__dict__, "objective": "scores"})
+    left, right = picture([[errors]]).axes[0].get_xlim()
+    assert left > right  # less error is to the right
