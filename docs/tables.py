@@ -24,8 +24,9 @@ from benchmarks import frontier_results
 from common.evaluation.config import GenerationTestConfig
 from common.readout_settings import READS, SETTINGS, Place, ReadoutName
 from common.schema_docs import settings_table
-from examples import real_results
+from examples import readout_results, real_results
 from examples import results as quickstart_results
+from reward_model.comparison_config import ComparisonConfig
 from reward_model.config import ClassificationConfig, RegressionConfig, RewardTestConfig
 from reward_model.logged import PAIR_MEMBER_METRICS, PAIR_METRICS, PAIR_TRAINING_METRICS, SCORE_MEMBER_METRICS, SCORE_METRICS
 from rlhf.config import PPORunConfig
@@ -39,6 +40,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "ppo": PPORunConfig,
     "generation_test": GenerationTestConfig,
     "reward_test": RewardTestConfig,
+    "comparison": ComparisonConfig,
 }
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results"
@@ -115,6 +117,8 @@ def results_section(name: str) -> str:
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     if name == "frontier":
         return f"\n{frontier_results.markdown(found)}\n"
+    if name == "readouts":
+        return f"\n{readout_results.markdown(found)}\n"
     assert name == "real_data", name
     return f"\n{real_results.markdown(found)}\n"
 

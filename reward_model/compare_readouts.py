@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 from common.config import parse_command_line, resolved_dict
 from common.errors import UserError, run_main
+from common.failed_start import removed_if_unused
 from common.notes import say
 from common.provenance import check_clean
 from common.runs import (
@@ -35,7 +36,6 @@ from common.runs import (
     run_name,
     stage_runs_root,
     write_config,
-    write_text_atomically,
 )
 from common.score_transform import ScoreTransform
 from reward_model.classification.margins import check_margins
@@ -43,7 +43,6 @@ from reward_model.comparison_config import ComparisonConfig
 from reward_model.inputs import check_fresh_model, check_models, describe, idle_settings, read_training_data
 from reward_model.regression.train_reward import check_pairs
 
-DATA_FILE = "data_fingerprint.txt"
 # What may differ when a comparison goes on: how much is compared, and what changes no figure.
 FREE = ("readouts", "seeds", "learning_rates", "bootstrap_samples", "keep_models", "index", "results_root", "require_clean_git")
 
@@ -80,9 +79,8 @@ def main(argv: Sequence[str]) -> int:
     from reward_model.comparison_report import markdown
 
     directory = earlier or create_run_directory(root, config.desc, config.index)
-    with run_log(directory):
+    with removed_if_unused(directory), run_log(directory):
         write_config(directory, resolved_dict(config))
-        write_text_atomically(directory / DATA_FILE, splits.fingerprint + "\n")
         print(f"output: {directory}")
         print(f"\n{markdown(compare(config, splits, directory))}")
         print(f"table:   {directory / 'comparison.md'}, comparison.csv, comparison.json\npicture: {directory / 'comparison.png'}")
@@ -103,7 +101,8 @@ def check_the_same(config: ComparisonConfig, fingerprint: str, directory: Path) 
     """Raise UserError where other settings or other rows than now have been compared in this directory."""
     old = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     different = sorted(name for name, value in resolved_dict(config).items() if name not in FREE and old.get(name) != value)
-    if (directory / DATA_FILE).read_text(encoding="utf-8").strip() != fingerprint:
+    data = directory / "data_fingerprint.txt"
+    if data.is_file() and data.read_text(encoding="utf-8").strip() != fingerprint:
         different.append(f"rows of {config.data.data_dir}")
     if different:
         raise UserError(f"--resume: {directory} compares under other settings: {', '.join(different)}; start a new one without --resume")

@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from common.checkpoint import atomic_directory
 from common.closing import BEST
 from common.errors import UserError
 from common.launch.checkpointing import LAST
@@ -45,6 +46,7 @@ from reward_model.training import Objective, prepare_model, read_from_cache, sta
 FINISHED = "compared.json"
 """In a run's directory once it is trained and scored."""
 STATES_SECONDS = "states.json"
+DATA_FILE = "data_fingerprint.txt"
 Splitted = Splits[Any]
 
 
@@ -106,6 +108,7 @@ def compare(config: ComparisonConfig, splits: Splitted, directory: Path) -> Comp
     # 2. rows and states, once for all
     encoded = EncodedOnce()
     prepared, states = prepare(runs, splits, encoded, model, directory)
+    write_text_atomically(directory / DATA_FILE, splits.fingerprint + "\n")
 
     # 3. train and score
     for number, run in enumerate(runs, start=1):
@@ -141,14 +144,14 @@ def one_backbone(config: ComparisonConfig, splits: Splitted, directory: Path) ->
         own = config.run(readout, config.rates[0], config.seed, backbone=config.model_name, folder=directory, cache=directory)
         return config.model_name, start_model(own, ())[1]
     place = directory / "backbone"
-    if not (place / "model.safetensors").is_file():
-        own = config.run(readout, config.rates[0], config.seed, backbone="", folder=directory, cache=directory)
+    if not place.exists():
+        own = config.run(readout, config.rates[0], config.seed, backbone=str(place), folder=directory, cache=directory)
         fresh = own.model_copy(update={"model_name": None, "model_init": config.model_init})
         objective = objective_of(own, splits)
         tokenizer, model = start_model(fresh, (text for record in splits.train for text in objective.texts(record)))
-        place.mkdir(exist_ok=True)
-        tokenizer.save_pretrained(place)
-        model.backbone.save_pretrained(place)
+        with atomic_directory(place) as staging:
+            tokenizer.save_pretrained(staging)
+            model.backbone.save_pretrained(staging)
         say(f"the backbone is built from model_init and has seen nothing: {place}")
     return str(place), RewardModel.from_backbone(str(place))
 

@@ -208,15 +208,14 @@ def markdown(comparison: Comparison) -> str:
     metric, split = comparison.metric, comparison.split
     splits = ["test", "val"] if split == "test" else ["val"]
     names = {"test": "test", "val": "validation"}
-    several_rates = len({one.learning_rate for one in comparison.readouts}) > 1
     heads = ["readout", *(f"{names[name]} {metric.name} (of the seeds)" for name in splits), "95 % by question", metric.above]
-    heads += [*(["learning rate"] if several_rates else []), "parameters", comparison.unit]
+    heads += ["learning rate", "parameters", comparison.unit]
     rule = [f"*{metric.baseline}*", *(f"{comparison.baseline[name]:.3f}" for name in splits)]
     lines = [heads, [*rule, *[""] * (len(heads) - len(rule))]]
     for one in comparison.readouts:
         figures = [_with_seeds(one.test if name == "test" else one.val) for name in splits]
         cells = [f"**{one.label}**" if one.label == comparison.chosen else one.label, *figures, _interval(one.shown.interval)]
-        cells += [f"{one.shown.gain:+.3f} {_interval(one.shown.gain_interval)}", *([f"{one.learning_rate:g}"] if several_rates else [])]
+        cells += [f"{one.shown.gain:+.3f} {_interval(one.shown.gain_interval)}", f"{one.learning_rate:g}"]
         lines.append([*cells, f"{one.parameters:,}", f"{mean(one.seconds):.1f}"])
     table = ["| " + " | ".join(cells) + " |" for cells in lines]
     table.insert(1, "|---|" + "---:|" * (len(heads) - 1))
@@ -227,7 +226,7 @@ def notes(comparison: Comparison) -> list[str]:
     """Lines below the table."""
     rows = "; ".join(f"{comparison.rows[name]:,} of {comparison.questions[name]:,} questions in {name}" for name in comparison.rows)
     lines = [
-        f"{comparison.metric.unit}: {rows}. {len(comparison.seeds)} seeds: mean (least to most). In bold the readout whose "
+        f"{comparison.metric.unit}: {rows}. Seeds {', '.join(map(str, comparison.seeds))}: mean (least to most). In bold the readout whose "
         f"{comparison.monitor} is best on average.",
     ]
     kept = [

@@ -14,6 +14,7 @@ from common.config_yaml import read_marked_yaml
 from common.evaluation.config import GenerationTestConfig
 from common.readout_settings import SETTINGS, ReadoutName, ReadoutSettings
 from common.schema import Section
+from reward_model.comparison_config import ComparisonConfig
 from reward_model.config import ClassificationConfig, RegressionConfig, RewardTestConfig
 from rlhf.config import PPORunConfig
 from sft.config import SFTConfig
@@ -26,10 +27,13 @@ STAGES: dict[str, tuple[type[Section], type[Section]]] = {  # folder -> (trainin
     "rlhf": (PPORunConfig, GenerationTestConfig),
 }
 EXPECTED = {"trainer_config.yaml", "test_config.yaml", "gpt_neo_125m.yaml", "qwen_0.5b.yaml"}
-SHIPPED = sorted(path.relative_to(ROOT) for stage in STAGES for path in (ROOT / stage / "configs").glob("*.yaml"))
+FOLDERS = (*STAGES, "reward_model")  # the last one has the comparison of readouts
+SHIPPED = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder / "configs").glob("*.yaml"))
 
 
 def schema_of(path: Path) -> type[Section]:
+    if path.name.startswith("compare"):
+        return ComparisonConfig
     return STAGES[str(path.parts[0] if path.parts[0] != "reward_model" else Path(*path.parts[:2]))][path.name.startswith("test")]
 
 
@@ -96,6 +100,14 @@ def test_the_flan_t5_settings_ship() -> None:
     assert (config.data.batch_size, config.data.val_batch_size, config.trainer.params["max_epochs"]) == (96, 1024, 6)
     assert config.model_params.freeze_backbone and config.model_params.readout.name == "attention_pooled_encoder"
     assert (config.trainer.checkpoint.monitor, config.trainer.checkpoint.mode, config.tensorboard) == ("val/loss", "min", True)
+
+
+def test_readouts_are_compared_over_flan_t5_at_the_same_settings() -> None:
+    one, many = shipped("reward_model/classification", "flan_t5_hh_rlhf.yaml"), shipped("reward_model", "compare_flan_t5_hh_rlhf.yaml")
+    assert many.data == one.data and many.model_name == one.model_name and many.trainer.params.items() >= one.trainer.params.items()
+    assert many.model_params.kept_states == "bfloat16" and many.model_params.learning_rate == one.model_params.learning_rate
+    small = shipped("reward_model", "compare_readouts.yaml")
+    assert small.model_name == shipped("reward_model/classification", "trainer_config.yaml").model_name and small.readouts is None
 
 
 def test_the_embedded_default_needs_neither_network_nor_gpu_nor_account() -> None:
