@@ -77,6 +77,9 @@ class ComparisonConfig(RewardConfig):
             problems["model_params", "readout"] = "expected nothing here: `readouts` lists those to compare"
         if self.trainer.ckpt_path is not None:
             problems["trainer", "ckpt_path"] = "expected null: every readout starts fresh; model_name names the backbone"
+        if self.use_multi_gpu_if_available or self.trainer.params.get("devices", 1) != 1:
+            key = ("use_multi_gpu_if_available",) if self.use_multi_gpu_if_available else ("trainer", "params", "devices")
+            problems[key] = "expected nothing here: the runs of a comparison follow one another in one process"
         for name in ("readouts", "seeds", "learning_rates"):
             values = getattr(self, name) or []
             for number, value in enumerate(values):
@@ -144,7 +147,10 @@ class ComparisonConfig(RewardConfig):
 
 def label(readout: ReadoutSettings) -> str:
     """A readout's name, and those of its settings that are no defaults: `layerwise_attention, n_layers 2`."""
-    default = ReadoutSettings(name=readout.name).model_dump()
-    changed = {name: value for name, value in readout.model_dump().items() if value != default[name]}
+    fields = ReadoutSettings.model_fields
+    given = {name: value for name, value in readout.model_dump().items() if name != "name"}
+    changed = {
+        name: value for name, value in given.items() if value != fields[name].get_default(call_default_factory=True, validated_data={})
+    }
     shown = {name: "-".join(map(str, value)) if isinstance(value, list) else value for name, value in changed.items()}
     return ", ".join([readout.name, *(f"{name} {value}" for name, value in shown.items())])

@@ -153,6 +153,7 @@ def test_readouts_that_make_no_sense_are_left_out_or_refused_where_they_were_ask
         (["readouts=[mean_pool,mean_pool]"], "readouts.1: stands there twice"),
         (["readouts=[{name: weighted_layers, n_layers: 3}]"], "readouts.0.n_layers: got 3, expected at most the model's 2 layers"),
         (["seeds=[]"], "seeds: "),
+        (["trainer.params.devices=2"], "trainer.params.devices: expected nothing here: the runs of a comparison follow one another"),
         (["readouts=[mean_pool,decoder_output]"], "readouts.1.name: got decoder_output, which makes no sense over a causal model"),
         (["model_params.readout.name=mean_pool"], "model_params.readout: expected nothing here"),
         (["model_params.mae_loss=true"], "model_params.mae_loss: got True, expected nothing here: objective pairs has no such setting"),
@@ -170,9 +171,9 @@ def test_mistakes_are_named_before_anything_is_loaded(write_config: Any, overrid
 
 def test_labels_name_what_is_no_default() -> None:
     assert label(ReadoutSettings(name="mean_pool")) == "mean_pool"
-    assert (
-        label(ReadoutSettings(name="weighted_layers", n_layers=2, hidden_sizes=[8, 4])) == "weighted_layers, n_layers 2, hidden_sizes 8-4"
-    )
+    several = ReadoutSettings(name="weighted_layers", n_layers=2, hidden_sizes=[8, 4])
+    assert label(several) == "weighted_layers, n_layers 2, hidden_sizes 8-4"
+    assert label(ReadoutSettings(name="last_token", ensemble=4)) == "last_token, ensemble 4"
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------------------
