@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-SHARED = HERE.parents[1] / "shared" / "bench"
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
 
-# Unless threads stay on their cores and sleep while they wait, identical runs differ by factors on machines of few cores.
-THREADS = {"OMP_PROC_BIND": "true", "OMP_WAIT_POLICY": "passive"}
+from benchmarks.processes import try_contender
+
+HERE = ROOT / "benchmarks"
+SHARED = ROOT.parent / "shared" / "bench"
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,9 @@ def contenders(envs: Path) -> dict[str, Contender]:
 
 
 def run(contender: Contender, arguments: Sequence[str]) -> dict[str, Any] | None:
-    """What one process of a contender measured; None, with the end of its errors on stderr, where it failed."""
+    """What one process of a contender measured; None where it failed."""
     command = [str(contender.python), str(contender.script), *contender.arguments, *arguments]
-    done = subprocess.run(command, cwd=contender.script.parent, env={**os.environ, **THREADS}, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        print(f"{' '.join(command)} failed:\n{done.stderr[-1000:]}", file=sys.stderr)
-        return None
-    found: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
-    return found
+    return try_contender(command, cwd=contender.script.parent)
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -11,14 +11,18 @@ parameter, as a multiple of the first line's: 1.00 in every line is linear growt
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SCRIPT = Path(__file__).resolve().parent / "ppo.py"
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+from benchmarks.processes import run_contender
+
+SCRIPT = ROOT / "benchmarks" / "ppo.py"
 VARIED: dict[str, tuple[str, list[str]]] = {
     "batch": ("--batch", ["16", "32", "64", "128", "256"]),
     "length": ("--new-tokens", ["16", "32", "64", "128", "256"]),
@@ -30,11 +34,7 @@ HEAD = "| {} | generate s | score s | train s | total s | CPU s | start MiB | on
 
 def run(arguments: Sequence[str]) -> dict[str, Any]:
     """The figures of one process of benchmarks/ppo.py."""
-    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-1000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.rpartition("RESULT ")[2])
-    return found
+    return run_contender([sys.executable, str(SCRIPT), *arguments])
 
 
 def quantity(name: str, value: str, found: Mapping[str, Any]) -> float:

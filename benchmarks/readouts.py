@@ -24,7 +24,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,8 +37,9 @@ if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks.reward import build_rows
-from benchmarks.training import THREADS, run_script, text
+from benchmarks.processes import run_contender
+from benchmarks.reward import build_rows, pair_records
+from benchmarks.training import run_script
 
 READOUTS = {
     "last_token": "gpt_neo",
@@ -99,12 +99,7 @@ def in_process(options: argparse.Namespace, readout: str, way: str, n: int, epoc
     command = [sys.executable, __file__, "--measure", readout, "--n", str(n), "--epochs", str(epochs)]
     command += ["--batch", str(options.batch), "--threads", str(options.threads), "--set", *options.set]
     command += ["model_params.cache_states=never"] if way == "never" else []
-    done = subprocess.run(command, env={**os.environ, **THREADS}, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise SystemExit(f"{readout}, {way}: failed\n{done.stderr[-3000:]}")
-    figures: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
-    return figures
+    return run_contender(command)
 
 
 def build_backbone(kind: str) -> Any:
@@ -163,14 +158,7 @@ def measure(options: argparse.Namespace, readout: str) -> dict[str, Any]:
 
     PairModule.on_train_epoch_start, PairModule.on_train_batch_end = on_train_epoch_start, on_train_batch_end  # type: ignore[method-assign]
     training.read_from_cache, training.SCORE_SAMPLE = watched, 8  # moments of scores are no part of an epoch
-    records = [
-        {
-            "Question": text(question[1:-1]),
-            "Accepted_Answer": text(chosen[len(question) : -1]),
-            "Answer": text(rejected[len(question) : -1]),
-        }
-        for question, chosen, rejected in build_rows(options.n)
-    ]
+    records = pair_records(build_rows(options.n))
     options.set = [
         "model_params.freeze_backbone=true",
         "model_params.learning_rate=1e-3",

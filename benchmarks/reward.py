@@ -32,7 +32,8 @@ if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks.training import Bare, Clock, argument_parser, compare, measure, run_script, text, watch
+from benchmarks import training
+from benchmarks.training import Bare, Clock, plain_loop, run_script, run_trl, text, watch
 
 VOCABULARY, PAD, EOS = 4096, 0, 1
 
@@ -56,12 +57,9 @@ def build_rows(count: int, seed: int = 0) -> list[Row]:
     return rows
 
 
-def ours(options: argparse.Namespace, rows: Sequence[Row]) -> Clock:
-    from benchmarks.synthetic import build_judge
-    from reward_model.classification.module import PairModule
-    from reward_model.classification.train_reward import main as train
-
-    records = [
+def pair_records(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """The rows as a data file has them."""
+    return [
         {
             "Question": text(question[1:-1]),
             "Accepted_Answer": text(chosen[len(question) : -1]),
@@ -69,6 +67,14 @@ def ours(options: argparse.Namespace, rows: Sequence[Row]) -> Clock:
         }
         for question, chosen, rejected in rows
     ]
+
+
+def ours(options: argparse.Namespace, rows: Sequence[Row]) -> Clock:
+    from benchmarks.synthetic import build_judge
+    from reward_model.classification.module import PairModule
+    from reward_model.classification.train_reward import main as train
+
+    records = pair_records(rows)
     clock = watch(PairModule)
     with tempfile.TemporaryDirectory() as folder:
         run_script(train, Path(folder), build_judge(options.size), {"train": records, "val": records[:1]}, options)
@@ -87,46 +93,27 @@ def floor(options: argparse.Namespace, rows: Sequence[Row]) -> Clock:
     from benchmarks.synthetic import build_judge
 
     model = build_judge(options.size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    order = list(range(len(rows)))
-    random.Random(0).shuffle(order)
-    clock = Clock()
-    clock.mark()
-    for start in range(0, len(order), options.batch):
-        batch = [rows[index] for index in order[start : start + options.batch]]
+
+    def loss(batch: Sequence[Row]) -> Any:
         answers = [chosen for _, chosen, _ in batch] + [rejected for _, _, rejected in batch]
         ids = torch.full((len(answers), max(map(len, answers))), PAD)
         mask = torch.zeros_like(ids)
         for place, row in enumerate(answers):
             ids[place, : len(row)], mask[place, : len(row)] = torch.tensor(row), 1
         chosen, rejected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.squeeze(-1).chunk(2)
-        (-logsigmoid(chosen - rejected).mean()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        clock.mark()
-    return clock
+        return -logsigmoid(chosen - rejected).mean()
+
+    return plain_loop(model, rows, options.batch, loss)
 
 
 def trl(**settings: Any) -> Callable[[argparse.Namespace, Sequence[Row]], Clock]:
     def run(options: argparse.Namespace, rows: Sequence[Row]) -> Clock:
-        from datasets import Dataset
         from trl import RewardConfig, RewardTrainer
 
-        from benchmarks.synthetic import build_judge, build_tokenizer
-        from benchmarks.training import trl_arguments, trl_callback
+        from benchmarks.synthetic import build_judge
 
-        clock = Clock()
         data = {"chosen_ids": [chosen for _, chosen, _ in rows], "rejected_ids": [rejected for _, _, rejected in rows]}
-        with tempfile.TemporaryDirectory() as folder:
-            RewardTrainer(
-                model=build_judge(options.size),
-                args=RewardConfig(**{**trl_arguments(folder, options.batch), **settings}),
-                train_dataset=Dataset.from_dict(data),
-                processing_class=build_tokenizer(),
-                callbacks=[trl_callback(clock)],
-            ).train()
-        return clock
+        return run_trl(RewardTrainer, RewardConfig, settings, build_judge(options.size), data, options.batch)
 
     return run
 
@@ -143,18 +130,13 @@ CONTENDERS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = argument_parser(__doc__, CONTENDERS, rows=64).parse_args(argv)
-    rows = build_rows(options.n)
-    if options.contender is None:
-        tokens, twice = sum(len(chosen) + len(rejected) for _, chosen, rejected in rows), sum(len(question) for question, _, _ in rows)
-        print(f"{options.n} pairs, {tokens} tokens, {twice} of them a question's second time")
-        return compare(options, __file__, CONTENDERS, options.n, "pairs", "trl")
-    import torch
+def about(rows: Sequence[Row]) -> str:
+    tokens, twice = sum(len(chosen) + len(rejected) for _, chosen, rejected in rows), sum(len(question) for question, _, _ in rows)
+    return f"{len(rows)} pairs, {tokens} tokens, {twice} of them a question's second time"
 
-    torch.set_num_threads(options.threads)
-    measure(options, CONTENDERS[options.contender], lambda: floor(options, rows[:1]), rows)
-    return 0
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return training.main(argv, __doc__, __file__, CONTENDERS, build_rows, rows=64, unit="pairs", amount=len, about=about)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks.training import Bare, Clock, argument_parser, compare, measure, run_script, text, watch
+from benchmarks import training
+from benchmarks.training import Bare, Clock, plain_loop, run_script, run_trl, text, watch
 
 VOCABULARY, PAD, EOS = 4096, 0, 1
 
@@ -74,45 +75,26 @@ def floor(options: argparse.Namespace, rows: Sequence[Row]) -> Clock:
     from benchmarks.synthetic import build_policy
 
     model = build_policy(options.size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    order = list(range(len(rows)))
-    random.Random(0).shuffle(order)
-    clock = Clock()
-    clock.mark()
-    for start in range(0, len(order), options.batch):
-        batch = [rows[index] for index in order[start : start + options.batch]]
+
+    def loss(batch: Sequence[Row]) -> Any:
         ids = torch.full((len(batch), max(len(row) for row, _ in batch)), PAD)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
         for place, (row, prompt) in enumerate(batch):
             ids[place, : len(row)], mask[place, : len(row)] = torch.tensor(row), 1
             labels[place, prompt : len(row)] = ids[place, prompt : len(row)]
-        model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        clock.mark()
-    return clock
+        return model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+
+    return plain_loop(model, rows, options.batch, loss)
 
 
 def trl(**settings: Any) -> Callable[[argparse.Namespace, Sequence[Row]], Clock]:
     def run(options: argparse.Namespace, rows: Sequence[Row]) -> Clock:
-        from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        from benchmarks.synthetic import build_policy, build_tokenizer
-        from benchmarks.training import trl_arguments, trl_callback
+        from benchmarks.synthetic import build_policy
 
-        clock = Clock()
         data = {"input_ids": [ids for ids, _ in rows], "labels": [[-100] * prompt + ids[prompt:] for ids, prompt in rows]}
-        with tempfile.TemporaryDirectory() as folder:
-            SFTTrainer(
-                model=build_policy(options.size),
-                args=SFTConfig(**{**trl_arguments(folder, options.batch), **settings}),
-                train_dataset=Dataset.from_dict(data),
-                processing_class=build_tokenizer(),
-                callbacks=[trl_callback(clock)],
-            ).train()
-        return clock
+        return run_trl(SFTTrainer, SFTConfig, settings, build_policy(options.size), data, options.batch)
 
     return run
 
@@ -129,18 +111,16 @@ CONTENDERS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = argument_parser(__doc__, CONTENDERS, rows=96).parse_args(argv)
-    rows = build_rows(options.n)
-    if options.contender is None:
-        tokens = sum(len(ids) for ids, _ in rows)
-        print(f"{options.n} rows, {tokens} tokens, of which {sum(len(ids) - prompt for ids, prompt in rows)} answer")
-        return compare(options, __file__, CONTENDERS, tokens, "tokens", "trl")
-    import torch
+def tokens(rows: Sequence[Row]) -> int:
+    return sum(len(ids) for ids, _ in rows)
 
-    torch.set_num_threads(options.threads)
-    measure(options, CONTENDERS[options.contender], lambda: floor(options, rows[:1]), rows)
-    return 0
+
+def about(rows: Sequence[Row]) -> str:
+    return f"{len(rows)} rows, {tokens(rows)} tokens, of which {sum(len(ids) - prompt for ids, prompt in rows)} answer"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return training.main(argv, __doc__, __file__, CONTENDERS, build_rows, rows=96, unit="tokens", amount=tokens, about=about)
 
 
 if __name__ == "__main__":

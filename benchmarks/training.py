@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
+import random
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import try_contender
+
 ROOT = Path(__file__).resolve().parents[1]
 BARE_LOOPS = ROOT.parent / "shared" / "bench"
 """Loops with every exact trick and no trainer around them; no part of this repository."""
-THREADS = {"OMP_PROC_BIND": "true", "OMP_WAIT_POLICY": "passive"}
 
 
 @dataclass
@@ -119,13 +120,36 @@ def _run(options: argparse.Namespace, script: str, name: str) -> dict[str, Any] 
         command += [f"--{option}", str(getattr(options, option))]
     if options.set:
         command += ["--set", *options.set]
-    done = subprocess.run(command, env={**os.environ, **THREADS}, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        print(f"{name} failed:\n{done.stderr[-1500:]}", file=sys.stderr)
-        return None
-    figures: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
-    return figures
+    return try_contender(command)
+
+
+def main(
+    argv: Sequence[str] | None,
+    description: str | None,
+    script: str,
+    contenders: Mapping[str, Run],
+    build_rows: Callable[[int], list[Any]],
+    *,
+    rows: int,
+    unit: str,
+    amount: Callable[[list[Any]], int],
+    about: Callable[[list[Any]], str],
+) -> int:
+    """A benchmark's command line: one contender here, or all of them in turn.
+
+    build_rows    number of rows -> the rows; `rows`: how many unless the command line says otherwise
+    unit, amount  what speeds count, and how much of it the rows have; `about`: what else is told of them
+    """
+    options = argument_parser(description, contenders, rows).parse_args(argv)
+    built = build_rows(options.n)
+    if options.contender is None:
+        print(about(built))
+        return compare(options, script, contenders, amount(built), unit, "trl")
+    import torch
+
+    torch.set_num_threads(options.threads)
+    measure(options, contenders[options.contender], lambda: contenders["floor"](options, built[:1]), built)
+    return 0
 
 
 def table(found: Mapping[str, Sequence[Mapping[str, Any]]], amount: int, unit: str, first: str) -> str:
@@ -148,7 +172,43 @@ def _least(rounds: Sequence[Mapping[str, Any]]) -> float:
     return min(float(figures["seconds"]) for figures in rounds)
 
 
-# --- trl
+# --- a plain loop and trl
+
+
+def plain_loop(model: Any, rows: Sequence[Any], batch: int, loss: Callable[[Sequence[Any]], Any]) -> Clock:
+    """An epoch of torch's AdamW over shuffled rows, gradients clipped to 1; `loss`: of the rows of a step."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    order = list(range(len(rows)))
+    random.Random(0).shuffle(order)
+    clock = Clock()
+    clock.mark()
+    for start in range(0, len(order), batch):
+        loss([rows[index] for index in order[start : start + batch]]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        clock.mark()
+    return clock
+
+
+def run_trl(trainer: Any, config: Any, settings: Mapping[str, Any], model: Any, data: Mapping[str, Any], batch: int) -> Clock:
+    """An epoch of one of trl's trainers over tokenized columns."""
+    from datasets import Dataset
+
+    from benchmarks.synthetic import build_tokenizer
+
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer(
+            model=model,
+            args=config(**{**trl_arguments(folder, batch), **settings}),
+            train_dataset=Dataset.from_dict(data),
+            processing_class=build_tokenizer(),
+            callbacks=[trl_callback(clock)],
+        ).train()
+    return clock
 
 
 def trl_arguments(folder: str, batch: int) -> dict[str, Any]:
