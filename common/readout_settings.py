@@ -100,7 +100,7 @@ class ReadoutSettings(Section):
     def _every_setting_is_read(self) -> Self:
         reads = SETTINGS[self.name]
         read = ("name", *_OF_ENSEMBLES, *reads)
-        idle = [name for name in self.model_fields_set if name not in read and getattr(self, name) != _DEFAULTS[name]]
+        idle = [name for name in self.model_fields_set if name not in read and getattr(self, name) != DEFAULTS[name]]
         if idle:
             has = f"{self.name} has {', '.join(reads) or 'no settings'}"
             raise KeyedProblems({(name,): f"got {getattr(self, name)}, expected nothing here: {has}" for name in sorted(idle)})
@@ -124,7 +124,7 @@ class ReadoutSettings(Section):
         return self.model_dump(exclude=_NOT_SAVED)
 
 
-_DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     name: field.get_default(call_default_factory=True, validated_data={}) for name, field in ReadoutSettings.model_fields.items()
 }
 

@@ -263,7 +263,10 @@ def gib(size: int) -> str:
 
 
 def wider(root: Path, facts: StateFacts, digests: Digests) -> StateCache:
-    """The cache of these facts, or one below `root` that differs in having more layers and has all the rows already."""
+    """The cache of these facts, or, where it lacks rows, one below `root` that differs in having more layers and has all of them."""
+    own = StateCache(root, facts)
+    if not len(own.missing(digests)):
+        return own
     for path in sorted(root.glob(f"*/{FACTS_FILE}")):
         try:
             other = StateFacts(**json.loads(path.read_bytes()))
@@ -273,4 +276,4 @@ def wider(root: Path, facts: StateFacts, digests: Digests) -> StateCache:
             cache = StateCache(root, other)
             if not len(cache.missing(digests)):
                 return cache
-    return StateCache(root, facts)
+    return own

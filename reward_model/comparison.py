@@ -279,7 +279,7 @@ def clock_of(config: RewardConfig) -> tuple[Callable[[], float], str]:
 def keep_the_best(runs: Sequence[Run], last: Run, mode: str) -> None:
     """Remove the checkpoints of all of a readout's seeds but the best, at the learning rate of `last`."""
     seeds = [run for run in runs if run.config.desc == last.config.desc]
-    best = seeds[order(seeds, mode)[0]]
+    best = best_run(seeds, mode)
     for run in seeds:
         if run is not best:
             shutil.rmtree(run.directory / CHECKPOINTS_FOLDER, ignore_errors=True)
@@ -287,10 +287,9 @@ def keep_the_best(runs: Sequence[Run], last: Run, mode: str) -> None:
                 (run.directory / link).unlink(missing_ok=True)
 
 
-def order(runs: Sequence[Run], mode: str) -> list[int]:
-    """Places in `runs`, the best by the monitored metric first."""
-    values = [finished["best_value"] if (finished := run.finished) else None for run in runs]
-    return sorted(range(len(runs)), key=lambda place: worth(values[place], mode))
+def best_run(runs: Sequence[Run], mode: str) -> Run:
+    """The best by the monitored metric."""
+    return min(runs, key=lambda run: worth(finished["best_value"] if (finished := run.finished) else None, mode))
 
 
 def worth(value: float | None, mode: str) -> float:
@@ -356,7 +355,7 @@ def figures(
         chosen=chosen,
         left_out=left_out,
     )
-    return comparison, best[chosen][order(best[chosen], mode)[0]]
+    return comparison, best_run(best[chosen], mode)
 
 
 def measured_rows(config: ComparisonConfig, splits: Splitted, kept: Mapping[str, Sequence[Any]]) -> dict[str, Rows]:

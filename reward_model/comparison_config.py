@@ -8,18 +8,13 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from common.model_source import config_in, kind_in, layers_in
-from common.readout_settings import PARTS, READS, ReadoutName, ReadoutSettings, readout_problems
+from common.readout_settings import DEFAULTS, READS, ReadoutName, ReadoutSettings, readout_problems
 from common.schema import KeyedProblems, NonNegativeInt, PositiveFloat
 from reward_model.config import ClassificationConfig, ClassificationParams, RegressionConfig, RegressionParams, RewardConfig
 from reward_model.logged import PAIR_METRICS, SCORE_METRICS
 
 ObjectiveName = Literal["pairs", "scores"]
 _READOUT_NAMES = get_args(ReadoutName)
-_OTHERS: dict[ObjectiveName, type[ClassificationParams] | type[RegressionParams]] = {
-    "pairs": RegressionParams,
-    "scores": ClassificationParams,
-}
 _OWN: dict[ObjectiveName, type[ClassificationParams] | type[RegressionParams]] = {"pairs": ClassificationParams, "scores": RegressionParams}
 
 
@@ -68,7 +63,7 @@ class ComparisonConfig(RewardConfig):
     @model_validator(mode="after")
     def _only_what_is_compared(self) -> Self:
         params = self.model_params
-        foreign = set(_OTHERS[self.objective].model_fields) - set(_OWN[self.objective].model_fields)
+        foreign = set(ComparisonParams.model_fields) - set(_OWN[self.objective].model_fields)
         problems: dict[tuple[Any, ...], str] = {
             ("model_params", name): f"got {getattr(params, name)}, expected nothing here: objective {self.objective} has no such setting"
             for name in sorted(foreign & params.model_fields_set)
@@ -90,17 +85,14 @@ class ComparisonConfig(RewardConfig):
         return self
 
     @model_validator(mode="after")
-    def _readouts_fit_the_model(self) -> Self:
-        """As far as the model is known here: built here, or a directory."""
-        if self.model_init is not None:
-            model: dict[str, Any] = {**self.model_init.config, "model_type": self.model_init.model_type}
-        else:
-            model = config_in(self.model_name or "") or {}
-        kind = kind_in(model)
-        layers = {part: count for part in PARTS.get(kind, ()) if (count := layers_in(model, part))}  # type: ignore[arg-type]
+    def _readout_fits_the_model(self) -> Self:
+        """Of each readout, where a single training asks it of its own."""
+        kind, layers = self.known_model()
+        if kind is None:
+            return self
         problems: dict[tuple[Any, ...], str] = {}
-        for number, readout in enumerate(self.readouts or [] if kind is not None else []):
-            for name, problem in readout_problems(readout, kind, layers).items():  # type: ignore[arg-type]
+        for number, readout in enumerate(self.readouts or []):
+            for name, problem in readout_problems(readout, kind, layers).items():
                 problems["readouts", number, name] = problem
         if problems:
             raise KeyedProblems(problems)
@@ -147,10 +139,6 @@ class ComparisonConfig(RewardConfig):
 
 def label(readout: ReadoutSettings) -> str:
     """A readout's name, and those of its settings that are no defaults: `layerwise_attention, n_layers 2`."""
-    fields = ReadoutSettings.model_fields
-    given = {name: value for name, value in readout.model_dump().items() if name != "name"}
-    changed = {
-        name: value for name, value in given.items() if value != fields[name].get_default(call_default_factory=True, validated_data={})
-    }
+    changed = {name: value for name, value in readout.model_dump().items() if name != "name" and value != DEFAULTS[name]}
     shown = {name: "-".join(map(str, value)) if isinstance(value, list) else value for name, value in changed.items()}
     return ", ".join([readout.name, *(f"{name} {value}" for name, value in shown.items())])

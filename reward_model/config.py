@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.model_source import config_in, kind_in, layers_in
-from common.readout_settings import PARTS, ReadoutSettings, readout_problems
+from common.model_source import BackboneKind, config_in, kind_in, layers_in
+from common.readout_settings import PARTS, Part, ReadoutSettings, readout_problems
 from common.schema import (
     CSVPath,
     DataSettings,
@@ -86,18 +86,21 @@ class RewardConfig(TrainingSettings):
             raise ValueError(f"use_multi_gpu_if_available is true, and trainer.params.devices is {given}; remove one of them")
         return self
 
-    @model_validator(mode="after")
-    def _readout_fits_the_model(self) -> Self:
-        """As far as the model is known here: built here, or a directory."""
+    def known_model(self) -> tuple[BackboneKind | None, dict[Part, int]]:
+        """Kind of the model and layers of its parts, as far as they are known here: built here, or a directory."""
         name = self.trainer.ckpt_path or self.model_name
         if name is not None:
             model = config_in(name) or {}
         else:
             assert self.model_init is not None
             model = {**self.model_init.config, "model_type": self.model_init.model_type}
-        kind, readout = kind_in(model), self.model_params.readout
-        layers = {part: count for part in PARTS.get(kind, ()) if (count := layers_in(model, part))}
-        if kind is not None and (problems := readout_problems(readout, kind, layers)):
+        kind = kind_in(model)
+        return kind, {part: count for part in (PARTS[kind] if kind else ()) if (count := layers_in(model, part))}
+
+    @model_validator(mode="after")
+    def _readout_fits_the_model(self) -> Self:
+        kind, layers = self.known_model()
+        if kind is not None and (problems := readout_problems(self.model_params.readout, kind, layers)):
             raise KeyedProblems({("model_params", "readout", name): problem for name, problem in problems.items()})
         return self
 

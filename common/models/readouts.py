@@ -149,7 +149,8 @@ class Ensemble(Readout):
         return torch.stack([member(states) for member in self.members], 1)
 
     def linear_weight(self) -> Tensor | None:
-        weights = [member.score.weight for member in self.members if isinstance(member, LastToken)]
+        members = (member for member in self.members if isinstance(member, Readout))
+        weights = [weight for member in members if (weight := member.linear_weight()) is not None]
         return torch.stack(weights).mean(0) if weights else None
 
 

@@ -53,7 +53,7 @@ class PairModule(pl.LightningModule):
             centring_coef=self.params.centring_coef,
         )
         margins = (chosen - rejected).detach().mean(1)
-        right = (margins > 0).float() + 0.5 * (margins == 0).float()
+        right = ordered_rightly(margins)
         self.log("train/accuracy", right.mean(), prog_bar=True)
         self.log("train/margin", margins.mean())
         return loss_sum / (batch["denominator"] * chosen.shape[1])
@@ -71,7 +71,7 @@ class PairModule(pl.LightningModule):
         columns = [chosen, rejected, batch["weight"], importance * bradley_terry_loss(chosen, rejected, margin)]
         if self.model.members > 1:
             margins, losses = members[0] - members[1], importance[:, None] * bradley_terry_loss(*members, margin[:, None])
-            right = (margins > 0).float() + 0.5 * (margins == 0).float()
+            right = ordered_rightly(margins)
             columns += [spread(margins), losses.mean(1), right.mean(1)]
         table = torch.stack([column.float() for column in columns], dim=1).cpu()  # (P, 4), of an ensemble (P, 7)
         question = batch["question"].cpu()
@@ -83,6 +83,11 @@ class PairModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         return build_optimizer(self.model, self.params, self.total_steps)
+
+
+def ordered_rightly(margins: Tensor) -> Tensor:
+    """1 where the chosen answer scores higher, 0.5 where both score alike, else 0."""
+    return (margins > 0).float() + 0.5 * (margins == 0).float()
 
 
 def pair_metrics(questions: list[list[list[float]]]) -> dict[str, float]:
