@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from common.freezing import find_blocks, is_attention
 from common.models.modes import evaluating
-from common.models.packed import line_positions, packed_line
+from common.models.packed import as_line
+from common.models.trial import trial_rows
 
 
 class LastFeedForward:
@@ -39,19 +40,13 @@ class LastFeedForward:
         if len(found) != 1:
             return None
         last = cls(trunk, found[0])
-        device = next(trunk.parameters()).device
-        ids, lengths, places = torch.arange(1, 9, device=device)[None], [5, 3], torch.tensor([7, 3, 4, 3], device=device)
-
-        def read() -> Tensor:
-            with packed_line(trunk, lengths):
-                states: Tensor = trunk(input_ids=ids, position_ids=line_positions(lengths, device), use_cache=False).last_hidden_state[0]
-            return states
-
+        line = as_line(*trial_rows(trunk))
+        places = torch.tensor([7, 3, 4, 3], device=line.ids.device)
         with torch.no_grad(), evaluating(trunk):
-            whole = read()
+            whole = line.states(trunk)
             try:
                 with last.at(places):
-                    got = read()
+                    got = line.states(trunk)
             except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
                 return None
         same = torch.allclose(got[places], whole[places], rtol=1e-5, atol=1e-6)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common.freezing import find_blocks
+from common.models.trial import trial_ids
 
 
 class _Reached(Exception):
@@ -38,8 +39,7 @@ class LowerLayers:
         blocks = [trunk.get_submodule(block.prefix.rstrip(".")) for block in found]
         if not found or len(blocks) != found[0].count:  # an encoder beside the decoder
             return None
-        embedding: Tensor = trunk.get_input_embeddings().weight  # type: ignore[operator]
-        ids = torch.arange(1, 9, device=embedding.device).reshape(2, 4) % len(embedding)
+        ids = trial_ids(trunk, 2, 4)
         entering, results = _watch(trunk, blocks, ids)
         frozen = [not states.requires_grad for states in entering]
         count = frozen.index(False) - 1 if False in frozen else len(blocks) - 1

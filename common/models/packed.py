@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 
 from common.models.modes import evaluating
 from common.models.short_texts import Groups, attend_in_groups, groups_of_like_length, serves
+from common.models.trial import trial_rows
 
 NAME = "packed_texts"
 SHARED_TOKENS = 8
@@ -245,9 +246,7 @@ def can_pack(trunk: nn.Module) -> bool:
     """
     if "position_ids" not in inspect.signature(trunk.forward).parameters:
         return False
-    embeddings: Any = trunk.get_input_embeddings()  # type: ignore[operator]
-    ids = torch.arange(1, 11, device=embeddings.weight.device).reshape(2, 5) % len(embeddings.weight)
-    mask = torch.arange(5, device=ids.device) < torch.tensor([[5], [3]], device=ids.device)
+    ids, mask = trial_rows(trunk)
     with torch.no_grad(), evaluating(trunk), _narrow_windows(trunk, 3):
         rows = trunk(input_ids=ids, use_cache=False).last_hidden_state
         expected = rows[mask]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from common.models.modes import evaluating
+from common.models.trial import trial_ids
 
 
 class Parts(NamedTuple):
@@ -31,7 +32,7 @@ def take_apart(model: Any) -> Parts | None:
     trunk, head = getattr(plain, getattr(plain, "base_model_prefix", ""), None), plain.get_output_embeddings()
     if plain.config.is_encoder_decoder or not isinstance(trunk, nn.Module) or not isinstance(head, nn.Module):
         return None
-    ids = torch.arange(1, 4, device=next(plain.parameters()).device)[None]
+    ids = trial_ids(plain, 1, 3)
     with torch.no_grad(), evaluating(plain):
         whole = plain(input_ids=ids, use_cache=False).logits
         split = head(trunk(input_ids=ids, use_cache=False).last_hidden_state)

@@ -64,14 +64,6 @@ def test_states_and_gradients_above_the_frozen_layers_are_those_of_the_whole_mod
         assert not torch.equal(states(trunk), whole)
 
 
-def test_a_vocabulary_of_a_few_tokens_is_no_obstacle() -> None:
-    config = AutoConfig.for_model("gpt2", vocab_size=5, bos_token_id=1, eos_token_id=1, **MODELS["gpt2"])
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    model.base_model.h[3].requires_grad_(True)
-    lower = LowerLayers.find(model.base_model)
-    assert lower is not None and len(lower.below) == 3
-
-
 def test_where_something_below_trains_nothing_is_kept() -> None:
     for spoil in (
         lambda model: model.get_input_embeddings().requires_grad_(True),
