@@ -24,6 +24,7 @@ from benchmarks import frontier_results
 from common.evaluation.config import GenerationTestConfig
 from common.readout_settings import READS, SETTINGS, Place, ReadoutName
 from common.schema_docs import settings_table
+from common.tracking import markdown_table
 from examples import readout_results, real_results
 from examples import results as quickstart_results
 from reward_model.comparison_config import ComparisonConfig
@@ -92,12 +93,12 @@ def place_words(place: Place | None) -> str:
 def readouts_table(name: str) -> str:
     """Every readout with what it reads of each kind of transformer."""
     assert name == "all", name
-    rows = ["| `name` | causal | encoder | encoder-decoder | score of | settings |", "|---|---|---|---|---|---|"]
+    rows = []
     for readout, places in READS.items():
         words = [place_words(places.get(kind)) for kind in ("causal", "encoder", "encoder_decoder")]
         settings = ", ".join(f"`{setting}`" for setting in SETTINGS[readout])
-        rows.append("| " + " | ".join([f"`{readout}`", *words, POOLING[readout], settings]) + " |")
-    return "\n" + "\n".join(rows) + "\n\n"
+        rows.append([f"`{readout}`", *words, POOLING[readout], settings])
+    return f"\n{markdown_table(('`name`', 'causal', 'encoder', 'encoder-decoder', 'score of', 'settings'), rows)}\n\n"
 
 
 def folded(summary: str, table: str) -> str:
@@ -106,8 +107,8 @@ def folded(summary: str, table: str) -> str:
 
 
 def metrics_table(name: str) -> str:
-    rows = "".join(f"| `{metric}` | {text} |\n" for metric, text in metrics(name).items())
-    return folded("every metric", f"| metric | definition |\n|---|---|\n{rows}")
+    rows = [(f"`{metric}`", text) for metric, text in metrics(name).items()]
+    return folded("every metric", markdown_table(("metric", "definition"), rows))
 
 
 def results_section(name: str) -> str:
