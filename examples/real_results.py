@@ -41,7 +41,7 @@ def _generators(results: RealResults) -> str:
             ("PPO: answers that end / mean length in tokens", f"{best['eval/eos_rate']:.2f} / {best['eval/length']:.0f}"),
         ]
     rows.append(("minutes of training, all stages", f"{sum(result['training']['seconds'] for result in results.values()) / 60:.0f}"))
-    return _table(("figure", "value"), rows)
+    return table(("figure", "value"), rows)
 
 
 def _pairs(summaries: dict[str, Any]) -> str:
@@ -50,7 +50,7 @@ def _pairs(summaries: dict[str, Any]) -> str:
         accuracy, gain = (summary["figures"][figure] for figure in ("accuracy", "accuracy above longer-wins"))
         counts = (name, summary["pairs"], summary["questions"])
         rows.append((*counts, _with_interval(accuracy), _number(accuracy["baseline"]), _with_interval(gain)))
-    return _table(("pair models on", "pairs", "questions", "accuracy", "longer wins", "above longer wins"), rows) if rows else ""
+    return table(("pair models on", "pairs", "questions", "accuracy", "longer wins", "above longer wins"), rows) if rows else ""
 
 
 def _scores(summaries: dict[str, Any]) -> str:
@@ -61,11 +61,11 @@ def _scores(summaries: dict[str, Any]) -> str:
         errors = (_with_interval(error), _number(error["baseline"]))
         rows.append((*counts, *errors, _number(rank["value"]), _with_interval(within), _number(within["baseline"])))
     columns = ("score models on", "answers", "questions", "MSE", "of the train mean", "Spearman", "pairs of a question", "longer wins")
-    return _table(columns, rows) if rows else ""
+    return table(columns, rows) if rows else ""
 
 
 def _slices(title: str, rows: list[dict[str, Any]] | None) -> str:
-    return f"{title}:\n\n{_table(tuple(rows[0]), [tuple(map(_number, row.values())) for row in rows])}" if rows else ""
+    return f"{title}:\n\n{table(tuple(rows[0]), [tuple(map(_number, row.values())) for row in rows])}" if rows else ""
 
 
 def _with_interval(figure: dict[str, Any]) -> str:
@@ -81,6 +81,7 @@ def _number(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+def table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """A Markdown table of figures: all columns but the first stand to the right."""
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
