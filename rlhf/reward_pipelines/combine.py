@@ -46,18 +46,20 @@ class Ensemble(_Combined):
         self.std_coef = std_coef
 
     def values(self, answers: Answers, components: dict[str, list[float]]) -> list[float]:
-        rows = self._columns(answers, components)
-        components[f"{self.name}_std"] = [statistics.pstdev(row) for row in rows]
-        return [combined(row, self.how, self.std_coef) for row in rows]
+        values, components[f"{self.name}_std"] = combined(self._columns(answers, components), self.how, self.std_coef)
+        return values
 
 
-def combined(values: Sequence[float], how: Combine, std_coef: float = 1.0) -> float:
-    """What several judges of one answer make of it together.
+def combined(rows: Sequence[Sequence[float]], how: Combine, std_coef: float) -> tuple[list[float], list[float]]:
+    """What several judges of each answer make of it together, and how far apart they are. `rows`: the values of each answer.
 
     mean: their average. min: the most severe. mean_minus_std: the average minus `std_coef` times their spread (population standard
     deviation), so that an answer that fools one of them gains little.
     """
+    spreads = [statistics.pstdev(row) for row in rows]
     if how == "min":
-        return min(values)
-    mean = statistics.fmean(values)
-    return mean if how == "mean" else mean - std_coef * statistics.pstdev(values)
+        return [min(row) for row in rows], spreads
+    means = [statistics.fmean(row) for row in rows]
+    if how == "mean":
+        return means, spreads
+    return [mean - std_coef * spread for mean, spread in zip(means, spreads, strict=True)], spreads

@@ -143,8 +143,8 @@ class TrainedEnsemble(TrainedRewardModel):
         rows = [[(score - own) / scale for score, own in zip(answer.members, means, strict=True)] for answer in judged]
         if self.normalise != "none":
             components[f"{self.name}_raw"] = [answer.score for answer in judged]
-        components[f"{self.name}_std"] = [statistics.pstdev(row) for row in rows]
-        return [combined(row, self.how, self.std_coef) for row in rows]
+        values, components[f"{self.name}_std"] = combined(rows, self.how, self.std_coef)
+        return values
 
     def calibrate(self, answers: Answers) -> None:
         if self.normalise != "reference":
