@@ -26,7 +26,7 @@ from common.schema import (
     WandbSettings,
 )
 from common.tracking import init_argument_problems
-from rlhf.setting_rules import WITHOUT_VALUES, AdvantageEstimator, check_settings
+from rlhf.setting_rules import WITHOUT_VALUES, AdvantageEstimator, Combine, Normalise, check_settings
 
 
 class PPOData(RowSettings):
@@ -175,7 +175,7 @@ class RewardComponent(Section):
     weight: FiniteFloat = Field(1.0, description="Factor inside a `sum`.")
     model_name: ModelName | None = Field(None, description="model: reward model directory.")
     batch_size: PositiveInt | None = Field(None, description="model: answers scored at once; default: `reward_config.batch_size`.")
-    normalise: Literal["manifest", "reference", "none"] = Field(
+    normalise: Normalise = Field(
         "manifest",
         description="model: subtract mean and divide by scale of the training set, of the reference's first answers, or neither.",
     )
@@ -189,7 +189,7 @@ class RewardComponent(Section):
         default_factory=lambda: [".", "!", "?"], description="must_end: 1 where the answer ends in one of these, else 0."
     )
     members: list[RewardComponent] = Field(default_factory=list, description="sum, ensemble: its parts.")
-    combine: Literal["mean", "min", "mean_minus_std"] = Field(
+    combine: Combine = Field(
         "mean", description="ensemble: how members are combined; model: how the readouts of a model are that was trained with several."
     )
     std_coef: NonNegativeFloat = Field(1.0, description="ensemble, model: factor of the spread in `mean_minus_std`.")

@@ -1,4 +1,4 @@
-"""Rules between PPO's settings, the same for a config file's section and for `PPOConfig`. Torch is not imported here."""
+"""Rules between PPO's settings, the same for a config file and for the classes of Python. Torch is not imported here."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 AdvantageEstimator = Literal["gae", "rloo", "grpo"]
 WITHOUT_VALUES = ("rloo", "grpo")
 """Estimators whose baseline is the other answers to a prompt: they need several, and no value."""
+Combine = Literal["mean", "min", "mean_minus_std"]
+"""See `rlhf.reward_pipelines.combine.combined`."""
+Normalise = Literal["manifest", "reference", "none"]
+"""See `rlhf.reward_pipelines.model.TrainedRewardModel`."""
 
 
 def check_settings(settings: PPOParams | PPOConfig, mini_batch_size: int) -> None:

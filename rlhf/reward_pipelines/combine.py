@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Literal
 
 from rlhf.reward_pipelines.part import Answers, RewardPart
-
-Combine = Literal["mean", "min", "mean_minus_std"]
+from rlhf.setting_rules import Combine
 
 
 class _Combined(RewardPart):

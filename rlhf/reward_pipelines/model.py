@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from common.records import Prompt
-from rlhf.reward_pipelines.combine import Combine, combined
+from rlhf.reward_pipelines.combine import combined
 from rlhf.reward_pipelines.part import Answers, RewardPart
-
-Normalise = Literal["manifest", "reference", "none"]
+from rlhf.setting_rules import Combine, Normalise
 
 _LEAST_SCALE = 1e-6
 """Scores that differ less than this are taken as all alike, and not divided."""
