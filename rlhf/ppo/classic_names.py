@@ -60,9 +60,7 @@ def unknown_lines(names: Iterable[str], known: Sequence[str]) -> list[str]:
         if name in ELSEWHERE:
             lines.append(f"PPOConfig has no {name}: {ELSEWHERE[name]}")
         elif name not in known:
-            close = difflib.get_close_matches(name, [*known, *ELSEWHERE], n=1)
-            meant = f"; did you mean {close[0]}?" if close else ""
-            lines.append(
-                f"PPOConfig has no {name}{meant}" + (f" {close[0]}: {ELSEWHERE[close[0]]}" if close and close[0] in ELSEWHERE else "")
-            )
+            lines.append(f"PPOConfig has no {name}")
+            for close in difflib.get_close_matches(name, [*known, *ELSEWHERE], n=1):
+                lines[-1] += f"; did you mean {close}?" + (f" {close}: {ELSEWHERE[close]}" if close in ELSEWHERE else "")
     return lines
