@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -84,6 +85,7 @@ class Answers:
         """(B, S) True where `ids` are no padding."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
+    @cached_property
     def line(self) -> Line:
         """The rows of a causal model without their padding; what rows begin with alike, a prompt say, stands there once."""
         return as_line(self.ids, self.real(), share=True)
@@ -150,7 +152,7 @@ class Trunk:
         """Last hidden states (M, D) where an answer token is predicted; they start above `lower` from `entering` (real tokens, D)."""
         real, places = answers.real(), answers.places()
         if self.packs:
-            line = answers.line()
+            line = answers.line
             wanted = line.places[places]
             with nullcontext() if self.last is None else self.last.at(wanted):
                 states = self._read(answers, line, lower, None if entering is None else entering[line.kept[real]][None])
@@ -165,7 +167,7 @@ class Trunk:
         """What `lower` hands on for every real token (N, D), row after row."""
         if not self.packs:
             return lower.states(**answers.inputs())[answers.real()]
-        line = answers.line()
+        line = answers.line
         with packed_line(self.module, line.lengths, line.shared):
             states = lower.states(input_ids=line.ids, position_ids=line.positions())[0]
         return states.index_select(0, line.places[answers.real()])
