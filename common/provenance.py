@@ -90,9 +90,8 @@ def code_state() -> GitState:
     return git_state(REPOSITORY)
 
 
-def check_clean(root: Path = REPOSITORY) -> None:
-    """Raise UserError where files of the checkout are changed or untracked, or where there is no checkout at all."""
-    state = git_state(root)
+def check_clean(state: GitState, root: Path = REPOSITORY) -> None:
+    """Raise UserError where files of the checkout at `root` are changed or untracked, or where there is no checkout at all."""
     if state.changes is None:
         raise UserError(f"require_clean_git: got true, but {root} is no git checkout with a commit, so that no commit can be recorded")
     if state.changes:

@@ -37,18 +37,19 @@ def stage_runs_root(dirpath: str | Path, results_root: str | Path | None, stage:
     return Path(root).expanduser().absolute() / stage if root else Path(dirpath).absolute()
 
 
-def check_start(settings: RunSettings, root: Path) -> None:
+def check_start(settings: RunSettings, root: Path | None) -> None:
     """Refuse what `create_run_directory` would, and a checkout that is not clean where it has to be, before anything is loaded.
 
-    root: where `stage_runs_root` says that the runs lie. Raises UserError with every problem.
+    root: where `stage_runs_root` says that the runs lie; None: the run goes on in a directory that is there. Raises UserError with every
+    problem.
     """
     if followed_run() is not None:
         return
-    code_state()  # what manifests record is the code that was loaded
+    state = code_state()  # now, since what manifests record is the code that was loaded
     problems: list[str] = []
     for refuse in (
-        lambda: _refuse_taken(root, settings.desc, settings.index),
-        lambda: check_clean() if settings.require_clean_git else None,
+        lambda: _refuse_taken(root, settings.desc, settings.index) if root is not None else None,
+        lambda: check_clean(state) if settings.require_clean_git else None,
     ):
         try:
             refuse()

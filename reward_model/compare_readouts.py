@@ -26,7 +26,6 @@ from common.config import parse_command_line, resolved_dict
 from common.errors import UserError, run_main
 from common.failed_start import removed_if_unused
 from common.notes import say
-from common.provenance import check_clean
 from common.runs import (
     CONFIG_FILE,
     check_start,
@@ -52,13 +51,8 @@ def main(argv: Sequence[str]) -> int:
     config = invocation.config
     invocation.print_notes()
     root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "reward_comparison")
-    earlier = None
-    if invocation.resume is None:
-        check_start(config, root)
-    else:
-        earlier = earlier_directory(config, root, invocation.resume)
-        if config.require_clean_git:
-            check_clean()
+    earlier = None if invocation.resume is None else earlier_directory(config, root, invocation.resume)
+    check_start(config, root if earlier is None else None)
     for note in idle_settings(config):
         say(note)
     check_models(config)

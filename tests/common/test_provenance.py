@@ -61,21 +61,21 @@ def test_the_diff_fingerprint_follows_what_differs(checkout: Path) -> None:
 
 
 def test_a_clean_checkout_is_required_and_what_is_not_clean_is_named(checkout: Path) -> None:
-    check_clean(checkout)
+    check_clean(git_state(checkout), checkout)
     (checkout / "kept.py").write_text("2\n")
     with pytest.raises(
         UserError, match=r"require_clean_git: got true, but 1 file is changed or untracked in .*: kept.py \(changed\); commit"
     ):
-        check_clean(checkout)
+        check_clean(git_state(checkout), checkout)
     for number in range(7):
         (checkout / f"new{number}.py").write_text("")
     with pytest.raises(UserError, match=r"8 files are .*: kept.py \(changed\), new0.py \(untracked\), .*new3.py \(untracked\) and 3 more;"):
-        check_clean(checkout)
+        check_clean(git_state(checkout), checkout)
 
 
 def test_a_folder_without_commits_is_not_clean(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no git checkout with a commit"):
-        check_clean(tmp_path)
+        check_clean(git_state(tmp_path), tmp_path)
 
 
 def test_host_facts_name_nobody() -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from common.errors import UserError
 from common.notes import begin_notes, say
+from common.provenance import REPOSITORY, GitState
 from common.runs import (
     check_start,
     create_run_directory,
@@ -152,10 +153,7 @@ def test_the_log_holds_what_is_printed_but_no_progress_bar(tmp_path: Path, capsy
 
 
 def test_a_taken_index_and_a_checkout_that_is_not_clean_are_refused_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def dirty() -> None:
-        raise UserError("require_clean_git: not clean")
-
-    monkeypatch.setattr("common.runs.check_clean", dirty)
+    monkeypatch.setattr("common.runs.code_state", lambda: GitState("0" * 40, ("new.py (untracked)",), "1"))
     create_run_directory(tmp_path, "run", 3)
     check_start(RunSettings(desc="run", index="auto"), tmp_path)
     check_start(RunSettings(desc="run", index=2), tmp_path)
@@ -163,5 +161,10 @@ def test_a_taken_index_and_a_checkout_that_is_not_clean_are_refused_before_a_run
     with pytest.raises(UserError) as raised:
         check_start(RunSettings(desc="run", index=3, require_clean_git=True), tmp_path)
     taken = f"index: {tmp_path / 'desc-run,index-3'} exists already; the next free index is 4 (or index: auto)"
-    assert raised.value.problems == (taken, "require_clean_git: not clean")
+    files = f"1 file is changed or untracked in {REPOSITORY}: new.py (untracked)"
+    not_clean = f"require_clean_git: got true, but {files}; commit or ignore them"
+    assert raised.value.problems == (taken, not_clean)
+    with pytest.raises(UserError) as raised:  # to go on in a directory that is there
+        check_start(RunSettings(desc="run", index=3, require_clean_git=True), None)
+    assert raised.value.problems == (not_clean,)
     assert [path.name for path in tmp_path.iterdir()] == ["desc-run,index-3"]

@@ -14,6 +14,7 @@ from common.config import load_config
 from common.errors import UserError
 from common.models.load import build_backbone, train_tokenizer
 from common.models.reward import RewardModel
+from common.provenance import GitState
 from common.readout_settings import READS, ReadoutSettings
 from common.records import PairRecord, Prompt, ScoreRecord
 from reward_model import compare_readouts, comparison
@@ -167,6 +168,16 @@ def test_mistakes_are_named_before_anything_is_loaded(write_config: Any, overrid
         compare_readouts.main(["--config_file", str(config), *overrides])
     assert expected in str(refused.value)
     assert not (config.parent / "models").exists()
+
+
+def test_a_comparison_that_goes_on_needs_a_clean_checkout_as_well(write_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = comparison_config(write_config)
+    directory = config.parent / "models" / "desc-toy,index-0"
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text("{}\n")
+    monkeypatch.setattr("common.runs.code_state", lambda: GitState("0" * 40, ("new.py (untracked)",), "1"))
+    with pytest.raises(UserError, match=r"require_clean_git: got true, but 1 file is .*: new\.py \(untracked\)"):
+        compare_readouts.main(["--config_file", str(config), "--resume", "require_clean_git=true"])
 
 
 def test_labels_name_what_is_no_default() -> None:
