@@ -22,10 +22,10 @@ from pydantic import BaseModel, ValidationError
 from common.command_line import Parser
 from common.config_groups import chosen_group_file, merge_group
 from common.config_keys import apply_override, check_script, rename_old_keys
-from common.config_report import problem_lines
+from common.config_report import located, problem_lines
 from common.config_secrets import KEY_VARIABLE, move_to_environment, take_key_out, without_secrets
 from common.config_yaml import MarkedData, read_marked_yaml
-from common.errors import UserError
+from common.errors import UserError, locate_problems
 from common.notes import begin_notes, say
 from common.schema import Section
 from common.schema_types import KeyPath, dotted, section_of
@@ -44,6 +44,12 @@ class Invocation(Generic[C]):
     validate_only: bool
     options: argparse.Namespace = field(default_factory=argparse.Namespace)
     notes: tuple[str, ...] = ()
+    overridden: tuple[KeyPath, ...] = ()
+
+    def overrides(self, *settings: str) -> bool:
+        """Whether the command line gives one of these settings or sections, or one inside or around them."""
+        paths = [tuple(setting.split(".")) for setting in settings]
+        return any(all(one == other for one, other in zip(given, path, strict=False)) for given in self.overridden for path in paths)
 
     def print_notes(self) -> None:
         """Say which keys were read under old names or have no effect any more, and what relative paths stand for."""
@@ -79,7 +85,8 @@ def parse_command_line(
     path = _config_file(options.config or [])
     if not path.exists():
         raise UserError(_no_such_config(path, stage_dir))
-    config, notes = _load(schema, path, options.overrides, stage_dir)
+    config, notes, marked = _load(schema, path, options.overrides, stage_dir)
+    locate_problems(lambda problem: located(problem, marked, schema, resolved_dict(config), stage_dir))
     resume = getattr(options, "resume", None)
     trainer = getattr(config, "trainer", None)
     if resume is not None and getattr(trainer, "ckpt_path", None) is not None:
@@ -92,6 +99,7 @@ def parse_command_line(
         validate_only=options.validate,
         options=options,
         notes=tuple(notes),
+        overridden=tuple(marked.overrides),
     )
 
 
@@ -140,8 +148,11 @@ def resolved_dict(config: BaseModel) -> dict[str, Any]:
     return cleaned
 
 
-def _load(schema: type[C], path: Path, overrides: Sequence[str], base_dir: Path) -> tuple[C, list[str]]:
-    """The config and notes about it; relative paths count from `base_dir`, those in overrides from the working directory."""
+def _load(schema: type[C], path: Path, overrides: Sequence[str], base_dir: Path) -> tuple[C, list[str], MarkedData]:
+    """The config, notes about it, and the data it was read from.
+
+    Relative paths count from `base_dir`, those in overrides from the working directory.
+    """
     marked = read_marked_yaml(path, str(path))
     check_script(marked.data, schema, marked.source)
     notes: list[str] = []
@@ -171,7 +182,7 @@ def _load(schema: type[C], path: Path, overrides: Sequence[str], base_dir: Path)
         moved = "is moved there for this run" if move_to_environment(key) else "is ignored: one is set there"
         notes.append(f"{marked.at(key_path)}: a key belongs into the environment ({KEY_VARIABLE}); this one {moved}")
     notes.extend(_path_notes(marked, resolved_dict(config)))
-    return config, notes
+    return config, notes, marked
 
 
 def _spell_out_sections(data: dict[str, Any], schema: type[BaseModel]) -> None:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -16,11 +17,12 @@ from common.config_keys import ALIASES
 from common.config_secrets import may_hold_secret
 from common.config_yaml import MarkedData
 from common.lightning_arguments import ARGUMENTS
-from common.schema import KeyedProblems
+from common.schema import CommandLineValue, KeyedProblems
 from common.schema_types import KeyPath, choices_of, dotted, section_of, type_at, type_words, walk_fields
 
 _SHOWN_CHARACTERS = 60
 _SHOWN_NAMES = 5
+_SETTING = re.compile(r"[a-z]\w*(?:\.\w+|\[\d+\])*(?=:? )")
 _BOOLEAN_WORDS = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}
 
 
@@ -53,6 +55,33 @@ def problem_lines(error: ValidationError, marked: MarkedData, schema: type[BaseM
         except ValidationError as again:
             _report_relations(again, marked, schema, report)
     return list(dict.fromkeys(report.lines))
+
+
+def located(problem: str, marked: MarkedData, schema: type[BaseModel], final: Mapping[str, Any], base_dir: Path) -> str:
+    """A problem found after the config was read. One that begins with a setting gets the file and line where that stands.
+
+    `final`: the config as plain data. A problem that names what a relative path resolved to says what the path counts from.
+    """
+    begins = _SETTING.match(problem)
+    path: KeyPath = tuple(int(part) if part.isdigit() else part for part in re.findall(r"\w+", begins[0])) if begins else ()
+    if begins is None or type_at(schema, path) is None:
+        return problem
+    place = marked.origin(path)[0]
+    words = f"override {problem}" if place == f"override {begins[0]}" else f"{place}: {problem}"
+    given, resolved = _value_at(marked.data, path), _value_at(final, path)
+    if isinstance(given, str) and isinstance(resolved, str) and not given.startswith(("/", "~")) and given != resolved in problem:
+        folder = f"the working directory {Path.cwd()}" if isinstance(given, CommandLineValue) else f"the stage folder {base_dir}"
+        words += f" ({given} counts from {folder})"
+    return words
+
+
+def _value_at(data: Any, path: KeyPath) -> Any:
+    for part in path:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return data
 
 
 def _report_fields(error: ValidationError, marked: MarkedData, schema: type[BaseModel], report: _Report) -> None:

@@ -90,14 +90,16 @@ def main(argv: Sequence[str]) -> int:
         count = sum(len(pair.rejected) for part in records.values() for pair in part if isinstance(pair, PairRecord))
         print(f"{_count(count, 'pair')} of chosen and rejected answers from {_count(dropped['score'], 'question')} with a pair")
     rows = {name: convert(records[name], form, dropped) for name in chosen}
-    _write(destination, rows)
+    if not options.validate:
+        _write(destination, rows)
     for note in splits.notes:
         print(note)
     for what, count in sorted(dropped.items()):
         print(f"dropped, since {form.name} cannot hold it: {what} ({_count(count, 'question' if makes_pairs else 'row')})")
     for what, count in left_out.items():
         print(f"left out: {_count(count, 'question')} with {what}")
-    print(f"{destination}: " + ", ".join(f"{name} {len(rows[name])}" for name in chosen) + f" rows as {form.name}")
+    counts = ", ".join(f"{name} {len(rows[name])}" for name in chosen)
+    print(f"{'valid, and not written: ' if options.validate else ''}{destination}: {counts} rows as {form.name}")
     return 0
 
 
@@ -308,6 +310,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="scores to pairs: write the difference as margin, by which the loss then wants the answers' scores to differ (default: none)",
     )
+    parser.add_argument("--validate", action="store_true", help="read and convert everything, report, and write nothing")
     parser.add_argument("--force", action="store_true", help="replace OUT")
     return parser
 

@@ -20,6 +20,15 @@ class UserError(ValueError):
         super().__init__("\n".join(problems))
 
 
+_located: Callable[[str], str] | None = None
+
+
+def locate_problems(located: Callable[[str], str]) -> None:
+    """Let `run_main` print `located(problem)` from now on: a config was read, and it is known where each setting stands."""
+    global _located
+    _located = located
+
+
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Run a script's `main(argv)` and exit with its code; a `UserError` becomes lines on stderr and exit code 2."""
     from common.followers import followed_run  # which raises errors of this module
@@ -30,7 +39,7 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     except UserError as error:
         sys.stdout.flush()
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {problem if _located is None else _located(problem)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -29,7 +29,7 @@ from common.record_types import (
     question_key,
 )
 from common.row_formats import CONTEXT, KNOWN_KEYS, MARGIN, SUITS, RowFormat, RowReader, read_alike
-from common.row_parser import got, read_row
+from common.row_parser import UNFIT, got, read_row
 from common.schema import RowSettings
 from common.splits import Splits, fingerprint, hold_out, overlap_notes
 
@@ -64,6 +64,7 @@ def read_splits(
     require: Sequence[SplitName] = ("train",),
     unusable_rows: Literal["error", "drop"] = "error",
     drop_setting: str = DROP_ROWS,
+    setting: str = "",
 ) -> Splits[Any]:
     """Read, check and split a data file.
 
@@ -78,16 +79,18 @@ def read_splits(
         unusable_rows: what to do with a row whose types are right but that nothing can be learnt from (empty question or answer,
             chosen equal to rejected, a dialogue that does not fit): refuse it, or drop it and count it in the notes.
         drop_setting: how the user asks for the latter, for the error message.
+        setting: the config's key that named `path` (`data.data_dir`), where one did, for the error message.
 
     Raises:
         UserError: one line per problem, 20 at most and then their count; faults of single rows before rows of another shape.
     """
     columns = dict(columns or {})
-    _check_columns(columns)
+    section = setting.rpartition(".")[0]
+    _check_columns(columns, section)
     reading = _Reading(kind, columns, unusable_rows == "drop", drop_setting)
-    rows, named = reading.read_path(path)
+    rows, named = reading.read_path(path, setting)
     if validation_file is not None:
-        others, others_named = reading.read_path(validation_file)
+        others, others_named = reading.read_path(validation_file, _in_section(section, "validation_file"))
         chosen = others["val"] or ([] if others_named else others["train"])
         if not chosen and not reading.all_problems():
             reading.problems.append(f"{validation_file}: validation_file: got no rows of a val split, expected some")
@@ -103,8 +106,10 @@ def read_splits(
     return Splits(rows["train"], rows["val"], rows["test"], fingerprint(rows), tuple(reading.notes))
 
 
-def read_rows(path: str, kind: RecordKind, settings: RowSettings, *, seed: int, require: Sequence[SplitName]) -> Splits[Any]:
-    """`read_splits` with the values of a config section."""
+def read_rows(
+    path: str, kind: RecordKind, settings: RowSettings, *, seed: int, require: Sequence[SplitName], setting: str = "data.data_dir"
+) -> Splits[Any]:
+    """`read_splits` with the values of a config section, whose key `setting` is the path."""
     return read_splits(
         path,
         kind,
@@ -114,6 +119,7 @@ def read_rows(path: str, kind: RecordKind, settings: RowSettings, *, seed: int, 
         seed=seed,
         require=require,
         unusable_rows=settings.unusable_rows,
+        setting=setting,
     )
 
 
@@ -128,11 +134,11 @@ def _check_required(path: str, rows: Mapping[SplitName, list[Any]], named: bool,
         raise UserError(*problems)
 
 
-def source_kind(path: str, columns: Mapping[str, str] | None = None) -> RecordKind:
+def source_kind(path: str, columns: Mapping[str, str] | None = None, setting: str = "") -> RecordKind:
     """What all rows of a file hold at most. Raises UserError where they are in no known format; other faults are left to `read_splits`."""
-    _check_columns(columns or {})
+    _check_columns(columns or {}, setting.rpartition(".")[0])
     reading = _Reading("prompt", dict(columns or {}), drop=True)
-    reading.read_path(path)
+    reading.read_path(path, setting)
     if not reading.forms:
         raise_problems(reading.all_problems() or [f"{path}: got no rows, expected some"])
     return min(reading.forms, key=lambda form: len(form.required)).kind
@@ -155,8 +161,8 @@ class _Reading:
     notes: list[str] = field(default_factory=list)
     forms: list[RowFormat] = field(default_factory=list)
 
-    def read_path(self, path: str) -> tuple[dict[SplitName, list[Any]], bool]:
-        """The records of a file, folder or hub data set by split, and whether the source names its splits."""
+    def read_path(self, path: str, setting: str = "") -> tuple[dict[SplitName, list[Any]], bool]:
+        """The records of a file, folder or hub data set (which `setting` names) by split, and whether the source names its splits."""
         rows: dict[SplitName, list[Any]] = {name: [] for name in SPLITS}
         named = False
         if path.startswith("hf:"):
@@ -167,7 +173,7 @@ class _Reading:
             siblings = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
             close = difflib.get_close_matches(file.name, siblings, n=1)
             meant = f" (did you mean {file.parent / close[0]}?)" if close else ""
-            self.problems.append(f"{path}: no such file{meant}")
+            self.problems.append(f"{setting}: no such file {path}{meant}" if setting else f"{path}: no such file{meant}")
             return rows, False
         if not file.is_dir():
             raw = self._parse(file)
@@ -224,6 +230,7 @@ class _Reading:
         first: tuple[RowFormat, str] | None = None
         forms: list[RowFormat] = []
         dropped: list[str] = []
+        mended: list[str] = []
         checked: dict[tuple[str, ...], tuple[RowFormat | None, list[str]]] = {}
         for row in raw.rows:
             fault = partial(_fault, name, row)
@@ -252,6 +259,8 @@ class _Reading:
                 forms.append(form)
             record, problems = read_row(form, self.kind, value, f"{name}: {row.split} row {row.number}")
             self.faults.extend(map(fault, problems.errors))
+            if problems.mended:
+                mended.append(f"{row.split} row {row.number}: {', '.join(map(readable, dict.fromkeys(problems.mended)))}")
             if record is not None:
                 rows[row.split].append(record)
             elif not problems.errors:
@@ -267,6 +276,8 @@ class _Reading:
                     self.problems.append(f"{name}: {self.columns[ours]}: in no row, expected as columns.{ours} says")
         if dropped:
             self.notes.append(f"{name}: {len(dropped)} of {len(raw.rows)} rows dropped as unusable, the first being {dropped[0]}")
+        if mended:
+            self.notes.append(f"{name}: {len(mended)} of {len(raw.rows)} rows held {UNFIT}, read as U+FFFD, the first being {mended[0]}")
         scored = next((form for form in forms if form.kind == "score"), None)
         if scored is not None and self.kind == "sft":
             beside = "some rows hold" if len(forms) > 1 else "rows hold"
@@ -285,13 +296,17 @@ def _fault(name: str, row: RawRow, problem: str) -> RowFault:
     return RowFault(f"{name}: {row.split}", row.number, problem, row.line)
 
 
-def _check_columns(columns: Mapping[str, str]) -> None:
+def _in_section(section: str, key: str) -> str:
+    return f"{section}.{key}" if section else key
+
+
+def _check_columns(columns: Mapping[str, str], section: str = "") -> None:
     problems = []
     for ours in columns:
         if ours not in KNOWN_KEYS:
             close = difflib.get_close_matches(ours, KNOWN_KEYS, n=1)
             meant = f" (did you mean {close[0]}?)" if close else ""
-            problems.append(f"columns.{ours}: unknown name, expected one of {', '.join(KNOWN_KEYS)}{meant}")
+            problems.append(f"{_in_section(section, 'columns')}.{ours}: unknown name, expected one of {', '.join(KNOWN_KEYS)}{meant}")
     if problems:
         raise UserError(*problems)
 

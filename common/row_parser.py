@@ -14,15 +14,21 @@ from common.row_formats import CONTEXT, MARGIN, RowFormat
 from common.transcripts import HUMAN, before_transcript, is_transcript, prompt_of_turns, transcript_prompt, transcript_turns
 
 MAX_NESTING = 64
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_UNFIT = re.compile("[\x00\ud800-\udfff]")
+REPLACEMENT = "\ufffd"
+UNFIT = "NUL characters and halves of surrogate pairs"
 
 
 @dataclass
 class RowProblems:
-    """What is wrong with a row: `errors` always end the reading; `unusable` reasons let the row be dropped where that is asked for."""
+    """What is wrong with a row: `errors` always end the reading; `unusable` reasons let the row be dropped where that is asked for.
+
+    `mended`: keys of texts in which a character that no text should hold was replaced by U+FFFD.
+    """
 
     errors: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
+    mended: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.errors or self.unusable)
@@ -42,34 +48,26 @@ def got(value: Any) -> str:
     return f"{shown(value)} ({_kind_of(value)})"
 
 
-def _bad_characters(text: str) -> str | None:
-    if "\x00" in text:
-        return f"a NUL character at position {text.index(chr(0))}"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        match = _SURROGATE.search(text)
-        assert match is not None
-        return f"half of a surrogate pair (\\u{ord(match[0]):04x}) at position {match.start()}"
-    return None
+def _mended_text(text: str) -> str:
+    return _UNFIT.sub(REPLACEMENT, text)
 
 
-def _bad_column(value: Any) -> str | None:
-    """What makes the value of an unused column unfit to be stored; walks without recursion."""
-    stack = [(value, 0)]
-    while stack:
-        item, depth = stack.pop()
-        if depth > MAX_NESTING:
-            return f"nesting deeper than {MAX_NESTING}"
-        if isinstance(item, str):
-            bad = _bad_characters(item)
-            if bad:
-                return bad
-        elif isinstance(item, dict):
-            stack.extend((part, depth + 1) for pair in item.items() for part in pair)
-        elif isinstance(item, list):
-            stack.extend((part, depth + 1) for part in item)
-    return None
+def _mended(value: Any) -> Any:
+    """A column's value with every unfit character in its texts and keys replaced."""
+    if isinstance(value, dict):
+        return {_mended_text(key): _mended(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mended(item) for item in value]
+    return _mended_text(value) if isinstance(value, str) else value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a value is nested too deeply to be stored; walks without recursion."""
+    level = [value]
+    for _ in range(MAX_NESTING + 1):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [part for parts in inner for part in parts]
+    return bool(level)
 
 
 def read_row(form: RowFormat, kind: RecordKind, row: dict[str, Any], where: str) -> tuple[Record | None, RowProblems]:
@@ -90,28 +88,36 @@ class _RowParser:
             "prompt": self._prompt_only,
         }
         used = _used_keys(self.form, kind)
-        columns = {key: value for key, value in self.row.items() if key not in used}
-        for key, value in columns.items():
-            bad = _bad_characters(key) or _bad_column(value)
-            if bad:
-                self.problems.errors.append(f"{readable(key)}: got {bad}, expected plain text")
-        self.columns = columns
+        self.columns = self._columns({key: value for key, value in self.row.items() if key not in used})
         made = make[kind]()
         return (None if self.problems else made), self.problems
 
     # --- parts -------------------------------------------------------------------------------------------------------------------
 
+    def _columns(self, given: dict[str, Any]) -> dict[str, Any]:
+        columns: dict[str, Any] = {}
+        for key, value in given.items():
+            if _is_deep(value):
+                self.problems.errors.append(f"{readable(key)}: got nesting deeper than {MAX_NESTING}, expected plain values")
+                continue
+            name, mended = _mended_text(key), _mended(value)
+            if name in columns:
+                self.problems.errors.append(f"{readable(key)}: got a key that is another one's, once {UNFIT} are replaced")
+            if (name, mended) != (key, value):
+                self.problems.mended.append(name)
+            columns[name] = mended
+        return columns
+
     def _text(self, key: str, value: Any, *, may_be_empty: bool = False) -> str:
         if not isinstance(value, str):
             self.problems.errors.append(f"{key}: got {got(value)}, expected text")
             return ""
-        bad = _bad_characters(value)
-        if bad:
-            self.problems.errors.append(f"{key}: got {bad}, expected plain text")
-            return ""
-        if not may_be_empty and not value.strip():
+        text = _mended_text(value)
+        if text != value:
+            self.problems.mended.append(key)
+        if not may_be_empty and not text.strip():
             self.problems.unusable.append(f"{key}: got empty text, expected some")
-        return value
+        return text
 
     def _prompt(self) -> Prompt:
         assert self.form.question is not None

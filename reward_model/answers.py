@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.problem_lines import RowFault, fault_lines, raise_problems
 from common.records import PairRecord, Prompt, ScoreRecord, SFTRecord, read_splits, source_kind
 from common.row_formats import RowFormat
-from common.row_parser import read_row
+from common.row_parser import UNFIT, read_row
 
 DROP_ROWS = "--unusable_rows drop"
 QUESTION_COLUMNS = ("question",)
@@ -65,17 +65,21 @@ def read_csv(path: str, unusable_rows: Literal["error", "drop"] = "error") -> tu
     records: list[AnsweredRecord] = []
     faults: list[RowFault] = []
     unusable: list[RowFault] = []
+    mended = 0
     for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
         record, problems = read_row(form, "sft", {key: row[key] for key in (question, answer)}, where)
         if isinstance(record, SFTRecord):
             records.append(record)
+        mended += bool(problems.mended)
         faults += [RowFault.at(where, problem) for problem in problems.errors]
         unusable += [RowFault.at(where, f"{problem} ({DROP_ROWS} leaves such rows out)") for problem in problems.unusable]
     raise_problems(fault_lines([*faults, *(unusable if unusable_rows == "error" else [])]))
     notes = [f"{path}: what is scored is the column {answer}"]
     if len(records) < len(rows):
         notes.append(f"{path}: {len(rows) - len(records)} of {len(rows)} rows dropped as unusable")
+    if mended:
+        notes.append(f"{path}: {mended} of {len(rows)} rows held {UNFIT}, read as U+FFFD")
     return records, notes
 
 

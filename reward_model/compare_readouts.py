@@ -26,6 +26,7 @@ from common.config import parse_command_line, resolved_dict
 from common.errors import UserError, run_main
 from common.failed_start import removed_if_unused
 from common.notes import say
+from common.run_length import check_training_length
 from common.runs import (
     CONFIG_FILE,
     check_start,
@@ -58,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
     check_models(config)
     splits = read_training_data(config, "pair" if config.objective == "pairs" else "score")
     for note in [*splits.notes, *(check_margins(splits, config.model_params) if config.objective == "pairs" else [])]:
+        say(note)
+    for note in check_training_length(invocation, len(splits.train), config.data.batch_size):
         say(note)
     if earlier is not None:
         check_the_same(config, splits.fingerprint, earlier)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from common.devices import check_cuda, check_trainer_devices
 from common.errors import UserError
 from common.model_init import check_buildable, check_fresh_length, check_room
 from common.model_source import ModelSource, check_length, check_model_source, check_prompt_format
@@ -15,7 +16,8 @@ Kind = Literal["pair", "score"]
 
 
 def check_models(config: RewardConfig) -> None:
-    """Raise UserError where the backbone or the checkpoint to start from is missing or does not fit the data section."""
+    """Raise UserError where the backbone, the checkpoint to start from or the GPUs are missing or do not fit the settings."""
+    check_trainer_devices(config.trainer.params)
     named = {"model_name": (config.model_name, "backbone"), "trainer.ckpt_path": (config.trainer.ckpt_path, "reward")}
     for setting, (name, role) in named.items():
         if name is None:
@@ -61,6 +63,8 @@ def describe(config: RewardConfig, splits: Splits) -> str:
 def read_test_data(config: RewardTestConfig, kind: Kind) -> tuple[ModelSource, Splits]:
     """The model to evaluate and validated rows; the split that the config names is needed."""
     data, name = config.data, tested_model(config)
+    if config.cuda:
+        check_cuda("cuda", "set cuda: false")
     setting = "test_params.test_model_path" if config.test_params.test_model_path else "model_name"
     source = check_model_source(name, setting=setting, role="reward", trust_remote_code=config.trust_remote_code)
     return source, read_rows(data.data_dir, kind, data, seed=config.seed, require=(data.split,))

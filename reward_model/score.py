@@ -4,7 +4,7 @@ Reads any format with answers (question/answer, with or without scores, preferen
 and answers, such as test_sft.py writes; writes one line per answer with its score and prints how the scores are distributed. It compares
 nothing: `test_reward.py` says how good the scores are. Scores of an ensemble of readouts come with its spread.
 
-    python reward_model/score.py MODEL FILE [--output scores.jsonl | scores.csv] [--batch_size 32] [--unusable_rows drop] [--cuda]
+    python reward_model/score.py MODEL FILE [--output scores.jsonl | scores.csv] [--batch_size 32] [--unusable_rows drop] [--validate]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.command_line import Parser
+from common.devices import check_cuda
 from common.errors import UserError, run_main
 from common.model_source import check_model_source
 from common.runs import write_text_atomically
@@ -33,9 +34,14 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 def main(argv: Sequence[str]) -> int:
     options = parse(argv)
+    if options.cuda:
+        check_cuda("--cuda", "leave it out")
     check_model_source(options.model, setting="MODEL", role="reward", trust_remote_code=options.trust_remote_code)
     output = output_path(options.file, options.output)
     answers = [answer for record in read_any(options.file, options.unusable_rows) for answer in answers_of(record)]
+    if options.validate:
+        print(f"valid: {options.model} can score the {len(answers):,} answers of {options.file}; nothing was scored")
+        return 0
 
     import numpy as np
     import torch
@@ -82,6 +88,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--unusable_rows", choices=("error", "drop"), default="error", help="refuse rows without an answer, or leave them out"
     )
+    parser.add_argument("--validate", action="store_true", help="read the model's files and all rows, report, and stop")
     parser.add_argument("--cuda", action="store_true", help="use the GPU")
     parser.add_argument("--trust_remote_code", action="store_true", help="allow the model to run code of its own")
     options = parser.parse_args(argv)

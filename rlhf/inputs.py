@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from common.devices import check_bfloat16
 from common.errors import UserError
 from common.model_init import check_room
 from common.model_source import ModelSource, check_joinable, check_length, check_model_source, check_same_vocabulary
@@ -41,6 +42,15 @@ def check_models(config: PPORunConfig) -> Sources:
         check_sampling_options(config.generation_config, setting="generation_config")
     except UserError as error:
         collect(error)
+    bfloat16 = {
+        "ppo_config.mixed_precision": config.ppo_config.mixed_precision,
+        "ppo_config.model_dtype": config.ppo_config.model_dtype,
+        "reward_config.model_dtype": config.reward_config.model_dtype,
+    }
+    try:
+        check_bfloat16(bfloat16, "use float32 (mixed_precision: no)")
+    except UserError as error:
+        collect(error)
     policy = None
     judges: list[ModelSource] = []
     try:
@@ -59,7 +69,7 @@ def check_models(config: PPORunConfig) -> Sources:
     wanted = config.data_config.prompt_format
     prompt_format: Literal["qa", "chat"] = "chat" if check_joinable(policy, judges, prompt_format=wanted) == "chat" else "qa"
     limit = prompt_limit(config, policy.positions, policy.is_encoder_decoder)
-    check_room(policy, limit, prompt_format, "max_prompt_length", answer=False)
+    check_room(policy, limit, prompt_format, "data_config.max_prompt_length", answer=False)
     if config.ppo_config.critic == "model":
         _check_critic(config, policy, judges)
     return Sources(policy, tuple(judges), prompt_format)
@@ -99,7 +109,9 @@ def prompt_limit(config: PPORunConfig, positions: int | None, is_encoder_decoder
 def read_prompts(config: PPORunConfig) -> Splits[PromptRecord]:
     """Training and evaluation prompts. Raises UserError where the rows lack a column that a reward function asks for."""
     data = config.data_config
-    splits: Splits[PromptRecord] = read_rows(data.data_file_path, "prompt", data, seed=config.seed, require=("train", "val"))
+    splits: Splits[PromptRecord] = read_rows(
+        data.data_file_path, "prompt", data, seed=config.seed, require=("train", "val"), setting="data_config.data_file_path"
+    )
     columns = dict.fromkeys(name for record in [*splits.train, *splits.val] for name in record.columns)
     check_columns(config.reward_config, columns)
     return replace(splits, train=with_columns(splits.train, columns), val=with_columns(splits.val, columns))

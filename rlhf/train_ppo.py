@@ -19,6 +19,7 @@ if __name__ == "__main__":
 from common.config import parse_command_line
 from common.errors import run_main
 from common.notes import say
+from common.run_length import check_save_interval
 from common.runs import check_start, stage_runs_root
 from rlhf.config import PPORunConfig
 from rlhf.inputs import check_models, read_prompts, total_steps, training_prompts
@@ -34,8 +35,11 @@ def main(argv: Sequence[str]) -> int:
     splits = read_prompts(config)
     prompts = training_prompts(splits, config.data_config)
     steps = total_steps(config, len(prompts))
+    interval = config.save_config.save_interval if "save_interval" in config.save_config.model_fields_set else None
+    setting, length = "save_config.save_interval", ("data_config", "global_epochs", "ppo_config")
+    about_saves = check_save_interval(invocation, setting, interval, steps, instead="lower it", length=length)
     about_data = [*splits.notes, *repeated_prompts(config, len(prompts))]
-    for note in [*about_data, *idle_settings(config, steps), *lengths_beyond_a_judge(config, sources)]:
+    for note in [*about_data, *about_saves, *idle_settings(config, steps), *lengths_beyond_a_judge(config, sources)]:
         say(note)
     if invocation.validate_only:
         print(f"valid: {invocation.config_path}; {len(prompts):,} training prompts, {len(splits.val):,} val; {steps:,} PPO steps")

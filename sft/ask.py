@@ -22,6 +22,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # modules have one import name, whichever folder this runs from
 
 from common.command_line import Parser
+from common.devices import check_cuda
 from common.errors import run_main
 from common.model_source import ModelSource, check_model_source
 from common.prompts import PromptFormat
@@ -32,8 +33,13 @@ QUIT = "/quit"
 
 def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
+    if options.cuda:
+        check_cuda("--cuda", "leave it out")
     names, question = _tell_question(options.models)
     sources = [_check(name, setting, options) for setting, name in zip(("MODEL", "MODEL2"), names, strict=False)]
+    if options.validate:
+        print(f"valid: {' and '.join(names)} can answer; nothing was asked")
+        return 0
     talk(sources, options, sys.stdin if question is None else io.StringIO(question), sys.stdout)
     return 0
 
@@ -108,6 +114,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="sample, with this seed (default: 0)")
     parser.add_argument("--greedy", action="store_true", help="the default, spelt out")
     parser.add_argument("--prompt_format", choices=["qa", "chat"], help="default: what the model's manifest says, else qa")
+    parser.add_argument("--validate", action="store_true", help="check the models' files, report, and stop")
     parser.add_argument("--cuda", action="store_true", help="use the GPU")
     parser.add_argument("--trust_remote_code", action="store_true", help="allow the model to run code of its own")
     options = parser.parse_intermixed_args(list(argv))

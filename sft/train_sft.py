@@ -16,22 +16,25 @@ if __name__ == "__main__":
     sys.path[0] = str(STAGE_DIR.parent)  # modules have one import name, whichever folder this runs from
 
 from common.config import parse_command_line
+from common.devices import check_trainer_devices
 from common.errors import UserError, run_main
 from common.evaluation.generation_options import generation_options
 from common.model_init import check_buildable, check_fresh_length, check_room
 from common.model_source import check_length, check_model_source, check_prompt_format
 from common.notes import say
 from common.records import read_rows
+from common.run_length import check_training_length
 from common.runs import check_start, stage_runs_root
 from sft.config import SFTConfig
 
 
 def check_models(config: SFTConfig) -> None:
-    """Raise UserError where the model to start from is missing or does not fit the data section, or no model takes an option."""
+    """Raise UserError where the model to start from or the GPUs are missing, or do not fit the settings, or no model takes an option."""
     try:
         generation_options(config.evaluation.generate_params)
     except UserError as error:
         raise UserError(*(f"evaluation.{problem}" for problem in error.problems)) from None
+    check_trainer_devices(config.trainer.params)
     for setting, name in {"model_name": config.model_name, "trainer.ckpt_path": config.trainer.ckpt_path}.items():
         if name is not None:
             source = check_model_source(name, setting=setting, role="generator", trust_remote_code=config.trust_remote_code)
@@ -50,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     check_start(config, stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "sft"))
     check_models(config)
     splits = read_rows(data.data_dir, "sft", data, seed=config.seed, require=("train", "val"))
-    for note in splits.notes:
+    for note in [*splits.notes, *check_training_length(invocation, len(splits.train), data.batch_size)]:
         say(note)
     if invocation.validate_only:
         if config.model_init is not None and config.trainer.ckpt_path is None:

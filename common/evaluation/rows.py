@@ -44,7 +44,7 @@ def evaluation_rows(data: EvaluationData, seed: int) -> EvaluationRows:
 
     Raises UserError with the problems of the data.
     """
-    kind = source_kind(data.data_dir, data.columns)
+    kind = source_kind(data.data_dir, data.columns, setting="data.data_dir")
     splits = read_rows(data.data_dir, "sft" if kind == "score" else kind, data, seed=seed, require=(data.split,))
     rows = [EvaluationRow(record.prompt, _answer(record), record.where) for record in splits.split(data.split)]
     if data.max_rows is not None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import parse_command_line, resolved_dict
+from common.devices import check_bfloat16, check_cuda
 from common.errors import UserError
 from common.evaluation.config import GenerationTestConfig
 from common.evaluation.csv_log import CsvLog
@@ -95,10 +96,11 @@ def _check_subjects(config: GenerationTestConfig, compare: str | None) -> list[S
         )
     problems: list[str] = []
     subjects: list[Subject] = []
-    try:
-        generation_options(config.generate_params)
-    except UserError as error:
-        problems.extend(error.problems)
+    for check in (lambda: generation_options(config.generate_params), lambda: _check_device(config)):
+        try:
+            check()
+        except UserError as error:
+            problems.extend(error.problems)
     for setting, name, log in named:
         try:
             source = check_model_source(name, setting=setting, role="generator", trust_remote_code=config.trust_remote_code)
@@ -108,6 +110,12 @@ def _check_subjects(config: GenerationTestConfig, compare: str | None) -> list[S
     if problems:
         raise UserError(*problems)
     return subjects
+
+
+def _check_device(config: GenerationTestConfig) -> None:
+    if config.cuda:
+        check_cuda("cuda", "set cuda: false")
+        check_bfloat16({"model_dtype": config.model_dtype}, "use float16")
 
 
 def _check_subject(source: ModelSource, log_file: Path, config: GenerationTestConfig) -> Subject:

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 from common.config import parse_command_line
 from common.errors import run_main
 from common.notes import say
+from common.run_length import check_training_length
 from common.runs import check_start, stage_runs_root
 from reward_model.classification.margins import check_margins
 from reward_model.config import ClassificationConfig
@@ -34,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
         say(note)
     check_models(config)
     splits = read_training_data(config, "pair")
-    for note in [*splits.notes, *check_margins(splits, config.model_params)]:
+    about_length = check_training_length(invocation, len(splits.train), config.data.batch_size)
+    for note in [*splits.notes, *about_length, *check_margins(splits, config.model_params)]:
         say(note)
     if invocation.validate_only:
         check_fresh_model(config)

@@ -20,6 +20,7 @@ from common.config import parse_command_line
 from common.errors import UserError, run_main
 from common.notes import say
 from common.records import ScoreRecord, question_key
+from common.run_length import check_training_length
 from common.runs import check_start, stage_runs_root
 from common.schema import resolve_monitor
 from common.score_transform import ScoreTransform
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         say(note)
     check_models(config)
     splits = read_training_data(config, "score")
-    for note in splits.notes:
+    for note in [*splits.notes, *check_training_length(invocation, len(splits.train), config.data.batch_size)]:
         say(note)
     scores = [record.score for record in splits.train]
     transform = ScoreTransform.fit(config.model_params.score_transform, scores)

@@ -146,6 +146,7 @@ GOOD = {
     "pair": {"Question": "good?", "Accepted_Answer": "yes", "Answer": "no"},
     "prompt": {"prompt": "good?"},
 }
+DEEP = json.loads("[" * 99 + "]" * 99)
 DROP = " (unusable_rows: drop leaves such rows out)"
 BAD_ROWS: dict[str, tuple[str, Any, list[str]]] = {
     "text is a number": ("sft", {"Question": 5, "Answer": "a"}, ["Question: got 5 (a number), expected text"]),
@@ -256,21 +257,15 @@ BAD_ROWS: dict[str, tuple[str, Any, list[str]]] = {
         {"prompt": "q"},
         ["keys: got prompt, which suits PPO (rlhf/); expected Question/Answer or instruction/response"],
     ),
-    "NUL": ("sft", {"Question": "a\x00", "Answer": "b"}, ["Question: got a NUL character at position 1, expected plain text"]),
-    "half a surrogate pair": (
+    "two columns that are one without NUL": (
         "sft",
-        {"Question": "q", "Answer": "\ud83d x"},
-        ["Answer: got half of a surrogate pair (\\ud83d) at position 0, expected plain text"],
-    ),
-    "NUL in another column": (
-        "sft",
-        {**GOOD["sft"], "tags": [{"a": "\x00"}]},
-        ["tags: got a NUL character at position 0, expected plain text"],
+        {**GOOD["sft"], "a\x00": 1, "a\ufffd": 2},
+        ["a\ufffd: got a key that is another one's, once NUL characters and halves of surrogate pairs are replaced"],
     ),
     "another column nested too deep": (
         "sft",
-        {**GOOD["sft"], "x": json.loads("[" * 99 + "]" * 99)},
-        ["x: got nesting deeper than 64, expected plain text"],
+        {**GOOD["sft"], "x": DEEP},
+        ["x: got nesting deeper than 64, expected plain values"],
     ),
     "transcript without answers in turn": (
         "prompt",
@@ -352,12 +347,30 @@ def test_a_bad_row_is_named_with_file_row_and_key(tmp_path: Path, kind: str, row
     assert problems_of(tmp_path, [row], kind) == [f"train row 1 (line 1): {problem}" for problem in expected]
 
 
+def test_nul_and_half_surrogate_pairs_are_replaced_and_counted(tmp_path: Path) -> None:
+    rows = [
+        GOOD["sft"],
+        {"Question": "a\x00", "Answer": "\ud83d x", "tags": [{"\udc00k": "\x00"}], "\x00": 1},
+        {"Question": "q \U0001f600", "Answer": "b", "tags": "\ud800"},
+    ]
+    path = write(tmp_path / "data.json", rows)
+    splits = read_splits(path, "sft", validation_split_percentage=0)
+    assert [(record.prompt.question, record.answer, record.columns) for record in splits.train[1:]] == [
+        ("a\ufffd", "\ufffd x", {"tags": [{"\ufffdk": "\ufffd"}], "\ufffd": 1}),
+        ("q \U0001f600", "b", {"tags": "\ufffd"}),
+    ]
+    assert splits.notes == (
+        f"{path}: 2 of 3 rows held NUL characters and halves of surrogate pairs, read as U+FFFD, "
+        "the first being train row 2: tags, \ufffd, Question, Answer",
+    )
+
+
 def test_all_problems_are_told_at_once_up_to_twenty(tmp_path: Path) -> None:
-    rows: list[Any] = [{"Question": "", "Answer": "a"}, GOOD["sft"], *[{"Question": "q", "Answer": "a" * n + "\x00"} for n in range(24)]]
+    rows: list[Any] = [{"Question": "", "Answer": "a"}, GOOD["sft"], *[{"Question": "q", "Answer": "a", f"x{n}": DEEP} for n in range(24)]]
     problems = problems_of(tmp_path, rows, "sft")
     assert len(problems) == 21
     assert problems[0].startswith("train row 1 (line 1): Question: got empty text")
-    assert problems[1] == "train row 3 (line 1): Answer: got a NUL character at position 0, expected plain text"
+    assert problems[1] == "train row 3 (line 1): x0: got nesting deeper than 64, expected plain values"
     assert problems[20] == "... and 5 more problems"
     assert problems_of(tmp_path, rows[:-4], "sft")[20] == "... and 1 more problem"
 

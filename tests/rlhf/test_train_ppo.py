@@ -376,7 +376,7 @@ def test_a_signal_saves_and_leaves_with_its_code(
 
     monkeypatch.setattr(PPOTrainer, "step", interrupted)
     with pytest.raises(Stopped) as stopped:
-        run(save_config__save_interval=50, evaluation__every_n_steps=50)
+        run(save_config__save_interval=2, evaluation__every_n_steps=50)
     assert stopped.value.code == 143
     [folder] = (tmp_path / "models").glob("desc-*")
     assert verify_directory(folder / "last") == [] and (folder / "last").resolve().name == "step-000001"
