@@ -36,6 +36,7 @@ from common.launch.callbacks import (
     set_epoch,
 )
 from common.launch.checkpointing import BEST, CheckpointKeeper, SaveFn
+from common.launch.loopback import meeting_on_loopback
 from common.launch.runtime import peak_memory_gib
 from common.launch.signals import StopSignals
 from common.schema import DataSettings, TrainerSettings
@@ -268,7 +269,8 @@ def fit(
     checkpoints = next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))  # type: ignore[attr-defined]
     set_epoch(train_loader, 0)
     started = time.monotonic()
-    with checkpoints.stop, quiet_lightning():
+    leads = trainer.world_size > 1 and followed_run() is None
+    with checkpoints.stop, quiet_lightning(), meeting_on_loopback() if leads else contextlib.nullcontext():
         try:
             trainer.fit(module, train_loader, val_loader)
         except MisconfigurationException as error:
