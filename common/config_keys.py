@@ -8,10 +8,10 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
-from common.config_secrets import is_secret
+from common.config_secrets import holds_key
 from common.config_yaml import MarkedData, parse_override_value
 from common.errors import UserError
-from common.schema import API_PLACEHOLDERS, CommandLineValue
+from common.schema import CommandLineValue
 from common.schema_types import KeyPath, dotted, section_of, type_at, type_below, type_words
 
 # Older spellings -> ours. A name counts only in sections that have the new name as a field.
@@ -111,9 +111,12 @@ def apply_override(marked: MarkedData, schema: type[BaseModel], text: str, notes
         raise UserError(f"override {name or dotted((text,))}: expected section.key=value, got no {'=' if key else 'key before ='}")
     shown = f"override {name}"
     path = _key_path(marked, schema, key, shown, notes)
-    if is_secret(path) and value_text.strip().strip("\"'").lower() not in API_PLACEHOLDERS:
-        raise UserError(f"{shown}: a key on the command line can be read by others; put it into the environment (WANDB_API_KEY)")
+    public = UserError(f"{shown}: a key on the command line can be read by others; put it into the environment (WANDB_API_KEY)")
+    if holds_key(value_text.strip().strip("\"'"), path):  # before it is parsed: messages about broken YAML could repeat it
+        raise public
     value = parse_override_value(value_text, shown)
+    if holds_key(value, path):  # inside a section: `wandb={api: …}`
+        raise public
     _container(marked, path, name)[path[-1]] = _from_command_line(value, type_at(schema, path))
     marked.forget(path)
     marked.overrides[path] = name

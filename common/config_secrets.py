@@ -31,6 +31,15 @@ def may_hold_secret(path: KeyPath) -> bool:
     return is_secret(path) or path in (("wandb",), ("wandb", "args")) or "tracker_kwargs" in path
 
 
+def holds_key(value: Any, path: KeyPath) -> bool:
+    """Whether something at this path or below it is a key, placeholders of the shipped examples excepted."""
+    if isinstance(value, Mapping):
+        return any(holds_key(item, (*path, key)) for key, item in value.items())
+    if isinstance(value, list):
+        return any(holds_key(item, path) for item in value)
+    return is_secret(path) and value is not None and str(value).strip().lower() not in API_PLACEHOLDERS
+
+
 def take_key_out(data: dict[str, Any]) -> tuple[str | None, KeyPath]:
     """Remove wandb's key from `wandb.api` and `ppo_config.tracker_kwargs`; returns it (None: only placeholders) and where it stood."""
     key: str | None = None
