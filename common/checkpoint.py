@@ -16,10 +16,10 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from common.errors import UserError
 from common.provenance import code_state, host_facts, package_versions, without_home
@@ -79,6 +79,14 @@ class Manifest(BaseModel):
     step: int | None = Field(None, description="Optimizer (PPO: PPO) steps done.")
     created: str = Field("", description="UTC time of writing, ISO 8601.")
     files: dict[str, FileRecord] = Field(default_factory=dict, description="Size and checksum of every file; filled on saving.")
+
+    @field_validator("files")
+    @classmethod
+    def _files_lie_inside(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        outside = [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+        if outside:
+            raise ValueError(f"{', '.join(outside)} would lie outside of the directory")
+        return files
 
     @property
     def is_reward_model(self) -> bool:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,8 @@ Role = Literal["generator", "backbone", "reward"]
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+# The files of a model directory in which transformers looks for code to run.
+_CODE_FILES = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
 _TRUE = {"1", "ON", "YES", "TRUE"}
 # How the architectures call the number of positions they have an embedding or a rotation for.
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
@@ -137,7 +139,10 @@ def check_model_source(name: str, *, setting: str = "model_name", role: Role = "
         raise UserError(f"{setting}: no model directory {name}{hint}")
     else:
         source = _describe_hub_model(name, setting)
-    _check_remote_code(source, trust_remote_code)
+    if source.directory is not None:
+        check_contents(name, trust_remote_code=trust_remote_code, what=setting)
+    else:
+        _check_code(name, {"config.json": source.config or {}}, trust_remote_code, setting)
     _check_role(source, role)
     return source
 
@@ -231,26 +236,62 @@ def _read_json(path: Path, setting: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{setting}: {path} cannot be read: {error}") from None
+        raise UserError(f"{_lead(setting)}{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{setting}: {path} holds {type(value).__name__}, expected an object")
+        raise UserError(f"{_lead(setting)}{path} holds {type(value).__name__}, expected an object")
     return value
 
 
-def _check_remote_code(source: ModelSource, trusted: bool) -> None:
+def check_contents(name: str, *, trust_remote_code: bool = False, what: str = "") -> None:
+    """Refuse a model directory that runs code of its own, or that loads from elsewhere; for hub names transformers refuses the code.
+
+    Every loading of a model asks this, also where no `check_model_source` came before. `what` begins the message (a setting, say).
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return
+    _check_places(path, what)
+    files = {file: _read_json(path / file, what) for file in _CODE_FILES if (path / file).is_file()}
+    _check_code(name, files, trust_remote_code, what)
+
+
+def _check_code(name: str, files: Mapping[str, Mapping[str, Any]], trusted: bool, what: str) -> None:
+    """Raise UserError where one of these JSON files names code that is not transformers' own."""
     if trusted:
         return
-    files: dict[str, dict[str, Any]] = {"config.json": source.config or {}}
-    if source.directory is not None:
-        for file in ("tokenizer_config.json", "generation_config.json", "processor_config.json"):
-            if (source.directory / file).is_file():
-                files[file] = _read_json(source.directory / file, source.setting)
     for file, content in files.items():
-        if content.get("auto_map"):
+        for key in _code_keys(content):
             raise UserError(
-                f"{source.setting}: {source.name} brings code of its own (auto_map in {file}); "
-                "set trust_remote_code: true if you have read and trust it"
+                f"{_lead(what)}{name} brings code of its own ({key} in {file}); set trust_remote_code: true if you have read and trust it"
             )
+
+
+def _code_keys(content: Any) -> Iterator[str]:
+    """Keys that make transformers run code from a model's directory or from the hub: its classes, or kernels named `owner/name`."""
+    if not isinstance(content, Mapping):
+        return
+    for key, value in content.items():
+        if (key == "auto_map" and value) or (str(key).endswith("_implementation") and "/" in str(value)):
+            yield str(key)
+        yield from _code_keys(value)
+
+
+def _check_places(path: Path, what: str) -> None:
+    """Raise UserError where loading from this directory would read other places: another base model, weights outside of it."""
+    if (path / "adapter_config.json").is_file() and (path / "config.json").is_file():
+        raise UserError(
+            f"{_lead(what)}{path} holds a LoRA adapter (adapter_config.json) beside a model, and would be read as the adapter over a base "
+            "model from elsewhere; merge the two, or move the adapter away"
+        )
+    for index in path.glob("*.index.json"):
+        shards = _read_json(index, what).get("weight_map")
+        for shard in shards.values() if isinstance(shards, dict) else ():
+            if Path(str(shard)).name != shard:
+                raise UserError(f"{_lead(what)}{index} names weights outside of its folder: {shard!r}")
+
+
+def _lead(what: str) -> str:
+    return f"{what}: " if what else ""
 
 
 def _check_role(source: ModelSource, role: Role) -> None:

@@ -40,7 +40,13 @@ def _render_chat(prompt: Prompt, tokenizer: Any) -> str:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     content = f"{prompt.question}\n\n{prompt.context}" if prompt.context else prompt.question
     messages.append({"role": "user", "content": content})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program of its makers', run in a sandbox
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"prompt_format: the chat template of the model's tokenizer cannot be rendered: {reason}; mend it, or use qa"
+        ) from None
 
 
 def answer_text(answer: str, prompt_format: PromptFormat = "qa") -> str:

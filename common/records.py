@@ -8,6 +8,7 @@ listed in `common/row_formats.py`.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -323,6 +324,8 @@ def _load_hub(path: str) -> RawRows:
     load = _datasets_loader()
     try:
         loaded = load(name, config or None, folder or None)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except Exception as error:  # whatever datasets, the hub client or the network raise: the user's line is the same
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = "without network only local folders and what lies in HF_HOME's cache can be loaded"
@@ -345,6 +348,21 @@ def _load_hub(path: str) -> RawRows:
 
 def _datasets_loader() -> Callable[[str, str | None, str | None], Mapping[str, Any]]:
     """`load(name, config, data_dir)`."""
-    from datasets import load_dataset
+    from datasets import load_dataset_builder
 
-    return cast("Callable[[str, str | None, str | None], Mapping[str, Any]]", load_dataset)
+    def load(name: str, config: str | None, data_dir: str | None) -> Mapping[str, Any]:
+        builder = load_dataset_builder(name, config, data_dir=data_dir)
+        _check_files_of(name, [str(file) for files in (builder.config.data_files or {}).values() for file in files])
+        builder.download_and_prepare()
+        return cast("Mapping[str, Any]", builder.as_dataset())
+
+    return load
+
+
+def _check_files_of(name: str, files: Sequence[str]) -> None:
+    """Refuse a data set with files from elsewhere: its card names them, and could name any file of this machine."""
+    folder = Path(name).expanduser()
+    inside = f"{os.path.realpath(folder)}{os.sep}" if folder.is_dir() else "hf://"
+    outside = next((file for file in files if not (file if "://" in file else os.path.abspath(file)).startswith(inside)), None)
+    if outside is not None:
+        raise UserError(f"names the file {outside}, which is not part of the data set; give that file itself, if it is meant")

@@ -157,9 +157,10 @@ class StateCache:
                 tokens = np.frombuffer(file.read(), dtype="<i8")
         except FileNotFoundError:
             raise _Damaged("is missing") from None
-        except (ValueError, TypeError):
+        except (OSError, ValueError, TypeError, OverflowError):
             raise _Damaged(f"its {manifest.name} cannot be read") from None
-        assert len(digests) == len(tokens) == shard.rows and tokens.sum() == shard.tokens
+        if not len(digests) == len(tokens) == shard.rows or tokens.sum() != shard.tokens or tokens.min(initial=0) < 0:
+            raise _Damaged(f"its content differs from what its {manifest.name} says")
         return digests, tokens
 
 

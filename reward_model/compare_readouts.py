@@ -16,13 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 STAGE_DIR = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path[0] = str(STAGE_DIR.parent)
 
 from common.config import parse_command_line, resolved_dict
+from common.config_yaml import read_marked_yaml
 from common.errors import UserError, run_main
 from common.failed_start import removed_if_unused
 from common.notes import say
@@ -96,8 +95,10 @@ def earlier_directory(config: ComparisonConfig, root: Path, wanted: str) -> Path
 
 def check_the_same(config: ComparisonConfig, fingerprint: str, directory: Path) -> None:
     """Raise UserError where other settings or other rows than now have been compared in this directory."""
-    old = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    different = sorted(name for name, value in resolved_dict(config).items() if name not in FREE and old.get(name) != value)
+    old = read_marked_yaml(directory / CONFIG_FILE, str(directory / CONFIG_FILE))
+    if old.problems:
+        raise UserError(*(f"{old.source}:{line}: {problem}" for line, problem in old.problems))
+    different = sorted(name for name, value in resolved_dict(config).items() if name not in FREE and old.data.get(name) != value)
     data = directory / "data_fingerprint.txt"
     if data.is_file() and data.read_text(encoding="utf-8").strip() != fingerprint:
         different.append(f"rows of {config.data.data_dir}")

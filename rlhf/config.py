@@ -25,6 +25,7 @@ from common.schema import (
     StagePath,
     WandbSettings,
 )
+from common.schema_types import Words
 from common.tracking import init_argument_problems
 from rlhf.setting_rules import WITHOUT_VALUES, AdvantageEstimator, Combine, Normalise, check_settings
 
@@ -153,6 +154,10 @@ class PPOParams(Section):
         return self
 
 
+HubName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"), Words("a repository's name such as user/model")
+]
+
 _PART_SETTINGS: dict[str, tuple[str, ...]] = {
     "model": ("model_name", "batch_size", "normalise", "combine", "std_coef"),
     "function": ("path", "timeout_s"),
@@ -249,7 +254,9 @@ class PPORunConfig(RunSettings):
     freeze_config: FreezeSettings = Field(default_factory=FreezeSettings, description="Which parameters stay as they are.")
     generation_config: PPOGeneration = Field(default_factory=PPOGeneration, description="How answers are sampled.")
     global_epochs: PositiveInt = Field(1, description="Passes over the prompts, ended early by `ppo_config.steps`.")
-    hf_hub_name: str | None = Field(None, description="Hub repository to push to after the local save, a private one if new; null: none.")
+    hf_hub_name: HubName | None = Field(
+        None, description="Hub repository to push to after the local save, a private one if new; null: none."
+    )
     ppo_config: PPOParams = Field(description="The classic trainer's settings.")
     reward_config: RewardSettings = Field(description="What is maximised.")
     evaluation: PPOEvaluation = Field(default_factory=PPOEvaluation, description="Fixed evaluation prompts.")

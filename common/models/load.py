@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -41,6 +41,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.checkpoint import has_plain_tokenizer, read_manifest, tokenizer_fingerprint
 from common.errors import UserError
+from common.model_source import check_contents
 from common.models.fused import set_fused
 from common.models.kinds import backbone_kind, positions_of
 from common.models.modes import LAYER_DROPOUT, dropout_attributes
@@ -72,12 +73,13 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
     A directory with a manifest is checked against its fingerprint; a tokenizer that splits text differently is warned of.
     """
+    check_contents(name, trust_remote_code=trust_remote_code)
     manifest = read_manifest(name)
     # For some model types (qwen2) AutoTokenizer replaces the rules in tokenizer.json by that type's own, whatever the directory says.
     auto = PreTrainedTokenizerFast if manifest is not None and has_plain_tokenizer(Path(name)) else AutoTokenizer
     try:
         tokenizer = auto.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever transformers and tokenizers raise at files that somebody else wrote
         raise UserError(f"no tokenizer can be loaded from {name}: {_first_line(error)}") from None
     if tokenizer.eos_token is None and tokenizer.sep_token is not None:
         tokenizer.eos_token = tokenizer.sep_token
@@ -292,27 +294,44 @@ def set_dropout(model: nn.Module, p: float) -> int:
     return count
 
 
+def load_weights(module: nn.Module, path: Path, prefix: str = "") -> None:
+    """Read a module's weights from a safetensors file: those named `prefix…`, where there are any, or all.
+
+    Raises UserError where the file is damaged, or of another module.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118  # no mapping
+            weights = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+        if weights or not prefix:
+            module.load_state_dict(weights)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: no safetensors can be read from it: {_first_line(error)}; the directory is damaged") from None
+    except RuntimeError as error:
+        raise UserError(f"{path}: holds other weights than {type(module).__name__} has: {_last_line(error)}") from None
+
+
 # --- details ---------------------------------------------------------------------------------------------------------------------
 
 
 def _load_config(name: str, trust_remote_code: bool) -> PreTrainedConfig:
+    check_contents(name, trust_remote_code=trust_remote_code)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         return config
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever transformers raises at a file that somebody else wrote
         raise UserError(f"no model can be loaded from {name}: {_first_line(error)}") from None
 
 
 def _load(auto: Any, name: str, dtype: Dtype, trust_remote_code: bool) -> PreTrainedModel:
+    check_contents(name, trust_remote_code=trust_remote_code)
     try:
         with quiet():
             model, info = auto.from_pretrained(
                 name, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, output_loading_info=True
             )
-    except pickle.UnpicklingError:
-        raise UserError(f"no model can be loaded from {name}: its pickle holds more than weights, and was not run") from None
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"no model can be loaded from {name}: {_first_line(error)}") from None
+    except Exception as error:  # whatever transformers, torch and safetensors raise at files that somebody else wrote
+        raise UserError(f"no model can be loaded from {name}: {_why_not_loaded(error)}") from None
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -369,6 +388,18 @@ def _reset_generation_config(model: PreTrainedModel) -> None:
     old = model.generation_config
     ids = {name: getattr(old, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")}
     model.generation_config = GenerationConfig(**ids)
+
+
+def _why_not_loaded(error: Exception) -> str:
+    # torch's own words advise to load such a file without `weights_only`.
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return (
+            "its pickle (.bin) holds more than weights, and was not run; take the model as safetensors, or convert it where you trust it: "
+            "load it there and write it with save_pretrained"
+        )
+    if isinstance(error, (OSError, ValueError, RuntimeError, ImportError, SafetensorError)):
+        return _first_line(error)
+    return f"its files are damaged ({type(error).__name__}: {_first_line(error)})"
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -34,7 +34,7 @@ from common.models.backbone import (
 )
 from common.models.kinds import backbone_kind, positions_of
 from common.models.last_layer import LastFeedForward
-from common.models.load import Dtype, check_vocabulary, load_backbone, load_sequence_classifier, load_tokenizer
+from common.models.load import Dtype, check_vocabulary, load_backbone, load_sequence_classifier, load_tokenizer, load_weights
 from common.models.modes import evaluating
 from common.models.packed import can_pack
 from common.models.parts import without_adapters
@@ -117,7 +117,7 @@ class RewardModel(nn.Module):
             raise UserError(f"{name} has the readout {saved.shape}, but the config asks for {settings.shape}")
         if source.directory is not None and (source.directory / READOUT_FILE).is_file():
             model = cls(load_backbone(name, dtype=dtype, trust_remote_code=trust_remote_code), settings, seed=0)
-            model.readout.load_state_dict(load_file(source.directory / READOUT_FILE))
+            load_weights(model.readout, source.directory / READOUT_FILE)
         else:
             backbone, head = load_sequence_classifier(name, dtype=dtype, trust_remote_code=trust_remote_code)
             model = cls(backbone, settings, seed=0)

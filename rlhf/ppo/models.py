@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -21,7 +20,7 @@ from common.freezing import find_blocks
 from common.lora import add_adapters, is_lora, merged_copy
 from common.model_source import check_model_source
 from common.models.backbone import hidden_size
-from common.models.load import Dtype, load_generator, quiet
+from common.models.load import Dtype, load_generator, load_weights, quiet
 from common.models.reward import RewardModel
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -103,7 +102,7 @@ class ModelWithValueHead(nn.Module):
         if v_head_init_strategy not in (None, "normal"):
             raise UserError(f"v_head_init_strategy: got {v_head_init_strategy!r}, expected None (zeros) or normal")
         pretrained: Any = name_or_model
-        saved = None
+        folder: Path | None = None
         if isinstance(name_or_model, str | Path):
             folder = Path(name_or_model)
             if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
@@ -112,14 +111,13 @@ class ModelWithValueHead(nn.Module):
                 check_model_source(str(name_or_model), setting=f"{cls.__name__}.from_pretrained", trust_remote_code=trust_remote_code)
             loaded_as = _dtype_name(dtype or torch_dtype or "float32")
             pretrained = load_generator(str(name_or_model), dtype=loaded_as, trust_remote_code=trust_remote_code)
-            saved = _saved_head(folder)
         elif dtype or torch_dtype or trust_remote_code:
             raise UserError("dtype and trust_remote_code have no effect on a model that is loaded already; leave them out")
         model = cls(add_adapters(pretrained, peft_config) if peft_config is not None else pretrained, summary_dropout_prob)
         if v_head_init_strategy == "normal":
             nn.init.normal_(model.v_head.summary.weight, std=v_head_initializer_range)
-        if saved is not None:
-            model.v_head.load_state_dict(saved)
+        if folder is not None:
+            _load_saved_head(model.v_head, folder)
         return model
 
     @property
@@ -164,15 +162,12 @@ class AutoModelForSeq2SeqLMWithValueHead(ModelWithValueHead):
     encoder_decoder = True
 
 
-def _saved_head(folder: Path) -> dict[str, Tensor] | None:
-    """The value head in a directory: its own file, or where trl put it, among the weights."""
+def _load_saved_head(head: ValueHead, folder: Path) -> None:
+    """Take over the value head of a directory that has one: in its own file, or where trl put it, among the weights."""
     if (folder / VALUE_HEAD_FILE).is_file():
-        return load_file(folder / VALUE_HEAD_FILE)
-    if not (folder / SAFE_WEIGHTS_NAME).is_file():
-        return None
-    with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as weights:
-        head = {name.removeprefix("v_head."): weights.get_tensor(name) for name in weights.keys() if name.startswith("v_head.")}  # noqa: SIM118
-    return head or None
+        load_weights(head, folder / VALUE_HEAD_FILE)
+    elif (folder / SAFE_WEIGHTS_NAME).is_file():
+        load_weights(head, folder / SAFE_WEIGHTS_NAME, prefix="v_head.")
 
 
 def _dtype_name(dtype: Dtype | torch.dtype) -> Dtype:
