@@ -63,6 +63,18 @@ def packed_batch(rows: Sequence[Encoded], pad_id: int, capacity: int, pad_to: in
     model that passes positions on to its mask, local and sliding attention included. The first label of a row is never a target:
     a row begins with its prompt, whose labels are -100, so that the last token of the row before predicts nothing.
     """
+    lines = in_lines(rows, capacity)
+    ids, mask = right_pad([[token for row in line for token in row.input_ids] for line in lines], pad_id, pad_to)
+    labels, _ = right_pad([[label for row in line for label in _labels(row)] for line in lines], IGNORED, pad_to)
+    positions = torch.zeros_like(ids)
+    for number, line in enumerate(lines):
+        parts = [*(row.length for row in line), int((~mask[number]).sum())]
+        positions[number] = torch.cat([torch.arange(part) for part in parts])
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
+
+
+def in_lines(rows: Sequence[Encoded], capacity: int) -> list[list[Encoded]]:
+    """Rows, in their order, in as few lines of at most `capacity` tokens as that allows."""
     lines: list[list[Encoded]] = []
     room = 0
     for row in rows:
@@ -72,13 +84,7 @@ def packed_batch(rows: Sequence[Encoded], pad_id: int, capacity: int, pad_to: in
             room = capacity
         lines[-1].append(row)
         room -= row.length
-    ids, mask = right_pad([[token for row in line for token in row.input_ids] for line in lines], pad_id, pad_to)
-    labels, _ = right_pad([[label for row in line for label in _labels(row)] for line in lines], IGNORED, pad_to)
-    positions = torch.zeros_like(ids)
-    for number, line in enumerate(lines):
-        parts = [*(row.length for row in line), int((~mask[number]).sum())]
-        positions[number] = torch.cat([torch.arange(part) for part in parts])
-    return {"input_ids": ids, "position_ids": positions, "labels": labels}
+    return lines
 
 
 @torch.no_grad()

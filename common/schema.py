@@ -221,6 +221,39 @@ class ModelParams(FreezeSettings):
         description="Type the weights are loaded in. Weights that train are float32: the shorter types need `lora`, whose adapters are.",
     )
     lora: LoraSettings | None = Field(None, description="LoRA adapters; excludes `freeze_*`.")
+    cache_states: Literal["float32", "bfloat16", "never"] | None = Field(
+        None,
+        description="Type in which states that training does not change are kept on disk: those that enter the lowest layer that trains, "
+        "where only upper ones do (null: not kept); those that the readout reads of a frozen backbone (null: float32). `never`: none.",
+    )
+    cache_dir: StagePath | None = Field(
+        None,
+        description="Folder of such caches, which runs may share; null: `state_cache` beside the runs. It may be deleted at any time.",
+    )
+
+    @property
+    def kept_states(self) -> Literal["float32", "bfloat16"] | None:
+        """Type of the states in the cache; None: there is none."""
+        return None if self.cache_states in (None, "never") else self.cache_states  # type: ignore[return-value]
+
+    def frozen_part_problems(self) -> dict[tuple[str, ...], str]:
+        """What is wrong with the settings of the cache, and of what it is of, by key."""
+        if self.kept_states is None:
+            return {("cache_dir",): f"got {self.cache_dir}, which needs cache_states"} if self.cache_dir else {}
+        if self.lora is not None:
+            every = self.lora.target_modules == "all-linear"
+            return {("cache_states",): f"got {self.cache_states}, but lora trains adapters in every layer"} if every else {}
+        names = [f"freeze_{group}" for group in ("emb", "ln", "attn", "ff")]
+        trains = [f"{name}: true" for name in names if not (self.active and getattr(self, name))]
+        if not trains:
+            return {}
+        return {("cache_states",): f"got {self.cache_states}, but the lowest layers train; it needs {', '.join(trains)}"}
+
+    @model_validator(mode="after")
+    def _frozen_part_is_frozen(self) -> Self:
+        if problems := self.frozen_part_problems():
+            raise KeyedProblems(problems)
+        return self
 
     @model_validator(mode="after")
     def _trained_weights_are_float32(self) -> ModelParams:

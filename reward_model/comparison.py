@@ -26,7 +26,7 @@ from common.closing import BEST
 from common.errors import UserError
 from common.launch.checkpointing import LAST
 from common.launch.lightning import training_device
-from common.models.answers import CachedAnswer
+from common.models.answers import CachedAnswer, StartedAnswer
 from common.models.backbone import readout_needs
 from common.models.kinds import backbone_kind
 from common.models.reward import RewardModel, RewardScorer
@@ -228,6 +228,10 @@ def shared_states(prepared: Mapping[str, Prepared], seconds: Mapping[str, float]
         sharing = {name: one for name, one in prepared.items() if (one.needs.part, one.needs.token) == place}
         widest = max(sharing.values(), key=lambda one: one.needs.layers)
         answer = widest.rows["train"][0].answers[0]
+        if isinstance(answer, StartedAnswer):  # one cache, which all of them start from
+            cached = answer.states.rows
+            size = int(cached.tokens.sum()) * cached.facts.bytes_per_token
+            return [States(f"every token {cached.facts.part}", list(prepared), size, sum(seconds.values()))]
         if isinstance(answer, CachedAnswer):
             part, token = place
             what = {"all": "every token", "first": "the first token", "last": "the last token"}[token]

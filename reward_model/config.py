@@ -34,42 +34,28 @@ class RewardData(DataSettings):
     max_prompt_length: PositiveInt | None = Field(None, description="Prompt tokens at most; null: only `max_length` limits it.")
 
 
-_CACHE = ("cache_states", "cache_dir")
-
-
 class RewardModelParams(ModelParams):
     readout: ReadoutSettings = Field(default_factory=ReadoutSettings, description="How the score is read out.")
     freeze_backbone: bool = Field(False, description="Train the readout alone. The states that it reads are computed once, into a cache.")
-    cache_states: Literal["float32", "bfloat16", "never"] | None = Field(
-        None,
-        description="Type in which states of the frozen backbone are kept on disk; `never`: run the backbone in every step; null: float32.",
-    )
-    cache_dir: StagePath | None = Field(
-        None,
-        description="Folder of such caches, which runs may share; null: `state_cache` beside the runs. It may be deleted at any time.",
-    )
 
     @property
     def kept_states(self) -> Literal["float32", "bfloat16"] | None:
         """Type of the states in the cache; None: there is none."""
-        return (self.cache_states or "float32") if self.freeze_backbone and self.cache_states != "never" else None
+        return "float32" if self.freeze_backbone and self.cache_states is None else super().kept_states
 
-    @model_validator(mode="after")
-    def _nothing_acts_on_a_frozen_backbone(self) -> Self:
+    def frozen_part_problems(self) -> dict[tuple[str, ...], str]:
+        """What is wrong with the settings of the cache, and of what it is of, by key."""
         if not self.freeze_backbone:
-            idle = {(name,): f"got {value}, which needs freeze_backbone: true" for name in _CACHE if (value := getattr(self, name))}
-        else:
-            frozen = {
-                "lora": self.lora is not None and "adapters train it",
-                "do_freeze": self.active and "nothing is left for freeze_* to freeze",
-                "layers_not_to_freeze": bool(self.layers_not_to_freeze) and f"got {self.layers_not_to_freeze}",
-                "dropout": bool(self.dropout) and f"got {self.dropout}; it runs without dropout (readout.dropout is the head's)",
-                "gradient_checkpointing": self.gradient_checkpointing and "got true, but no activations are kept",
-            }
-            idle = {(name,): f"{why}, and freeze_backbone is true; remove one of them" for name, why in frozen.items() if why}
-        if idle:
-            raise KeyedProblems(idle)
-        return self
+            whole = "" if self.lora is not None else ", or freeze_backbone: true"
+            return {key: problem + whole for key, problem in super().frozen_part_problems().items()}
+        acting = {
+            "lora": self.lora is not None and "adapters train it",
+            "do_freeze": self.active and "nothing is left for freeze_* to freeze",
+            "layers_not_to_freeze": bool(self.layers_not_to_freeze) and f"got {self.layers_not_to_freeze}",
+            "dropout": bool(self.dropout) and f"got {self.dropout}; it runs without dropout (readout.dropout is the head's)",
+            "gradient_checkpointing": self.gradient_checkpointing and "got true, but no activations are kept",
+        }
+        return {(name,): f"{why}, and freeze_backbone is true; remove one of them" for name, why in acting.items() if why}
 
 
 class RewardConfig(TrainingSettings):

@@ -42,6 +42,8 @@ from common.models.answers import Answer
 from common.models.frozen_states import cached_answers, state_facts
 from common.models.fused import set_fused
 from common.models.load import build_backbone, give_pad_token, load_backbone, load_tokenizer, set_dropout, train_tokenizer
+from common.models.lower_states import frozen_layers, lower_facts, started_answers
+from common.models.parts import without_adapters
 from common.models.recompute import recompute_activations
 from common.models.reward import RewardModel, RewardScorer
 from common.notes import say
@@ -259,21 +261,31 @@ def prepare_model(model: RewardModel, config: RewardConfig) -> list[str]:
 def read_from_cache(
     model: RewardModel, tokenizer: PreTrainedTokenizerBase, splits: Sequence[list[R]], config: RewardConfig, runs_root: Path
 ) -> list[list[R]]:
-    """The rows of each split with cached states in the place of token ids; states that no earlier run has left are computed here."""
+    """The rows of each split with cached states; states that no earlier run has left are computed here.
+
+    Of a frozen backbone they are what the readout reads, in the place of token ids; else what enters the lowest layer that trains, above
+    which `model` starts from now on.
+    """
     params = config.model_params
     assert params.kept_states is not None
+    answers = [answer for rows in splits for row in rows for answer in row.answers]
+    folder = Path(params.cache_dir) if params.cache_dir else runs_root / "state_cache"
     autocast = autocast_dtype(config.trainer)
-    answers = cached_answers(
-        model,
-        [answer for rows in splits for row in rows for answer in row.answers],
-        Path(params.cache_dir) if params.cache_dir else runs_root / "state_cache",
-        state_facts(model, tokenizer, params.kept_states, autocast),
-        pad_id=tokenizer.pad_token_id,
-        device=training_device(config.trainer),
-        autocast=autocast,
-        show_progress=trainer_params(config.trainer).get("enable_progress_bar", True),
-    )
-    upcoming = iter(answers)
+    arguments: dict[str, Any] = {
+        "pad_id": tokenizer.pad_token_id,
+        "device": training_device(config.trainer),
+        "autocast": autocast,
+        "show_progress": trainer_params(config.trainer).get("enable_progress_bar", True),
+    }
+    known: Sequence[Answer]
+    if params.freeze_backbone:
+        known = cached_answers(model, answers, folder, state_facts(model, tokenizer, params.kept_states, autocast), **arguments)
+    else:
+        lower = frozen_layers(model, without_adapters(model.backbone))
+        model.start_above(lower)
+        facts = lower_facts(lower, tokenizer, params.kept_states, autocast)
+        known = started_answers(lower, answers, folder, facts, packs=model.packs, **arguments)
+    upcoming = iter(known)
     return [[replace(row, answers=tuple(islice(upcoming, len(row.answers)))) for row in rows] for rows in splits]
 
 

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from common.batching import Batch
-from common.collate import IGNORED, packed_batch, sft_batch
+from common.collate import IGNORED, in_lines, packed_batch, sft_batch
+from common.models.answers import StartedAnswer, entering_states
 from common.tokenization import Encoded
 
 
@@ -15,7 +19,8 @@ from common.tokenization import Encoded
 class SFTRows:
     """Rows of prompt and answer ids; called with a planned batch, gives its tensors.
 
-    `pad_to`: pad every row to this length (static shapes). `capacity`: pack rows end to end in lines of so many tokens.
+    `pad_to`: pad every row to this length (static shapes). `capacity`: pack rows end to end in lines of so many tokens. `started`: the
+    rows with the states that enter the lowest layer that trains, where these are known.
     """
 
     rows: Sequence[Encoded]
@@ -23,15 +28,31 @@ class SFTRows:
     pad_to: int | None = None
     capacity: int | None = None
     is_encoder_decoder: bool = False
+    started: Sequence[StartedAnswer] | None = None
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
-        """`input_ids`, masks and `labels` (B, S); `denominator`: what the summed loss is divided by; `tokens`: how many are no padding."""
+        """`input_ids`, masks and `labels` (B, S); `denominator`: what the summed loss is divided by; `tokens`: how many are no padding.
+
+        `entering` (B, S, D): states that enter the lowest layer that trains, where they are known.
+        """
         rows = [self.rows[index] for index in batch.indices]
         if self.capacity is not None:
             tensors = packed_batch(rows, self.pad_id, self.capacity, self.pad_to)
         else:
             tensors = sft_batch(rows, self.pad_id, self.pad_to, self.is_encoder_decoder)
+        if self.started is not None:
+            tensors["entering"] = self._entering([self.started[index] for index in batch.indices], rows)
         if batch.filler:
             tensors["labels"].fill_(IGNORED)
         tokens = sum(row.length for row in rows)
         return {**tensors, "denominator": batch.denominator, "tokens": tokens, "rows": batch.indices}
+
+    def _entering(self, started: Sequence[StartedAnswer], rows: Sequence[Encoded]) -> Tensor:
+        if self.capacity is None:
+            return entering_states(started, self.pad_to)[0]
+        states, mask = entering_states(started)
+        lengths = torch.tensor([sum(row.length for row in line) for line in in_lines(rows, self.capacity)])
+        width = self.pad_to or int(lengths.max())
+        lines = states.new_zeros(len(lengths), width, states.shape[-1])
+        lines[torch.arange(width) < lengths[:, None]] = states[mask]
+        return lines

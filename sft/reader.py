@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from common.chunks import length_chunks
 from common.collate import IGNORED
+from common.models.lower_layers import LowerLayers, starting_above
 from common.models.packed import as_line, can_pack
-from common.models.parts import take_apart
+from common.models.parts import take_apart, without_adapters
 
 
 class Predictions(NamedTuple):
@@ -40,6 +41,13 @@ class AnswerReader:
         self.padding_free = padding_free
         self.parts = take_apart(model)
         self.packs = padding_free and self.parts is not None and can_pack(self.parts.trunk)
+        self.lower: LowerLayers | None = None
+        """Layers that do not train, above which batches start that have the states `entering` there."""
+
+    @property
+    def trunk(self) -> nn.Module | Any:
+        """The transformer without its output layer."""
+        return self.parts.trunk if self.parts is not None else without_adapters(self.model).base_model
 
     def head(self, states: Tensor) -> Tensor:
         """Logits (M, V) of what a prediction holds."""
@@ -58,16 +66,19 @@ class AnswerReader:
         assert self.parts is not None
         line = as_line(batch["input_ids"], batch["attention_mask"].bool())
         predicts, targets = self._targets(batch["labels"])
-        return Predictions(line.states(self.parts.trunk).index_select(0, line.places[predicts]), targets)
+        with starting_above(self.lower, batch["entering"][line.kept][None] if "entering" in batch else None):
+            states = line.states(self.parts.trunk)
+        return Predictions(states.index_select(0, line.places[predicts]), targets)
 
     def _in_rows(self, batch: dict[str, Any]) -> Predictions:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
         predicts, targets = self._targets(batch["labels"])
-        if self.parts is not None:
-            return Predictions(self.parts.trunk(**inputs, use_cache=False).last_hidden_state[predicts], targets)
         if self.is_encoder_decoder:
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
-        return Predictions(self.model(**inputs, use_cache=False).logits[predicts], targets)
+        with starting_above(self.lower, batch.get("entering")):
+            if self.parts is not None:
+                return Predictions(self.parts.trunk(**inputs, use_cache=False).last_hidden_state[predicts], targets)
+            return Predictions(self.model(**inputs, use_cache=False).logits[predicts], targets)
 
     def _targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Places (B, S) whose output predicts a label, and these labels (M,).
@@ -86,7 +97,7 @@ def rows_of_like_length(batch: dict[str, Any], is_encoder_decoder: bool = False)
     parts = []
     for rows in length_chunks(torch.stack([reads, writes], 1)):
         width = int(reads[rows].max())
-        part = {name: batch[name][rows, :width] for name in ("input_ids", "attention_mask")}
+        part = {name: batch[name][rows, :width] for name in ("input_ids", "attention_mask", "entering") if name in batch}
         part["labels"] = batch["labels"][rows, : max(1, int(writes[rows].max())) if is_encoder_decoder else width]
         parts.append(part)
     return parts

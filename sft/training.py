@@ -21,6 +21,7 @@ from common.evaluation.text_metrics import corpus_metrics
 from common.failed_start import removed_if_unused
 from common.freezing import apply_freezing
 from common.launch.lightning import (
+    autocast_dtype,
     avoids_padding,
     batch_limit,
     build_trainer,
@@ -29,11 +30,15 @@ from common.launch.lightning import (
     fit,
     total_optimizer_steps,
     trainer_params,
+    training_device,
 )
 from common.lora import add_lora
+from common.models.answers import StartedAnswer
+from common.models.backbone import RewardInput
 from common.models.fused import set_fused
 from common.models.kinds import positions_of
 from common.models.load import build_generator, load_generator, load_tokenizer, set_dropout, train_tokenizer
+from common.models.lower_states import frozen_layers, lower_facts, started_answers
 from common.models.parts import without_adapters
 from common.models.recompute import recompute_activations
 from common.notes import say
@@ -75,13 +80,14 @@ def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
     )
     train_rows, _ = encode(encoder, splits.train, config, "train")
     val_rows, val_records = encode(encoder, splits.val, config, "val")
-    train_loader, val_loader = loaders(config, train_rows, val_rows, tokenizer.pad_token_id, reader)
+    root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "sft")
+    started = started_rows(reader, tokenizer, [*train_rows, *val_rows], config, root)
+    train_loader, val_loader = loaders(config, train_rows, val_rows, tokenizer.pad_token_id, reader, started)
     answered = val_records[: config.evaluation.num_generated] if config.model_params.do_compute_metrics else []
     prompts = answer_prompts(config, model, tokenizer, answered)
     total_steps = total_optimizer_steps(config.trainer, len(train_loader))
 
     # 3. a run directory, from here on things are written
-    root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "sft")
     run_dir = create_run_directory(root, config.desc, config.index)
     resolved = resolved_dict(config)
     with removed_if_unused(run_dir), run_log(run_dir):
@@ -163,9 +169,17 @@ def encode(encoder: Encoder, records: Sequence[SFTRecord], config: SFTConfig, sp
 
 
 def loaders(
-    config: SFTConfig, train_rows: list[Encoded], val_rows: list[Encoded], pad_id: int, reader: AnswerReader
+    config: SFTConfig,
+    train_rows: list[Encoded],
+    val_rows: list[Encoded],
+    pad_id: int,
+    reader: AnswerReader,
+    started: list[StartedAnswer] | None = None,
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Loaders over training rows, in an order that (seed, epoch) decides, and over the validation rows as they are."""
+    """Loaders over training rows, in an order that (seed, epoch) decides, and over the validation rows as they are.
+
+    `started`: training and validation rows with the states that enter the lowest layer that trains.
+    """
     data = config.data
     pad_to = data.max_length if data.on_tpu else None
     capacity = data.max_length if data.batching == "packed" else None
@@ -183,11 +197,37 @@ def loaders(
         [row.length for row in val_rows], batch_size=data.val_batch_size or data.batch_size, seed=config.seed, mode="sequential"
     )
     # A model that reads rows one behind the other needs no lines of them.
-    train_data = SFTRows(train_rows, pad_id, pad_to, None if reader.packs else capacity, reader.is_encoder_decoder)
-    val_data = SFTRows(val_rows, pad_id, pad_to, None, reader.is_encoder_decoder)
+    own = (started[: len(train_rows)], started[len(train_rows) :]) if started is not None else (None, None)
+    train_data = SFTRows(train_rows, pad_id, pad_to, None if reader.packs else capacity, reader.is_encoder_decoder, own[0])
+    val_data = SFTRows(val_rows, pad_id, pad_to, None, reader.is_encoder_decoder, own[1])
     return (
         batch_loader(train_plan, train_data, num_workers=data.num_workers),
         batch_loader(val_plan, val_data, num_workers=data.num_workers),
+    )
+
+
+def started_rows(
+    reader: AnswerReader, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], config: SFTConfig, runs_root: Path
+) -> list[StartedAnswer] | None:
+    """The rows with the states that enter the lowest layer that trains, where the config keeps them; `reader` starts there then.
+
+    States that no earlier run has left are computed here.
+    """
+    params = config.model_params
+    if params.kept_states is None:
+        return None
+    reader.lower = frozen_layers(reader.model, reader.trunk)
+    autocast = autocast_dtype(config.trainer)
+    return started_answers(
+        reader.lower,
+        [RewardInput(row.input_ids) for row in rows],
+        Path(params.cache_dir) if params.cache_dir else runs_root / "state_cache",
+        lower_facts(reader.lower, tokenizer, params.kept_states, autocast),
+        packs=reader.packs,
+        pad_id=tokenizer.pad_token_id,
+        device=training_device(config.trainer),
+        autocast=autocast,
+        show_progress=trainer_params(config.trainer).get("enable_progress_bar", True),
     )
 
 

@@ -24,6 +24,7 @@ from common.freezing import find_blocks
 from common.model_source import layers_in
 from common.models.kinds import backbone_kind
 from common.models.last_layer import LastFeedForward
+from common.models.lower_layers import LowerLayers, starting_above
 from common.models.modes import draws_dropout
 from common.models.packed import as_line
 from common.models.parts import without_adapters
@@ -53,16 +54,12 @@ class RewardBatch(NamedTuple):
     attention_mask: Tensor
     decoder_input_ids: Tensor | None = None
     decoder_attention_mask: Tensor | None = None
+    entering: Tensor | None = None
+    """States (B, S, D) that enter the lowest layer that trains, where they were computed before."""
 
     def to(self, device: Any) -> RewardBatch:
         """The same batch on another device."""
-        ids, mask, decoder_ids, decoder_mask = self
-        return RewardBatch(
-            ids.to(device),
-            mask.to(device),
-            None if decoder_ids is None else decoder_ids.to(device),
-            None if decoder_mask is None else decoder_mask.to(device),
-        )
+        return RewardBatch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
 
 
 class Entry(NamedTuple):
@@ -167,8 +164,11 @@ def collate_states(rows: Sequence[Tensor]) -> States:
     return States(values.transpose(1, 2), mask)
 
 
-def backbone_states(backbone: nn.Module, batch: RewardBatch, needs: Needs) -> States:
-    """Run the transformer, or its encoder alone where no more is read, and keep the states that are needed."""
+def backbone_states(backbone: nn.Module, batch: RewardBatch, needs: Needs, lower: LowerLayers | None = None) -> States:
+    """Run the transformer, or its encoder alone where no more is read, and keep the states that are needed.
+
+    It starts above `lower` where the batch has the states that enter there.
+    """
     plain = without_adapters(backbone)
     arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long()}
     model, stack, mask = plain, plain, batch.attention_mask
@@ -182,13 +182,16 @@ def backbone_states(backbone: nn.Module, batch: RewardBatch, needs: Needs) -> St
         arguments |= {"decoder_input_ids": batch.decoder_input_ids, "decoder_attention_mask": mask.long()}
     mask = mask.bool()
     run = partial(_final_states, model, arguments)
-    if needs.token == "all":
-        return States(torch.stack(_upper_layers(stack, run, needs.layers), 1), mask)
-    rows, read = torch.arange(len(mask), device=mask.device), token_position(mask, needs.token)
-    return _of_one_token(_upper_layers(stack, run, needs.layers, lambda states: states[rows, read]))
+    with starting_above(lower, batch.entering):
+        if needs.token == "all":
+            return States(torch.stack(_upper_layers(stack, run, needs.layers), 1), mask)
+        rows, read = torch.arange(len(mask), device=mask.device), token_position(mask, needs.token)
+        return _of_one_token(_upper_layers(stack, run, needs.layers, lambda states: states[rows, read]))
 
 
-def line_states(backbone: nn.Module, batch: RewardBatch, needs: Needs, last: LastFeedForward | None = None) -> States:
+def line_states(
+    backbone: nn.Module, batch: RewardBatch, needs: Needs, last: LastFeedForward | None = None, lower: LowerLayers | None = None
+) -> States:
     """As `backbone_states` for causal models that can read a line: without padding, and a beginning that rows share read once.
 
     Where dropout is on, rows share nothing: each draws noise of its own. `last`: runs for the tokens that are read alone.
@@ -196,7 +199,12 @@ def line_states(backbone: nn.Module, batch: RewardBatch, needs: Needs, last: Las
     plain = without_adapters(backbone)
     mask = batch.attention_mask.bool()
     line = as_line(batch.input_ids, mask, share=not draws_dropout(plain))
-    run = partial(line.states, plain)
+    entering = None if batch.entering is None else batch.entering[line.kept][None]
+
+    def run() -> Tensor:
+        with starting_above(lower, entering):
+            return line.states(plain)
+
     if needs.token == "all":
         layers = _upper_layers(plain, run, needs.layers, lambda states: states.view(-1, states.shape[-1]))  # (N, D) each
         return States(torch.stack([F.embedding(line.places, layer) for layer in layers], 1), mask)
@@ -260,7 +268,7 @@ def rows_of_like_length(batch: RewardBatch) -> list[tuple[Tensor, RewardBatch]]:
 
     def part(rows: Tensor) -> RewardBatch:
         width, *decoder_width = widths[rows].amax(0).tolist()
-        cuts = (width, width, *decoder_width * 2)
-        return RewardBatch(*(tensor[rows, :cut] for tensor, cut in zip(batch, cuts, strict=False) if tensor is not None))
+        cuts = (width, width, *(decoder_width or [None]) * 2, width)
+        return RewardBatch(*(None if tensor is None else tensor[rows, :cut] for tensor, cut in zip(batch, cuts, strict=True)))  # type: ignore[arg-type]
 
     return [(rows, part(rows)) for rows in length_chunks(widths)]

@@ -7,7 +7,7 @@ later passes start from them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -69,6 +69,11 @@ class LowerLayers:
                 return None
         return LowerLayers(twin, blocks, count, self.results)
 
+    @property
+    def above(self) -> tuple[str, ...]:
+        """Prefixes of the names of the other blocks' parameters, the lowest first."""
+        return tuple(block.prefix for block in find_blocks(self.trunk)[len(self.below) :])
+
     def states(self, **inputs: Any) -> Tensor:
         """What enters the first block above (B, S, D); the blocks from there on do not run."""
         caught: list[Tensor] = []
@@ -98,6 +103,13 @@ class LowerLayers:
                 del block.forward
                 if forward is not None:
                     block.forward = forward
+
+
+def starting_above(lower: LowerLayers | None, states: Tensor | None) -> AbstractContextManager[None]:
+    """Inside, forwards start above `lower` from `states`, of any type; without either they run whole."""
+    if lower is None or states is None:
+        return nullcontext()
+    return lower.replaced(states.to(next(lower.trunk.parameters()).dtype))
 
 
 @torch.enable_grad()

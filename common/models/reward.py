@@ -35,6 +35,7 @@ from common.models.backbone import (
 from common.models.kinds import backbone_kind, positions_of
 from common.models.last_layer import LastFeedForward
 from common.models.load import Dtype, check_vocabulary, load_backbone, load_sequence_classifier, load_tokenizer, load_weights
+from common.models.lower_layers import LowerLayers
 from common.models.modes import evaluating
 from common.models.packed import can_pack
 from common.models.parts import without_adapters
@@ -64,6 +65,7 @@ class RewardModel(nn.Module):
         self.readout = build_readout(readout_settings, self.needs, hidden_size(backbone.config), seed)
         self._padding_free = self._packs = False
         self._last: LastFeedForward | None = None
+        self._lower: LowerLayers | None = None
 
     @classmethod
     def from_backbone(
@@ -151,9 +153,10 @@ class RewardModel(nn.Module):
         attention_mask: Tensor,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
+        entering: Tensor | None = None,
     ) -> Tensor:
-        """Ids (B, S) and masks (B, S), True on real tokens -> raw scores (B,)."""
-        return self.scores(RewardBatch(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask))
+        """Ids (B, S) and masks (B, S), True on real tokens -> raw scores (B,). The arguments are those of a `RewardBatch`."""
+        return self.scores(RewardBatch(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, entering))
 
     def scores(self, inputs: RewardBatch | States) -> Tensor:
         """Raw scores (B,) of a batch, or of states that were computed before: the mean over the members of an ensemble."""
@@ -181,17 +184,22 @@ class RewardModel(nn.Module):
         """The states of the batch in parts, with the rows that each part has."""
         everything = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
         if self._packs:
-            yield everything, line_states(self.backbone, batch, self.needs, self._last)
+            yield everything, line_states(self.backbone, batch, self.needs, self._last, self._lower)
         elif not self._padding_free or not bool(batch.attention_mask[:, 0].all()):  # padded on the left
-            yield everything, backbone_states(self.backbone, batch, self.needs)
+            yield everything, backbone_states(self.backbone, batch, self.needs, self._lower)
         else:
             for rows, part in rows_of_like_length(batch):
-                yield rows, backbone_states(self.backbone, part, self.needs)
+                yield rows, backbone_states(self.backbone, part, self.needs, self._lower)
 
     @property
     def padding_free(self) -> bool:
         """Whether batches are read without padding."""
         return self._padding_free
+
+    @property
+    def packs(self) -> bool:
+        """Whether batches are read in a line."""
+        return self._packs
 
     def set_padding_free(self, on: bool = True) -> None:
         """Whether batches are read without padding from now on: in a line where the backbone can, else rows of like length together.
@@ -202,6 +210,16 @@ class RewardModel(nn.Module):
         plain = without_adapters(self.backbone)
         self._packs = on and backbone_kind(self.config) == "causal" and can_pack(plain)
         self._last = LastFeedForward.find(plain) if self._packs and self.needs.token != "all" else None
+
+    def start_above(self, lower: LowerLayers) -> None:
+        """From now on batches that have the states entering above `lower` start there. Raises UserError if the readout reads below."""
+        most = len(lower.above) + 1
+        if self.needs.layers > most:
+            raise UserError(
+                f"model_params.readout.n_layers: {self.readout_settings.name} reads {self.needs.layers} layers, of which "
+                f"{self.needs.layers - most} lie below those that cache_states keeps; set it to {most} at most, or leave out cache_states"
+            )
+        self._lower = lower
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write weights and configuration into an existing folder.

@@ -122,7 +122,10 @@ def test_a_full_disk_is_one_line_before_anything_is_written(write_config, monkey
         ({"freeze_backbone": True, "layers_not_to_freeze": [-1]}, "model_params.layers_not_to_freeze: got [-1], and freeze_backbone"),
         ({"freeze_backbone": True, "dropout": 0.1}, "model_params.dropout: got 0.1; it runs without dropout"),
         ({"freeze_backbone": True, "gradient_checkpointing": True}, "model_params.gradient_checkpointing: got true, but no activations"),
-        ({"cache_states": "bfloat16"}, "model_params.cache_states: got bfloat16, which needs freeze_backbone: true"),
+        (
+            {"cache_states": "bfloat16", "freeze_emb": True, "freeze_attn": True, "freeze_ff": True},
+            "model_params.cache_states: got bfloat16, but the lowest layers train; it needs freeze_ln: true, or freeze_backbone: true",
+        ),
         ({"cache_dir": "somewhere"}, "model_params.cache_dir: got "),
     ],
 )
