@@ -114,6 +114,15 @@ class _BrokenJson(Exception):
         self.position = position
 
 
+def _words(error: json.JSONDecodeError) -> str:
+    """What is wrong, said so that it can be mended where the decoder's own words do not."""
+    if not error.msg.startswith("Invalid control character"):
+        return error.msg
+    if error.doc[error.pos] in "\r\n":
+        return "a line break inside a text (is its closing quote missing?)"
+    return f"a raw control character inside a text, expected \\u{ord(error.doc[error.pos]):04x}"
+
+
 class _Parser:
     def __init__(self, text: str, name: str) -> None:
         self.text = text
@@ -172,7 +181,7 @@ class _Parser:
         try:
             value, after = self.decoder.raw_decode(self.text, position)
         except json.JSONDecodeError as error:
-            raise _BrokenJson(error.msg, error.pos) from None
+            raise _BrokenJson(_words(error), error.pos) from None
         except RecursionError:
             raise _BrokenJson("nested too deeply", position) from None
         except ValueError as error:  # an integer of more digits than Python converts
@@ -293,7 +302,7 @@ class _Parser:
             try:
                 json.loads(self.text[position:line_end])
             except json.JSONDecodeError as on_line:
-                error = _BrokenJson(on_line.msg, position + on_line.pos)
+                error = _BrokenJson(_words(on_line), position + on_line.pos)
             except (ValueError, RecursionError):
                 pass  # the first error says what is wrong
         self._broken(error, "train", number)

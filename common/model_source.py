@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from urllib.parse import urlsplit
 
 from common.checkpoint import Manifest, read_manifest
 from common.errors import UserError
+from common.schema import HUB_NAME
 
 HUB_TIMEOUT_S = 3.0
 
 Role = Literal["generator", "backbone", "reward"]
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 # The files of a model directory in which transformers looks for code to run.
@@ -133,7 +132,7 @@ def check_model_source(name: str, *, setting: str = "model_name", role: Role = "
         raise UserError(f"{setting}: {name} is a file, expected a model directory (config.json and weights) or a hub name")
     elif path.is_symlink():
         raise UserError(f"{setting}: {name} points to {os.readlink(path)}, which does not exist")
-    elif path.is_absolute() or not _HUB_NAME.fullmatch(name):
+    elif path.is_absolute() or not HUB_NAME.fullmatch(name):
         hint = "" if path.is_absolute() else f" (looked for {os.path.abspath(path)})"
         hint += "; run the stage that writes it first" if path.name == "latest" else ""
         raise UserError(f"{setting}: no model directory {name}{hint}")

@@ -167,7 +167,10 @@ class _Reading:
         rows: dict[SplitName, list[Any]] = {name: [] for name in SPLITS}
         named = False
         if path.startswith("hf:"):
-            self._collect(_load_hub(path), path, rows)
+            try:
+                self._collect(_load_hub(path), path, rows)
+            except UserError as error:
+                raise UserError(*(f"{setting}: {problem}" if setting else problem for problem in error.problems)) from None
             return rows, True
         file = Path(path)
         if not file.exists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from common.lightning_arguments import lightning_argument_problems
 from common.schema_types import Words, dotted
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 # What a `wandb.api` of the shipped examples holds; never a key.
 API_PLACEHOLDERS = frozenset({"", "text", "null", "none", "your_api_key", "your-api-key", "YOUR_API_KEY"})
 
@@ -69,7 +71,7 @@ def _check_csv(path: str) -> str:
 
 
 def _resolve_model(value: Any, info: ValidationInfo) -> Any:
-    """A directory (made absolute) when it or its parent folder exists or it is written like a path, else a hub name, kept as it is.
+    """A hub name or a URL, kept as it is, or a directory, made absolute: where it or its parent folder exists, or it can be no hub name.
 
     Links are followed here, once: `models/latest` may point to another run before the last of its files is read.
     """
@@ -79,7 +81,7 @@ def _resolve_model(value: Any, info: ValidationInfo) -> Any:
         raise ValueError("got an empty text, expected a model directory or a hub name")
     path = _absolute(value, info)
     try:
-        is_path = value.startswith(("./", "../", "/", "~")) or value in {".", ".."} or path.exists()
+        is_path = not (HUB_NAME.fullmatch(value) or "://" in value) or path.exists()
         # `models/latest` before the first run is a path whose end is missing, no name on the hub
         is_path = is_path or path.is_symlink() or ("/" in value and path.parent.is_dir())
         if path.is_dir():

@@ -71,11 +71,11 @@ def main(argv: Sequence[str]) -> int:
         print(describe(config, splits))
         return 0
 
-    from reward_model.comparison import compare
+    from reward_model.comparison import BACKBONE, compare
     from reward_model.comparison_report import markdown
 
     directory = earlier or create_run_directory(root, config.desc, config.index)
-    with removed_if_unused(directory), run_log(directory):
+    with removed_if_unused(directory, also=(BACKBONE,)), run_log(directory):
         write_config(directory, resolved_dict(config))
         print(f"output: {directory}")
         print(f"\n{markdown(compare(config, splits, directory))}")

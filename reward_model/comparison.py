@@ -45,6 +45,8 @@ from reward_model.training import Objective, prepare_model, read_from_cache, sta
 
 FINISHED = "compared.json"
 """In a run's directory once it is trained and scored."""
+BACKBONE = "backbone"
+"""Folder of a backbone that is built from model_init."""
 STATES_SECONDS = "states.json"
 DATA_FILE = "data_fingerprint.txt"
 Splitted = Splits[Any]
@@ -143,7 +145,7 @@ def one_backbone(config: ComparisonConfig, splits: Splitted, directory: Path) ->
     if config.model_name is not None:
         own = config.run(readout, config.rates[0], config.seed, backbone=config.model_name, folder=directory, cache=directory)
         return config.model_name, start_model(own, ())[1]
-    place = directory / "backbone"
+    place = directory / BACKBONE
     if not place.exists():
         own = config.run(readout, config.rates[0], config.seed, backbone=str(place), folder=directory, cache=directory)
         fresh = own.model_copy(update={"model_name": None, "model_init": config.model_init})

@@ -133,9 +133,9 @@ def check_pipeline(settings: RewardSettings, *, trust_remote_code: bool = False)
                 assert component.path is not None
                 load_function(component.path)
             elif component.type == "regex":
-                _compiled(component)
+                _compiled(component, setting)
         except UserError as error:
-            problems.extend(error.problems)
+            problems.extend(_of_function(setting, component, error))
     if problems:
         raise UserError(*problems)
     return sources
@@ -144,15 +144,20 @@ def check_pipeline(settings: RewardSettings, *, trust_remote_code: bool = False)
 def check_columns(settings: RewardSettings, columns: Collection[str]) -> None:
     """Raise UserError for each function that asks for a column beside these, which the prompts' rows have."""
     problems: list[str] = []
-    for _, component in _walk(_component(settings), settings):
+    for setting, component in _walk(_component(settings), settings):
         if component.type == "function":
             assert component.path is not None
             try:
                 check_signature(component.path, load_function(component.path), columns)
             except UserError as error:
-                problems.extend(error.problems)
+                problems.extend(_of_function(setting, component, error))
     if problems:
         raise UserError(*problems)
+
+
+def _of_function(setting: str, component: RewardComponent, error: UserError) -> list[str]:
+    """The problems of a component, with the setting that names a function before those of one."""
+    return [f"{setting}.path: {problem}" if component.type == "function" else problem for problem in error.problems]
 
 
 def build_pipeline(settings: RewardSettings, *, device: torch.device | str = "cpu", trust_remote_code: bool = False) -> RewardPipeline:
@@ -274,12 +279,12 @@ def _build(
             return Ensemble(name, members, component.combine, component.std_coef)
 
 
-def _compiled(component: RewardComponent) -> re.Pattern[str]:
+def _compiled(component: RewardComponent, setting: str = "reward_config.pipeline") -> re.Pattern[str]:
     assert component.pattern is not None
     try:
         return re.compile(component.pattern)
     except re.error as error:
-        raise UserError(f"reward_config.pipeline: pattern {component.pattern!r} is no regular expression: {error}") from None
+        raise UserError(f"{setting}.pattern: got {component.pattern!r}, expected a regular expression: {error}") from None
 
 
 def _answers(

@@ -102,7 +102,14 @@ PROBLEMS = {
         '{"version": 1, "train": [{"a": 1}]}',
         ['f: got "version" beside splits, expected train, val and test only'],
     ),
-    "a raw control character": ('{"a": "b\x00"}', ["f: train row 1: line 1, column 9: broken JSON: Invalid control character at"]),
+    "a raw control character": (
+        '{"a": "b\x00"}',
+        ["f: train row 1: line 1, column 9: broken JSON: a raw control character inside a text, expected \\u0000"],
+    ),
+    "a line break in a text": (
+        '{"a": "b\n"}',
+        ["f: train row 1: line 1, column 9: broken JSON: a line break inside a text (is its closing quote missing?)"],
+    ),
     "nested without end": ("[" * 100000, ["f: train row 1: line 1, column 2: broken JSON: nested too deeply"]),
     "digits without end": (
         '{"a": ' + "1" * 5000 + "}",

@@ -426,7 +426,7 @@ def test_all_problems_of_a_pipeline_are_found_at_once(tmp_path: Path) -> None:
         "broken.py:f: cannot be imported: SyntaxError",
         "absent.py:f: no such file",
         "no module no.such.module (for a file write its path: module.py:…)",
-        "'(' is no regular expression",
+        "got '(', expected a regular expression",
         "2 parts are named same",
     ):
         assert expected in text
