@@ -365,7 +365,7 @@ def _datasets_loader() -> Callable[[str, str | None, str | None], Mapping[str, A
 def _check_files_of(name: str, files: Sequence[str]) -> None:
     """Refuse a data set with files from elsewhere: its card names them, and could name any file of this machine."""
     folder = Path(name).expanduser()
-    inside = f"{os.path.realpath(folder)}{os.sep}" if folder.is_dir() else "hf://"
+    inside = tuple(f"{place(folder)}{os.sep}" for place in (os.path.abspath, os.path.realpath)) if folder.is_dir() else "hf://"
     outside = next((file for file in files if not (file if "://" in file else os.path.abspath(file)).startswith(inside)), None)
     if outside is not None:
         raise UserError(f"names the file {outside}, which is not part of the data set; give that file itself, if it is meant")
