@@ -211,22 +211,28 @@ def _part_sizes(count: int, parts: int) -> list[int]:
 
 
 class PlanSampler(Sampler[Batch]):
-    """Yields the batches of a plan, from `start` on in the epoch set last, for a DataLoader with `batch_size=None`."""
+    """Yields the batches of a plan in the epoch set last, for a DataLoader with `batch_size=None`; `len` is that of a whole epoch."""
 
     def __init__(self, plan: BatchPlan) -> None:
         self.plan = plan
         self.epoch = 0
-        self.start = 0
+        self.same_batches = False
+        self._behind = 0
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch, and how many of its batches are behind us already."""
-        self.epoch, self.start = epoch, start
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; with `same_batches` it is always the first one's order."""
+        self.epoch = 0 if self.same_batches else epoch
+
+    def skip(self, batches: int) -> None:
+        """Leave out the first batches of the next pass: they are behind us already."""
+        self._behind = batches
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from self.plan.batches(self.epoch)[self.start :]
+        behind, self._behind = self._behind, 0
+        yield from self.plan.batches(self.epoch)[behind:]
 
     def __len__(self) -> int:
-        return len(self.plan.batches(self.epoch)) - self.start
+        return len(self.plan.batches(self.epoch))
 
 
 class BatchDataset(Dataset[Any]):

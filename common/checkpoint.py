@@ -8,10 +8,11 @@ are read while a config is still being checked.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
-import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from common.errors import UserError
+from common.fault_points import reached
 from common.provenance import code_state, host_facts, package_versions, without_home
+from common.runs import write_text_atomically
 from common.score_transform import ScoreTransform
 
 if TYPE_CHECKING:
@@ -30,9 +33,8 @@ if TYPE_CHECKING:
 
     from common.models.reward import RewardModel
 
-logger = logging.getLogger(__name__)
-
 MANIFEST = "manifest.json"
+CARD = "README.md"
 FORMAT_VERSION = 1
 ADAPTER_FOLDER = "adapter"
 
@@ -157,14 +159,42 @@ def atomic_directory(destination: Path) -> Iterator[Path]:
     staging = destination.parent / f".{destination.name}.staging-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     staging.mkdir()
     try:
+        reached("staging made")
         yield staging
         _flush_tree(staging)
+        reached("staging flushed")
         _refuse_existing(destination)  # rename would silently replace an empty folder
         staging.rename(destination)
-    except BaseException:
+    except BaseException as error:
+        full, written = _is_out_of_space(error), _size_of(staging)
         shutil.rmtree(staging, ignore_errors=True)
+        if full:
+            free = shutil.disk_usage(destination.parent).free
+            raise UserError(
+                f"{destination}: no space left to save it: {_mib(written)} of it were written, {_mib(free)} are free on that disk (a limit on "
+                "the size of files counts, too); nothing of it stays, and the checkpoints before it are whole; make room, then --resume"
+            ) from None
         raise
+    reached("renamed")
     _flush(destination.parent)
+
+
+_OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def _is_out_of_space(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _OUT_OF_SPACE
+    # safetensors tells it in words alone
+    return (found := re.search(r"os error (\d+)", str(error))) is not None and int(found[1]) in _OUT_OF_SPACE
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _refuse_existing(destination: Path) -> None:
@@ -211,18 +241,33 @@ def save_model_directory(
         else:
             plain = model
         _write_weights(plain, tokenizer, staging)
+        reached("weights written")
         tokenizer.save_pretrained(staging)
         if extra is not None:
             extra(staging)
+            reached("state written")
         facts = {"files": _file_records(staging), "is_encoder_decoder": bool(plain.config.is_encoder_decoder)}
         if hasattr(plain, "readout_settings"):
             facts["readout"] = plain.readout_settings.model_dump()
         complete = manifest.model_copy(update=facts)
-        tokenizer_class = "PreTrainedTokenizerFast" if has_plain_tokenizer(staging) else "AutoTokenizer"
-        card = model_card(complete, destination.name, _loading_class(staging), tokenizer_class)
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        (staging / CARD).write_text(_card_of(staging, complete, destination.name), encoding="utf-8")
         (staging / MANIFEST).write_text(complete.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        reached("manifest written")
     return destination
+
+
+def _card_of(folder: Path, manifest: Manifest, name: str) -> str:
+    tokenizer_class = "PreTrainedTokenizerFast" if has_plain_tokenizer(folder) else "AutoTokenizer"
+    return model_card(manifest, name, _loading_class(folder), tokenizer_class)
+
+
+def record_metrics(directory: Path, metrics: Mapping[str, float]) -> None:
+    """Put figures that were measured after a checkpoint was written into its manifest and card; without a manifest nothing happens."""
+    manifest = read_manifest(directory)
+    if manifest is not None:
+        complete = manifest.model_copy(update={"metrics": dict(metrics)})
+        write_text_atomically(directory / CARD, _card_of(directory, complete, directory.name))
+        write_text_atomically(directory / MANIFEST, complete.model_dump_json(indent=2) + "\n")
 
 
 def _write_weights(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -258,7 +303,7 @@ def has_plain_tokenizer(folder: Path) -> bool:
 
 
 def _file_records(folder: Path) -> dict[str, FileRecord]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in {MANIFEST, "README.md"})
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in {MANIFEST, CARD})
     return {path.relative_to(folder).as_posix(): FileRecord(size=path.stat().st_size, sha256=file_sha256(path)) for path in files}
 
 
@@ -332,21 +377,3 @@ def verify_directory(directory: Path | str, *, checksums: bool = True) -> list[s
         elif checksums and file_sha256(path) != record.sha256:
             problems.append(f"{path}: content differs from its checksum")
     return problems
-
-
-def find_checkpoints(directory: Path | str) -> list[Path]:
-    """Checkpoint directories (`step-…` with a manifest) in a run directory or its `checkpoints` folder, oldest first."""
-    root = Path(directory)
-    root = root / "checkpoints" if (root / "checkpoints").is_dir() else root
-    found = [path for path in root.glob("step-*") if (path / MANIFEST).is_file() and path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def newest_complete(directory: Path | str) -> Path | None:
-    """The newest checkpoint that verifies; broken newer ones are named in the log. None where there is none."""
-    for path in reversed(find_checkpoints(directory)):
-        problems = verify_directory(path)
-        if not problems:
-            return path
-        logger.warning("passing over a damaged checkpoint: %s", "; ".join(problems))
-    return None

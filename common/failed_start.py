@@ -8,10 +8,11 @@ import sys
 from collections.abc import Container, Iterator
 from pathlib import Path
 
+from common.run_lock import LOCK_FILE
 from common.runs import CONFIG_FILE, LOG_FILE
 from common.tracking import METRICS_CSV, METRICS_JSONL, TENSORBOARD_FOLDER, WANDB_FOLDER
 
-_WRITTEN_AT_THE_START = frozenset({CONFIG_FILE, LOG_FILE, METRICS_JSONL, METRICS_CSV, WANDB_FOLDER, TENSORBOARD_FOLDER})
+_WRITTEN_AT_THE_START = frozenset({CONFIG_FILE, LOG_FILE, METRICS_JSONL, METRICS_CSV, LOCK_FILE, WANDB_FOLDER, TENSORBOARD_FOLDER})
 
 
 @contextlib.contextmanager

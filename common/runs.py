@@ -27,6 +27,7 @@ LOG_FILE = "log.txt"
 CHECKPOINTS_FOLDER = "checkpoints"
 LATEST = "latest"
 
+_STEP_NAME = re.compile(r"step-(\d+)")
 _RUN_NAME = re.compile(r"desc-(?P<desc>.+),index-(?P<index>\d+)")
 _DESC = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -106,6 +107,16 @@ def _make_explicit(root: Path, desc: str, index: int) -> Path:
     except FileExistsError:
         raise _taken(root, desc, index) from None
     return directory
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints `step-N` of a run's folder, whole or not, oldest first."""
+    return sorted((path for path in folder.iterdir() if _STEP_NAME.fullmatch(path.name)), key=step_of) if folder.is_dir() else []
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def replace_symlink(link: Path, target: Path) -> None:

@@ -286,7 +286,8 @@ class CheckpointSettings(Section):
     every_n_train_steps: PositiveInt | None = Field(None, description="Optimizer steps between saves; null: at each validation.")
     monitor: str = Field("val/loss", description="Logged metric that chooses the best checkpoint (`val_loss` is read as `val/loss`).")
     mode: Literal["min", "max"] = Field("min", description="Whether less or more of it is better.")
-    keep_last: PositiveInt = Field(1, description="How many of the newest checkpoints stay on disk, beside the best one.")
+    keep_last: PositiveInt = Field(2, description="How many of the newest checkpoints stay on disk; a resumed run falls back by one.")
+    keep_best: PositiveInt = Field(1, description="How many of the best checkpoints by `monitor` stay on disk.")
 
 
 class TrainerSettings(Section):

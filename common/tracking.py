@@ -66,13 +66,18 @@ class Sink(Protocol):
 class Tracker:
     """One run's metrics, tables and summary. Use it in a `with`; an exception inside ends the trackers as failed."""
 
-    def __init__(self, run_dir: Path, *, stage: str = "", is_main: bool = True) -> None:
-        """Metrics go to `run_dir`; processes that are not main write nothing at all."""
+    def __init__(self, run_dir: Path, *, stage: str = "", is_main: bool = True, position: int | None = None) -> None:
+        """Metrics go to `run_dir`; processes that are not main write nothing at all.
+
+        position: where a run that goes on had got to (`Tracker.position`); what was logged after it is logged again.
+        """
         self.run_dir = Path(run_dir)
         self.stage = stage
         self.is_main = is_main
         self._sinks: dict[str, Sink] = {}
         self._finished = False
+        if is_main and position is not None:
+            os.truncate(self.run_dir / METRICS_JSONL, position)
         self._log = (self.run_dir / METRICS_JSONL).open("a", encoding="utf-8") if is_main else None
 
     @classmethod
@@ -87,13 +92,14 @@ class Tracker:
         directions: Mapping[str, Best] | None = None,
         is_main: bool = True,
         init_arguments: Mapping[str, Any] | None = None,
+        position: int | None = None,
     ) -> Tracker:
         """Open a run's metrics and, where asked for, wandb and TensorBoard.
 
         `config` is the resolved configuration without secrets. `directions` says for metrics (by full name) whether `min` or `max` is
         best, beside what `better` knows. `init_arguments` are further arguments of `wandb.init`.
         """
-        tracker = cls(run_dir, stage=stage, is_main=is_main)
+        tracker = cls(run_dir, stage=stage, is_main=is_main, position=position)
         if not is_main:
             return tracker
         if wandb is not None and wandb_mode(wandb) != "disabled":
@@ -104,6 +110,14 @@ class Tracker:
         if tensorboard:
             tracker._add("TensorBoard", lambda: TensorBoardSink(run_dir / TENSORBOARD_FOLDER))
         return tracker
+
+    @property
+    def position(self) -> int:
+        """Bytes of metrics that are on disk; 0 in a process that writes none."""
+        if self._log is None:
+            return 0
+        os.fsync(self._log.fileno())  # a checkpoint will count on them
+        return os.fstat(self._log.fileno()).st_size
 
     def __enter__(self) -> Tracker:
         return self

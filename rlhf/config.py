@@ -244,7 +244,8 @@ class SaveSettings(Section):
         "models", description="Folder for runs; each run makes `desc-DESC,index-N` in it.", validate_default=True
     )
     save_interval: PositiveInt = Field(100, description="PPO steps between two checkpoints.")
-    keep_last: PositiveInt = Field(1, description="How many of the newest checkpoints stay, beside the best one.")
+    keep_last: PositiveInt = Field(2, description="How many of the newest checkpoints stay on disk; a resumed run falls back by one.")
+    keep_best: PositiveInt = Field(1, description="How many of the best checkpoints by `eval/score` stay on disk.")
 
 
 class PPORunConfig(RunSettings):

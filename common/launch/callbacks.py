@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
@@ -14,12 +15,14 @@ from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor
 from torch.optim import Optimizer
 
+from common.batching import PlanSampler
 from common.errors import UserError
 from common.launch.checkpointing import CheckpointKeeper
 from common.launch.runtime import peak_memory_gib
 from common.launch.signals import StopSignals
 from common.progress import Progress, duration, format_figure
 from common.tracking import Tracker
+from common.training_state import trained_weights
 
 # Every metric that training itself logs, with one line of definition.
 TRAINING_METRICS = {
@@ -68,14 +71,14 @@ class SetEpoch(pl.Callback):
         self.same_batches = same_batches
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        set_epoch(trainer.train_dataloader, 0 if self.same_batches else trainer.current_epoch)
+        if sampler := plan_sampler(trainer.train_dataloader):
+            sampler.set_epoch(trainer.current_epoch)
 
 
-def set_epoch(loader: Any, epoch: int) -> None:
-    """Call `set_epoch` of a loader's sampler or batch sampler, whichever has one."""
-    for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-        if sampler is not None and hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+def plan_sampler(loader: Any) -> PlanSampler | None:
+    """The sampler of a loader that works through a batch plan."""
+    samplers = (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    return next((sampler for sampler in samplers if isinstance(sampler, PlanSampler)), None)
 
 
 class StatelessDropout(pl.Callback):
@@ -273,18 +276,33 @@ def _shown(trainer: pl.Trainer) -> dict[str, float]:
 
 
 class Checkpoints(pl.Callback):
-    """Saves every n optimizer steps or at each validation, at the end, and when a signal asks to stop. Goes last: it may leave."""
+    """Saves every n optimizer steps or at each validation, at the end, and when a signal asks to stop. Goes last: it may leave.
+
+    `tracked()` is the position of the metrics. `state` is that of an earlier run that goes on.
+    """
 
     def __init__(
-        self, keeper: CheckpointKeeper, every_n_steps: int | None, total_steps: int, stop: StopSignals, report: ProgressReport
+        self,
+        keeper: CheckpointKeeper,
+        every_n_steps: int | None,
+        total_steps: int,
+        stop: StopSignals,
+        report: ProgressReport,
+        tracked: Callable[[], int],
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         self.keeper = keeper
         self.every_n_steps = every_n_steps
         self.total_steps = total_steps
         self.stop = stop
         self.report = report
-        self.validated = False
+        self.tracked = tracked
+        self.state = state
+        self.validated = bool(state and state["validated"])
         self._step = 0
+        self._epoch, self._batches = 0, 0  # where the last step ended
+        self._between_steps = False
+        self._validates = False  # the state of the last step is still to be validated
         self._due = False
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -293,36 +311,52 @@ class Checkpoints(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.install()
         self._step = trainer.global_step
+        if self.state is not None:
+            load_optimization(trainer, self.state)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._due:  # no validation followed the step that was to be saved
+        if self.state is not None:
+            # Lightning decides by this when it logs; a restart may have counted a step too many.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            self.state = None
+        if not self._between_steps:
+            return
+        # Lightning has logged all of the last step by now, and no validation followed it.
+        self._between_steps = False
+        stops = self._asked_to_stop(trainer)
+        if self._due or stops:
             self._save(trainer)
+        if stops:
+            self._leave()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        if self._asked_to_stop(trainer):
-            self._save(trainer)
-            self._leave()
+        self._epoch, self._batches = trainer.current_epoch, batch_idx + 1
+        self._between_steps = True
         self._due = self.every_n_steps is not None and self._step % self.every_n_steps == 0
         if self._step >= self.total_steps:
             # Both make Lightning validate the final state, so that it can be the best.
             trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch and 1
             trainer.should_stop = True
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stop.install()
+        self._validates = not trainer.sanity_checking
+
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._asked_to_stop(trainer):
-            if not trainer.sanity_checking and trainer.global_step > 0:
+            if self._validates:
                 self._save(trainer)
             self._leave()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        self.validated = True
+        self.validated, self._validates, self._between_steps = True, False, False
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("train/")}
         if self.keeper.monitor not in metrics:
             raise UserError(
@@ -331,20 +365,20 @@ class Checkpoints(pl.Callback):
         improves = trainer.strategy.broadcast(self.keeper.improves(metrics))  # only the first process knows what it kept
         figures = "  ".join(f"{name} {format_figure(value)}" for name, value in metrics.items())
         self.report.note(f"step {trainer.global_step}: {figures}{'  (best so far)' if improves else ''}")
-        if self.every_n_steps is None or self._due or improves:
+        stops = self._asked_to_stop(trainer)
+        if self.every_n_steps is None or self._due or improves or stops:
             self._save(trainer, metrics)
+        if stops:
+            self._leave()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step > 0:
             self._save(trainer)
-            if trainer.is_global_zero:
-                self.keeper.close()
 
     def _leave(self) -> NoReturn:
         if self.keeper.last is not None:
             self.report.note(f"saved {self.keeper.last}; stopping")
-            path = self.keeper.last
-            self.report.note(f"to go on: trainer.ckpt_path={path} starts a new run from these weights (the optimizer's state is not kept)")
+            self.report.note("to go on: the same command with --resume")
         self.stop.stop()
 
     def _asked_to_stop(self, trainer: pl.Trainer) -> bool:
@@ -355,5 +389,33 @@ class Checkpoints(pl.Callback):
     def _save(self, trainer: pl.Trainer, metrics: Mapping[str, float] | None = None) -> None:
         self._due = False
         if trainer.is_global_zero:
-            self.keeper.save(trainer.global_step, metrics)
+            self.keeper.save(trainer.global_step, metrics, partial(self._state, trainer))
         trainer.strategy.barrier("checkpoint")
+
+    def _state(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """What training needs to go on from here."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return {
+            "step": trainer.global_step,
+            "epoch": self._epoch,
+            "batches": self._batches,
+            "batches_per_epoch": trainer.num_training_batches,
+            "validates": self._validates,
+            "validated": self.validated,
+            "processes": trainer.world_size,
+            "weights": trained_weights(trainer.lightning_module),
+            "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "metrics": self.tracked(),
+        }
+
+
+def load_optimization(trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
+    """Put back optimizers and schedules, which Lightning has made by now."""
+    for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
+        config.scheduler.load_state_dict(saved)
+    if state["scaler"] is not None:
+        trainer.precision_plugin.scaler.load_state_dict(state["scaler"])  # type: ignore[attr-defined]

@@ -33,14 +33,16 @@ from common.launch.callbacks import (
     StatelessDropout,
     TrackerLogger,
     TrainingMetrics,
-    set_epoch,
+    plan_sampler,
 )
 from common.launch.checkpointing import BEST, CheckpointKeeper, SaveFn
 from common.launch.loopback import meeting_on_loopback
 from common.launch.runtime import peak_memory_gib
 from common.launch.signals import StopSignals
+from common.resume import ResumePoint, remove_leftovers
 from common.schema import DataSettings, TrainerSettings
 from common.tracking import Tracker
+from common.training_state import load_trained_weights
 
 # Strategies under which every process has the whole model.
 ONE_MODEL_EACH = ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
@@ -224,10 +226,11 @@ def build_trainer(
     save: SaveFn,
     choices: Iterable[str],
     total_steps: int,
+    resume: ResumePoint | None = None,
 ) -> pl.Trainer:
-    """A `pl.Trainer` that logs to `tracker`, saves through `save(directory, metrics, step)` and stops cleanly on signals.
+    """A `pl.Trainer` that logs to `tracker`, saves through `save(directory, metrics, step, extra)` and stops cleanly on signals.
 
-    `choices` are the metrics that validation logs. Raises UserError for settings that cannot work.
+    `choices` are the metrics that validation logs. `resume`: where `fit` goes on. Raises UserError for settings that cannot work.
     """
     check_trainer(settings)
     params = trainer_params(settings)
@@ -236,11 +239,17 @@ def build_trainer(
     metrics = TrainingMetrics(tracker, total_steps, params["log_every_n_steps"])
     report = ProgressReport(metrics, total_steps, shows_progress and followed_run() is None)
     keeper = CheckpointKeeper.from_settings(run_dir, save, settings.checkpoint, choices)
-    checkpoints = Checkpoints(keeper, settings.checkpoint.every_n_train_steps, total_steps, StopSignals(), report)
+    state = None if resume is None else resume.state
+    if resume is not None and state is not None and tracker.is_main:
+        remove_leftovers(keeper.folder)
+        keeper.load_state_dict(state["keeper"], resume.step)
+    checkpoints = Checkpoints(
+        keeper, settings.checkpoint.every_n_train_steps, total_steps, StopSignals(), report, lambda: tracker.position, state
+    )
     trainer = _lightning_trainer(
         params,
         logger=logger,
-        callbacks=[SetEpoch(same_batches=_overfits(settings)), StatelessDropout(seed), metrics, report, checkpoints],
+        callbacks=[SetEpoch(_overfits(settings)), StatelessDropout(seed), metrics, report, checkpoints],
         default_root_dir=str(run_dir),
     )
     logger.trainer = trainer
@@ -267,17 +276,31 @@ def fit(
 ) -> RunResult:
     """Train to the end. SIGTERM and SIGINT save and raise `Stopped` (exit 143, 130); a loss that is not finite raises UserError."""
     checkpoints = next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))  # type: ignore[attr-defined]
-    set_epoch(train_loader, 0)
+    order = next(callback for callback in trainer.callbacks if isinstance(callback, SetEpoch))  # type: ignore[attr-defined]
+    state, keeper = checkpoints.state, checkpoints.keeper
+    if sampler := plan_sampler(train_loader):
+        sampler.same_batches = order.same_batches
     started = time.monotonic()
+    if state is not None:
+        if trainer.world_size != state["processes"]:
+            raise UserError(f"--resume: {trainer.world_size} processes now, {state['processes']} when the run began; start as many")
+        load_trained_weights(module, state["weights"])
     leads = trainer.world_size > 1 and followed_run() is None
     with checkpoints.stop, quiet_lightning(), meeting_on_loopback() if leads else contextlib.nullcontext():
         try:
-            trainer.fit(module, train_loader, val_loader)
+            if state is not None and state["validates"]:
+                _set_progress(trainer, state, train_loader)
+                trainer.validate(module, val_loader, verbose=False)
+            if state is not None:
+                _set_progress(trainer, state, train_loader)
+            if state is None or state["step"] < checkpoints.total_steps:
+                trainer.fit(module, train_loader, val_loader)
         except MisconfigurationException as error:
             raise UserError(f"trainer.params: {' '.join(str(error).split())}") from error
-    keeper = checkpoints.keeper
-    if keeper.best is None and trainer.is_global_zero:
-        raise UserError("training ended before its first step; raise trainer.params.max_time, if it is set")
+    if trainer.is_global_zero:
+        if keeper.last is None:
+            raise UserError("training ended before its first step; raise trainer.params.max_time, if it is set")
+        keeper.close()
     return RunResult(
         model=keeper.best or keeper.run_dir / BEST,
         monitor=keeper.monitor,
@@ -290,6 +313,27 @@ def fit(
     )
 
 
+def _set_progress(trainer: pl.Trainer, state: Mapping[str, Any], train_loader: DataLoader[Any]) -> None:
+    """Put Lightning's loops, and the order of the rows, where the state was saved: after a step, its validation done."""
+    epoch, behind, per_epoch = state["epoch"], state["batches"], state["batches_per_epoch"]
+    if behind == per_epoch:
+        epoch, behind = epoch + 1, 0
+    loop = trainer.fit_loop
+    for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
+        epochs.ready = epochs.started = epoch + (behind > 0)
+        epochs.processed = epochs.completed = epoch
+    progress = loop.epoch_loop.batch_progress
+    for batches, done in ((progress.total, epoch * per_epoch + behind), (progress.current, behind)):
+        batches.ready = batches.started = batches.processed = batches.completed = done
+    steps = loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+    steps.ready = steps.completed = state["step"]
+    loop.restarting = behind > 0
+    sampler = plan_sampler(train_loader)
+    assert sampler is not None, "training loaders work through a plan"
+    sampler.set_epoch(epoch)
+    sampler.skip(behind)
+
+
 # Hints of Lightning that are settled here, or advertise.
 _SETTLED_WARNINGS = (
     r".*does not have many workers.*",
@@ -298,6 +342,7 @@ _SETTLED_WARNINGS = (
     r".*It is recommended to use `self.log\(.*sync_dist=True.*",  # validation sums over processes itself
     r".*Trainer already configured with model summary.*",
     r".*LeafSpec.*",
+    r".*your dataloader is not resumable.*",  # its sampler is put where the state was saved
     r".*module\(s\) in eval mode at the start of training.*",  # frozen parts, on purpose
     r".*logging on the .* level with .* on distributed setting.*",
 )

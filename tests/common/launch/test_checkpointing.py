@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from common.launch.checkpointing import CheckpointKeeper
 
+Extra = Callable[[Path], None]
 
-def save(directory: Path, metrics: dict[str, float], step: int) -> None:
+
+def save(directory: Path, metrics: dict[str, float], step: int, extra: Extra) -> None:
     directory.mkdir(parents=True)
+    extra(directory)
     (directory / "step").write_text(str(step))
 
 
@@ -65,10 +69,10 @@ def test_without_any_finite_value_the_last_stands_in(tmp_path: Path) -> None:
 
 
 def test_the_old_one_goes_only_when_the_new_one_is_complete(tmp_path: Path) -> None:
-    def failing(directory: Path, metrics: dict[str, float], step: int) -> None:
+    def failing(directory: Path, metrics: dict[str, float], step: int, extra: Extra) -> None:
         if step == 2:
             raise OSError("disk full")
-        save(directory, metrics, step)
+        save(directory, metrics, step, extra)
 
     kept = CheckpointKeeper(tmp_path, failing, monitor="val/loss", mode="min", keep_last=1)
     kept.save(1, {"val/loss": 1.0})

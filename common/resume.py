@@ -1,0 +1,178 @@
+"""`--resume`: which checkpoint a run goes on from, and whether config and data still are those it began with. No torch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.checkpoint import Manifest, Stage, read_manifest, verify_directory
+from common.errors import UserError
+from common.followers import followed_run
+from common.runs import CHECKPOINTS_FOLDER, CONFIG_FILE, SUMMARY_FILE, checkpoints_in, next_free_index, run_name
+from common.schema import RunSettings
+from common.training_state import STATE_FILES, read_training_state
+
+AUTO = "auto"
+
+# What may differ when a run goes on: it changes no number. A section stands for all that is in it.
+FREE_SETTINGS = frozenset(
+    {
+        "desc",
+        "index",
+        "results_root",
+        "require_clean_git",
+        "tensorboard",
+        "wandb",
+        "hf_hub_name",
+        "data.num_workers",
+        "trainer.checkpoint.dirpath",
+        "trainer.checkpoint.every_n_train_steps",
+        "trainer.checkpoint.keep_last",
+        "trainer.checkpoint.keep_best",
+        "trainer.params.enable_progress_bar",
+        "save_config",
+        "on_nan",
+    }
+)
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A run that is there already, and where it goes on."""
+
+    run_dir: Path
+    checkpoint: Path
+    manifest: Manifest
+    finished: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What the training kept beside its weights."""
+        return read_training_state(self.checkpoint)
+
+    @property
+    def step(self) -> int:
+        assert self.manifest.step is not None, "checkpoints of a run know their step"
+        return self.manifest.step
+
+    def check_config(self, resolved: Mapping[str, Any]) -> list[str]:
+        """Refuse a config under which the run would be another one; returns a line for each other setting that differs.
+
+        resolved: what `resolved_dict` gives. Raises UserError with a line per setting.
+        """
+        path = self.run_dir / CONFIG_FILE
+        try:
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"{path}: cannot be read, and --resume compares the config with it: {error}") from None
+        free, problems = [], []
+        for name, (old, new) in differences(before, dict(resolved)).items():
+            if is_free(name):
+                free.append(f"{name}: {new} from here on, {old} before")
+            else:
+                problems.append(f"{name}: got {new}, but the run began with {old}; a resumed run keeps it (leave --resume out for a new run)")
+        if problems:
+            raise UserError(*problems)
+        return free
+
+    def check_data(self, fingerprint: str, *, allow_change: bool) -> str | None:
+        """Refuse other training data than the run began with, or, where that is allowed, say so."""
+        if fingerprint == self.manifest.data_fingerprint:
+            return None
+        if not allow_change:
+            raise UserError(
+                f"{self.checkpoint}: the training data have changed since the run began (fingerprint {fingerprint[:12]}, then "
+                f"{str(self.manifest.data_fingerprint)[:12]}); put them back, start a new run, or accept it with --allow_data_change"
+            )
+        return "the training data have changed since the run began; what follows is not what an undisturbed run would give"
+
+
+def is_free(setting: str) -> bool:
+    """Whether a resumed run may have another value of this setting (`section.key`)."""
+    parts = setting.split(".")
+    return any(".".join(parts[:count]) in FREE_SETTINGS for count in range(1, len(parts) + 1))
+
+
+def differences(before: Any, now: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (value before, value now) of each setting that differs; `nothing` where one of them has no such setting."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return {} if before == now else {prefix: (before, now)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in [*before, *(name for name in now if name not in before)]:
+        found |= differences(before.get(name, "nothing"), now.get(name, "nothing"), f"{prefix}.{name}" if prefix else str(name))
+    return found
+
+
+def resume_point(wish: str | None, root: Path, settings: RunSettings, stage: Stage) -> ResumePoint | None:
+    """Where `--resume` goes on; None without it.
+
+    wish: None, `auto` for the newest run of the config's `desc` (or that of its `index`) below `root`, or the path of a run or of one of
+    its checkpoints. A damaged checkpoint is named and the one before it taken. Raises UserError where there is nothing to go on from.
+    """
+    if followed := followed_run():
+        wish = str(followed) if wish is not None else None
+    if wish is None:
+        return None
+    run_dir, wanted = _named(wish) if wish != AUTO else (_run_of(root, settings), None)
+    candidates = [wanted] if wanted is not None else checkpoints_in(run_dir / CHECKPOINTS_FOLDER)[::-1]
+    if not candidates:
+        raise UserError(f"{run_dir}: the run has no checkpoint to go on from yet; start it anew, without --resume")
+    damaged: list[str] = []
+    for checkpoint in candidates:
+        problems = _problems(checkpoint)
+        if not problems:
+            manifest = read_manifest(checkpoint)
+            assert manifest is not None, "a checkpoint that verifies has a manifest"
+            if manifest.stage != stage:
+                raise UserError(f"{checkpoint}: is a checkpoint of stage {manifest.stage}, expected one of {stage}")
+            finished = wanted is None and (run_dir / SUMMARY_FILE).is_file()
+            notes = tuple(f"damaged, so passed over: {problem}" for problem in damaged)
+            return ResumePoint(run_dir, checkpoint, manifest, finished, notes)
+        damaged += problems
+    raise UserError(*damaged, f"{run_dir}: no checkpoint is whole, so there is nothing to go on from; start a new run, without --resume")
+
+
+def say_finished(point: ResumePoint) -> None:
+    """What a resumed run that has ended already says."""
+    print(f"{point.run_dir} is finished (step {point.step}); nothing is left to do, and nothing was written")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half written or half removed beside the checkpoints; call it while holding the run's lock."""
+    for path in folder.glob(".step-*") if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _named(wish: str) -> tuple[Path, Path | None]:
+    """Run directory and checkpoint that a path names; None: the run's last good one."""
+    path = Path(wish).resolve()
+    if not path.is_dir():
+        raise UserError(f"--resume: {wish} is no directory; expected a run (…/desc-…,index-N) or one of its checkpoints")
+    if path.parent.name == CHECKPOINTS_FOLDER:
+        return path.parent.parent, path
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(f"--resume: {wish} is neither a run (it has no {CONFIG_FILE}) nor a checkpoint in a run's {CHECKPOINTS_FOLDER} folder")
+    return path, None
+
+
+def _run_of(root: Path, settings: RunSettings) -> Path:
+    index = next_free_index(root, settings.desc) - 1 if settings.index == "auto" else int(settings.index)
+    run_dir = root / run_name(settings.desc, index)
+    if index < 0 or not run_dir.is_dir():
+        what = f"no run of desc {settings.desc!r} there" if settings.index == "auto" else f"no {run_dir.name} there"
+        raise UserError(f"--resume: {root}: {what} to go on with; start it without --resume, or give the path of a run")
+    return run_dir
+
+
+def _problems(checkpoint: Path) -> list[str]:
+    problems = verify_directory(checkpoint)
+    if not problems and not all((checkpoint / name).is_file() for name in STATE_FILES):
+        problems = [f"{checkpoint}: holds no state of the training ({', '.join(STATE_FILES)}), weights alone"]
+    return problems

@@ -1,0 +1,97 @@
+"""What a training needs to go on, beside its weights: nested plain values and tensors, as safetensors and JSON in a checkpoint directory.
+
+No pickle: reading a state can run no code. Numbers come back with all their bits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TENSORS_FILE, VALUES_FILE = "training_state.safetensors", "training_state.json"
+STATE_FILES = (TENSORS_FILE, VALUES_FILE)
+# Keys that stand for what JSON has no word for.
+_TENSOR, _TUPLE, _ITEMS = "$tensor", "$tuple", "$items"
+
+
+def write_training_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write a nested state: dicts (keys: plain values), lists, tuples, tensors, None, booleans, numbers and strings."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    values = _packed(dict(state), tensors)
+    save_file(tensors, folder / TENSORS_FILE)
+    (folder / VALUES_FILE).write_text(json.dumps(values), encoding="utf-8")
+
+
+def read_training_state(folder: Path) -> dict[str, Any]:
+    """The state that `write_training_state` wrote, tensors on the CPU. Raises UserError where there is none or it cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        values = json.loads((folder / VALUES_FILE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = _unpacked(values, load_file(folder / TENSORS_FILE))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: holds no state of a training to go on from ({', '.join(STATE_FILES)})") from None
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{folder}: its state of the training cannot be read ({error}); the directory is damaged") from None
+    return state
+
+
+def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous().clone()  # safetensors refuses tensors that share memory
+        return {_TENSOR: name}
+    if isinstance(value, Mapping):
+        return {_ITEMS: [[_packed(key, tensors), _packed(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {_TUPLE: [_packed(item, tensors) for item in value]}
+    if isinstance(value, list):
+        return [_packed(item, tensors) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a training state cannot hold a {type(value).__name__}: {value!r}")
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return tensors[value[_TENSOR]]
+    if _TUPLE in value:
+        return tuple(_unpacked(item, tensors) for item in value[_TUPLE])
+    return {_unpacked(key, tensors): _unpacked(item, tensors) for key, item in value[_ITEMS]}
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes of a model: parameters that train, and buffers; a tied weight once."""
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    persistent = model.state_dict(keep_vars=True).keys()
+    return trained | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def load_trained_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put back what `trained_weights` gave. Raises UserError where the model is another one."""
+    import torch
+
+    own = trained_weights(model)
+    if problem := next(iter(own.keys() ^ weights.keys()), None):
+        raise UserError(f"the checkpoint's weights are of another model: {problem} is in {'the model' if problem in own else 'them'} alone")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != weights[name].shape or tensor.dtype != weights[name].dtype:
+                raise UserError(f"the checkpoint's weights are of another model: {name} is {tuple(weights[name].shape)} there")
+            tensor.copy_(weights[name])
