@@ -171,8 +171,8 @@ def atomic_directory(destination: Path) -> Iterator[Path]:
         if full:
             free = shutil.disk_usage(destination.parent).free
             raise UserError(
-                f"{destination}: no space left to save it: {_mib(written)} of it were written, {_mib(free)} are free on that disk (a limit on "
-                "the size of files counts, too); nothing of it stays, and the checkpoints before it are whole; make room, then --resume"
+                f"{destination}: no space left to save it: {_mib(written)} of it were written, {_mib(free)} are free on that disk (a limit "
+                "on the size of files counts, too); nothing of it stays, checkpoints before it are whole; make room, then --resume"
             ) from None
         raise
     reached("renamed")

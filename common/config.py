@@ -77,6 +77,7 @@ def parse_command_line(
     parser.add_argument("--validate", action="store_true", help="read config and data, report, and stop")
     if resumable:
         parser.add_argument("--resume", nargs="?", const="auto", metavar="PATH", help="go on from the last good checkpoint, or from PATH")
+        parser.add_argument("--allow_data_change", action="store_true", help="with --resume: go on though the data are not the same")
     if add_options is not None:
         add_options(parser)
     options = parser.parse_intermixed_args(list(argv))
@@ -88,9 +89,8 @@ def parse_command_line(
     config, notes, marked = _load(schema, path, options.overrides, stage_dir)
     locate_problems(lambda problem: located(problem, marked, schema, resolved_dict(config), stage_dir))
     resume = getattr(options, "resume", None)
-    trainer = getattr(config, "trainer", None)
-    if resume is not None and getattr(trainer, "ckpt_path", None) is not None:
-        raise UserError("command line: --resume restores a run whole, trainer.ckpt_path starts a new one from weights; keep one of them")
+    if resumable and options.allow_data_change and resume is None:
+        raise UserError("command line: --allow_data_change acts on a run that goes on; add --resume or leave it out")
     return Invocation(
         config=config,
         config_path=path.absolute(),

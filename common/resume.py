@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from common.checkpoint import Manifest, Stage, read_manifest, verify_directory
+from common.config import Invocation, resolved_dict
 from common.errors import UserError
+from common.failed_start import removed_if_unused
 from common.followers import followed_run
-from common.runs import CHECKPOINTS_FOLDER, CONFIG_FILE, SUMMARY_FILE, checkpoints_in, next_free_index, run_name
+from common.notes import say
+from common.run_lock import locked
+from common.runs import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    SUMMARY_FILE,
+    check_start,
+    checkpoints_in,
+    create_run_directory,
+    next_free_index,
+    run_log,
+    run_name,
+)
 from common.schema import RunSettings
 from common.training_state import STATE_FILES, read_training_state
 
 AUTO = "auto"
+C = TypeVar("C", bound=RunSettings)
 
 # What may differ when a run goes on: it changes no number. A section stands for all that is in it.
 FREE_SETTINGS = frozenset(
@@ -77,7 +93,7 @@ class ResumePoint:
             if is_free(name):
                 free.append(f"{name}: {new} from here on, {old} before")
             else:
-                problems.append(f"{name}: got {new}, but the run began with {old}; a resumed run keeps it (leave --resume out for a new run)")
+                problems.append(f"{name}: got {new}, but the run began with {old}; a resumed run keeps it (a new one: no --resume)")
         if problems:
             raise UserError(*problems)
         return free
@@ -139,6 +155,39 @@ def resume_point(wish: str | None, root: Path, settings: RunSettings, stage: Sta
     raise UserError(*damaged, f"{run_dir}: no checkpoint is whole, so there is nothing to go on from; start a new run, without --resume")
 
 
+def begin(invocation: Invocation[C], root: Path, stage: Stage) -> ResumePoint | None:
+    """Refuse what cannot start or go on, before anything is loaded; returns where a resumed run goes on, None for a new one.
+
+    root: where `stage_runs_root` says that the runs lie.
+    """
+    point = resume_point(invocation.resume, root, invocation.config, stage)
+    check_start(invocation.config, root if point is None else None)
+    if point is not None:
+        for note in [*point.notes, *point.check_config(resolved_dict(invocation.config))]:
+            say(note)
+        if not point.finished:
+            say(f"going on with {point.run_dir} after step {point.step:,}")
+    return point
+
+
+def check_data(invocation: Invocation[C], point: ResumePoint | None, fingerprint: str) -> None:
+    """As `ResumePoint.check_data`, as the command line says; what is allowed is said."""
+    if point is not None and (note := point.check_data(fingerprint, allow_change=invocation.options.allow_data_change)):
+        say(note)
+
+
+def run_directory(point: ResumePoint | None, root: Path, settings: RunSettings) -> Path:
+    """The directory of a run that goes on, or a new one."""
+    return create_run_directory(root, settings.desc, settings.index) if point is None else point.run_dir
+
+
+@contextlib.contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """Write a run inside: no other process may, what is printed goes into its log, and a run that never began leaves nothing."""
+    with locked(run_dir), removed_if_unused(run_dir), run_log(run_dir):
+        yield
+
+
 def say_finished(point: ResumePoint) -> None:
     """What a resumed run that has ended already says."""
     print(f"{point.run_dir} is finished (step {point.step}); nothing is left to do, and nothing was written")
@@ -158,7 +207,9 @@ def _named(wish: str) -> tuple[Path, Path | None]:
     if path.parent.name == CHECKPOINTS_FOLDER:
         return path.parent.parent, path
     if not (path / CONFIG_FILE).is_file():
-        raise UserError(f"--resume: {wish} is neither a run (it has no {CONFIG_FILE}) nor a checkpoint in a run's {CHECKPOINTS_FOLDER} folder")
+        raise UserError(
+            f"--resume: {wish} is neither a run (it has no {CONFIG_FILE}) nor a checkpoint in a run's {CHECKPOINTS_FOLDER} folder"
+        )
     return path, None
 
 

@@ -19,7 +19,6 @@ from common.checkpoint import MANIFEST, Stage, new_manifest, read_manifest, save
 from common.closing import finish_run, opening_lines
 from common.config import resolved_dict
 from common.errors import UserError
-from common.failed_start import removed_if_unused
 from common.followers import followed_run, leading
 from common.freezing import apply_freezing
 from common.launch.checkpointing import LAST
@@ -48,7 +47,8 @@ from common.models.recompute import recompute_activations
 from common.models.reward import RewardModel, RewardScorer
 from common.notes import say
 from common.records import PairRecord, ScoreRecord, Splits
-from common.runs import create_run_directory, run_log, stage_runs_root, write_config, write_text_atomically
+from common.resume import ResumePoint, run_directory, writing
+from common.runs import stage_runs_root, write_config, write_text_atomically
 from common.schema import FreezeSettings, TrainerSettings
 from common.score_transform import ScoreTransform
 from common.tokenization import Encoder
@@ -82,8 +82,8 @@ class Objective(Generic[Record, R]):
     transform: ScoreTransform = field(default_factory=ScoreTransform)
 
 
-def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Record, R]) -> Path:
-    """Train, keep the best checkpoint, publish it as `latest`; returns the run directory."""
+def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Record, R], resume: ResumePoint | None = None) -> Path:
+    """Train, keep the best checkpoint, publish it as `latest`; returns the run directory. `resume`: where an earlier run goes on."""
     resolved = resolved_dict(config)
     config = config.model_copy(update={"trainer": on_devices(config)})
     check_one_machine(config.trainer)
@@ -124,7 +124,7 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
     module = objective.module(model, total_steps, val_rows)
 
     # 3. run directory, trainer
-    def save(directory: Path, metrics: dict[str, float], step: int) -> None:
+    def save(directory: Path, metrics: dict[str, float], step: int, extra: Callable[[Path], None]) -> None:
         manifest = new_manifest(
             objective.stage,
             tokenizer,
@@ -139,15 +139,15 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
             config=resolved,
             step=step,
         )
-        save_model_directory(directory, model, tokenizer, manifest)
+        save_model_directory(directory, model, tokenizer, manifest, extra=extra)
 
-    run_dir = followed or create_run_directory(runs_root, config.desc, config.index)
+    run_dir = followed or run_directory(resume, runs_root, config)
     with contextlib.ExitStack() as stack:
         if followed is None:
-            stack.enter_context(removed_if_unused(run_dir))
-            stack.enter_context(run_log(run_dir))
+            stack.enter_context(writing(run_dir))
             stack.enter_context(leading(run_dir))
-            write_config(run_dir, resolved)
+            if resume is None:
+                write_config(run_dir, resolved)
         tracker = stack.enter_context(
             Tracker.start(
                 run_dir,
@@ -156,6 +156,7 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
                 wandb=config.wandb,
                 tensorboard=config.tensorboard,
                 is_main=followed is None,
+                position=None if resume is None else resume.state["metrics"],
             )
         )
         opening = opening_lines(
@@ -174,6 +175,7 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
             save=save,
             choices=config.monitored,
             total_steps=total_steps,
+            resume=resume,
         )
 
         # 4. train, then measure the scores of what was kept

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: teaches a language model to answer, on answer tokens and EOS alone.
 
-    python train_sft.py --config_file configs/trainer_config.yaml [section.key=value ...] [--validate]
+    python train_sft.py --config_file configs/trainer_config.yaml [section.key=value ...] [--validate] [--resume [PATH]]
 
 Reads and checks config and data first, so that a mistake costs a second; what then happens stands in `training.py`.
 """
@@ -23,8 +23,9 @@ from common.model_init import check_buildable, check_fresh_length, check_room
 from common.model_source import check_length, check_model_source, check_prompt_format
 from common.notes import say
 from common.records import read_rows
+from common.resume import begin, check_data, say_finished
 from common.run_length import check_training_length
-from common.runs import check_start, stage_runs_root
+from common.runs import stage_runs_root
 from sft.config import SFTConfig
 
 
@@ -47,14 +48,18 @@ def check_models(config: SFTConfig) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    invocation = parse_command_line(SFTConfig, STAGE_DIR, argv, description=__doc__)
+    invocation = parse_command_line(SFTConfig, STAGE_DIR, argv, description=__doc__, resumable=True)
     config, data = invocation.config, invocation.config.data
     invocation.print_notes()
-    check_start(config, stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "sft"))
+    resume = begin(invocation, stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "sft"), "sft")
+    if resume is not None and resume.finished:
+        say_finished(resume)
+        return 0
     check_models(config)
     splits = read_rows(data.data_dir, "sft", data, seed=config.seed, require=("train", "val"))
     for note in [*splits.notes, *check_training_length(invocation, len(splits.train), data.batch_size)]:
         say(note)
+    check_data(invocation, resume, splits.fingerprint)
     if invocation.validate_only:
         if config.model_init is not None and config.trainer.ckpt_path is None:
             check_buildable(config.model_init, data.max_length, writes_text=True)
@@ -64,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
     from sft.training import train  # torch is imported here, after everything that can be checked without it
 
-    train(config, splits)
+    train(config, splits, resume)
     return 0
 
 

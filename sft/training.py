@@ -18,7 +18,6 @@ from common.config import resolved_dict
 from common.errors import UserError
 from common.evaluation.generate import generate_answers
 from common.evaluation.text_metrics import corpus_metrics
-from common.failed_start import removed_if_unused
 from common.freezing import apply_freezing
 from common.launch.lightning import (
     autocast_dtype,
@@ -44,7 +43,8 @@ from common.models.recompute import recompute_activations
 from common.notes import say
 from common.prompts import answer_text, render_prompt
 from common.records import SFTRecord, Splits
-from common.runs import create_run_directory, run_log, stage_runs_root, write_config
+from common.resume import ResumePoint, run_directory, writing
+from common.runs import stage_runs_root, write_config
 from common.tokenization import Encoded, Encoder, encode_answers
 from common.tracking import Tracker
 from sft.config import SFTConfig
@@ -53,8 +53,11 @@ from sft.module import SFTModule
 from sft.reader import AnswerReader
 
 
-def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
-    """Train on `splits.train`, validate on `splits.val`; returns the run directory. Raises UserError before anything is written."""
+def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | None = None) -> Path:
+    """Train on `splits.train`, validate on `splits.val`; returns the run directory. Raises UserError before anything is written.
+
+    resume: where an earlier run of this config goes on.
+    """
     check_one_process(config.trainer)
     check_trainer(config.trainer)
 
@@ -88,10 +91,11 @@ def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
     total_steps = total_optimizer_steps(config.trainer, len(train_loader))
 
     # 3. a run directory, from here on things are written
-    run_dir = create_run_directory(root, config.desc, config.index)
+    run_dir = run_directory(resume, root, config)
     resolved = resolved_dict(config)
-    with removed_if_unused(run_dir), run_log(run_dir):
-        write_config(run_dir, resolved)
+    with writing(run_dir):
+        if resume is None:
+            write_config(run_dir, resolved)
         print(freezing)
         for line in opening_lines(
             run_dir,
@@ -103,11 +107,18 @@ def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
             print(line)
 
         # 4. train
-        with Tracker.start(run_dir, stage="sft", config=resolved, wandb=config.wandb, tensorboard=config.tensorboard) as tracker:
+        with Tracker.start(
+            run_dir,
+            stage="sft",
+            config=resolved,
+            wandb=config.wandb,
+            tensorboard=config.tensorboard,
+            position=None if resume is None else resume.state["metrics"],
+        ) as tracker:
             answer = answering(config, model, tokenizer, answered, prompts, tracker) if answered else None
             module = SFTModule(reader, config.model_params, total_steps, answer)
 
-            def save(directory: Path, figures: dict[str, float], step: int) -> None:
+            def save(directory: Path, figures: dict[str, float], step: int, extra: Callable[[Path], None]) -> None:
                 manifest = new_manifest(
                     "sft",
                     tokenizer,
@@ -119,7 +130,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
                     config=resolved,
                     step=step,
                 )
-                save_model_directory(directory, model, tokenizer, manifest)
+                save_model_directory(directory, model, tokenizer, manifest, extra=extra)
 
             trainer = build_trainer(
                 config.trainer,
@@ -129,6 +140,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord]) -> Path:
                 save=save,
                 choices=config.monitored,
                 total_steps=total_steps,
+                resume=resume,
             )
             result = fit(trainer, module, train_loader, val_loader)
             finish_run(tracker, result, runs_root=root, log_model=config.wandb.log_model)

@@ -123,7 +123,8 @@ class CheckpointKeeper:
         value = figures.get(self.monitor)
         if value is None or not math.isfinite(value):
             return self._ranked, self.best_metrics
-        ranked = sorted([*self._ranked, (step, value)], key=lambda entry: -self._worth(entry[1]))[: self.keep_best]  # stable: equal is no better
+        ranked = sorted([*self._ranked, (step, value)], key=lambda entry: -self._worth(entry[1]))  # stable: an equal one is no better
+        ranked = ranked[: self.keep_best]
         return ranked, figures if ranked[0][0] == step else self.best_metrics
 
     def _worth(self, value: float) -> float:

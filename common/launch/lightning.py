@@ -318,7 +318,7 @@ def _set_progress(trainer: pl.Trainer, state: Mapping[str, Any], train_loader: D
     epoch, behind, per_epoch = state["epoch"], state["batches"], state["batches_per_epoch"]
     if behind == per_epoch:
         epoch, behind = epoch + 1, 0
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
     for epochs in (loop.epoch_progress.total, loop.epoch_progress.current):
         epochs.ready = epochs.started = epoch + (behind > 0)
         epochs.processed = epochs.completed = epoch

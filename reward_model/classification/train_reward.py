@@ -19,18 +19,23 @@ if __name__ == "__main__":
 from common.config import parse_command_line
 from common.errors import run_main
 from common.notes import say
+from common.resume import begin, check_data, say_finished
 from common.run_length import check_training_length
-from common.runs import check_start, stage_runs_root
+from common.runs import stage_runs_root
 from reward_model.classification.margins import check_margins
 from reward_model.config import ClassificationConfig
 from reward_model.inputs import check_fresh_model, check_models, describe, idle_settings, read_training_data
 
 
 def main(argv: Sequence[str]) -> int:
-    invocation = parse_command_line(ClassificationConfig, STAGE_DIR, argv, description=__doc__ or "")
+    invocation = parse_command_line(ClassificationConfig, STAGE_DIR, argv, description=__doc__ or "", resumable=True)
     config = invocation.config
     invocation.print_notes()
-    check_start(config, stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "reward_classification"))
+    root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "reward_classification")
+    resume = begin(invocation, root, "reward_classification")
+    if resume is not None and resume.finished:
+        say_finished(resume)
+        return 0
     for note in idle_settings(config):
         say(note)
     check_models(config)
@@ -38,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
     about_length = check_training_length(invocation, len(splits.train), config.data.batch_size)
     for note in [*splits.notes, *about_length, *check_margins(splits, config.model_params)]:
         say(note)
+    check_data(invocation, resume, splits.fingerprint)
     if invocation.validate_only:
         check_fresh_model(config)
         print(describe(config, splits))
@@ -46,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     from reward_model.classification.objective import pair_objective
     from reward_model.training import train
 
-    train(config, splits, pair_objective(config))
+    train(config, splits, pair_objective(config), resume)
     return 0
 
 

@@ -20,8 +20,9 @@ from common.config import parse_command_line
 from common.errors import UserError, run_main
 from common.notes import say
 from common.records import ScoreRecord, question_key
+from common.resume import begin, check_data, say_finished
 from common.run_length import check_training_length
-from common.runs import check_start, stage_runs_root
+from common.runs import stage_runs_root
 from common.schema import resolve_monitor
 from common.score_transform import ScoreTransform
 from reward_model.config import RegressionConfig, RewardConfig
@@ -30,10 +31,14 @@ from reward_model.metrics import group_ids, pairs_within
 
 
 def main(argv: Sequence[str]) -> int:
-    invocation = parse_command_line(RegressionConfig, STAGE_DIR, argv, description=__doc__ or "")
+    invocation = parse_command_line(RegressionConfig, STAGE_DIR, argv, description=__doc__ or "", resumable=True)
     config = invocation.config
     invocation.print_notes()
-    check_start(config, stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "reward_regression"))
+    root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "reward_regression")
+    resume = begin(invocation, root, "reward_regression")
+    if resume is not None and resume.finished:
+        say_finished(resume)
+        return 0
     for note in idle_settings(config):
         say(note)
     check_models(config)
@@ -43,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     scores = [record.score for record in splits.train]
     transform = ScoreTransform.fit(config.model_params.score_transform, scores)
     check_pairs(config, splits.val)
+    check_data(invocation, resume, splits.fingerprint)
     if invocation.validate_only:
         check_fresh_model(config)
         print(describe(config, splits))
@@ -51,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     from reward_model.regression.objective import score_objective
     from reward_model.training import train
 
-    train(config, splits, score_objective(config, transform, scores))
+    train(config, splits, score_objective(config, transform, scores), resume)
     return 0
 
 

@@ -234,8 +234,8 @@ def test_resume_takes_a_path_or_none(stage: Path) -> None:
     assert invoke(SFTConfig, stage, SFT, "--resume", "run", resumable=True).resume == str(Path.cwd() / "run")
     overridden = invoke(SFTConfig, stage, SFT, "--resume", "seed=7", resumable=True)
     assert (overridden.resume, overridden.config.seed) == ("auto", 7)
-    with pytest.raises(UserError, match=r"--resume restores a run whole, trainer.ckpt_path starts a new one"):
-        invoke(SFTConfig, stage, SFT, "--resume", "trainer.ckpt_path=./run", resumable=True)
+    with pytest.raises(UserError, match=r"--allow_data_change acts on a run that goes on; add --resume"):
+        invoke(SFTConfig, stage, SFT, "--allow_data_change", resumable=True)
     with pytest.raises(UserError, match="unrecognized arguments: --resume"):
         invoke(SFTConfig, stage, SFT, "--resume")
 

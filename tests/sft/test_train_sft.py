@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from common.checkpoint import read_manifest, verify_directory
 from common.errors import UserError
+from common.run_lock import locked
 from common.tracking import read_metrics
+from sft.module import SFTModule
 from sft.train_sft import main
 
 ROWS = [
@@ -173,3 +179,104 @@ def test_packing_is_refused_where_rows_would_see_each_other(tmp_path: Path, mode
     with pytest.raises(UserError, match=r"data\.batching: packed rows"):
         main(["--config_file", str(config(tmp_path, model_init=init)), "data.batching=packed", "data.padding_free=false"])
     assert not (tmp_path / "models").exists()
+
+
+# --- going on ----------------------------------------------------------------------------------------------------------------------
+
+
+def left_by(run_dir: Path) -> dict[str, Any]:
+    """What a run leaves, without times and paths."""
+    lines = [{k: v for k, v in line.items() if k != "time" and not k.startswith("perf/")} for line in read_metrics(run_dir)]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    best = load_file(run_dir / "best" / "model.safetensors")
+    return {
+        "metrics": lines,
+        "summary": {name: summary[name] for name in ("steps", "best_value", "best_metrics")},
+        "best": {name: tensor.tolist() for name, tensor in best.items()},
+        "tables": {path.name: path.read_text() for path in sorted((run_dir / "tables").glob("*"))},
+    }
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ask the process to stop in the training step after `step` of them, once."""
+    original = SFTModule.training_step
+
+    def training_step(module: SFTModule, batch: Any, batch_idx: int) -> Any:
+        if module.trainer.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(module, batch, batch_idx)
+
+    monkeypatch.setattr(SFTModule, "training_step", training_step)
+
+
+@pytest.mark.parametrize(
+    ("params", "steps"),
+    [({}, range(8)), ({"lora": {"r": 2}}, (3,)), ({"freeze_emb": True, "freeze_ff": True}, (5,))],
+    ids=["whole", "lora", "frozen"],
+)
+def test_a_stopped_run_goes_on_with_the_same_bits(
+    tmp_path: Path, params: dict[str, Any], steps: Iterable[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config(
+        tmp_path,
+        model_params={"dropout": 0.2, **params},
+        trainer={"params": {"accelerator": "cpu", "max_epochs": 2, "num_sanity_val_steps": 0, "log_every_n_steps": 1}},
+    )
+    run(path, "desc=whole")
+    expected = left_by(tmp_path / "models" / "desc-whole,index-0")
+    for step in steps:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+            stop_after(patch, step)
+            main(["--config", str(path), f"desc=stopped-{step}"])
+        assert left.value.code == 143
+        assert main(["--config", str(path), f"desc=stopped-{step}", "--resume"]) == 0
+        assert left_by(tmp_path / "models" / f"desc-stopped-{step},index-0") == expected, step
+
+
+def test_what_a_resumed_run_says_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = config(tmp_path)
+    with pytest.raises(UserError, match="no run of desc 'run' there to go on with"):
+        main(["--config", str(path), "--resume"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 1)
+        main(["--config", str(path)])
+    run_dir = tmp_path / "models" / "desc-run,index-0"
+    with pytest.raises(UserError) as refused:
+        main(["--config", str(path), "--resume", "seed=7", "data.batch_size=4", "trainer.checkpoint.keep_last=3"])
+    assert sorted(problem.partition(":")[0] for problem in refused.value.problems) == ["data.batch_size", "seed"]
+    rows = json.loads((tmp_path / "data.json").read_text())
+    rows["train"][0]["Answer"] += "!"
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="the training data have changed since the run began"):
+        main(["--config", str(path), "--resume"])
+    with locked(run_dir), pytest.raises(UserError, match=rf"another process writes this run \(process {os.getpid()}\)"):
+        main(["--config", str(path), "--resume", "--allow_data_change"])
+    capsys.readouterr()
+    assert main(["--config", str(path), "--resume", str(run_dir), "--allow_data_change", "trainer.checkpoint.keep_last=3"]) == 0
+    said = capsys.readouterr().out
+    assert "keep_last: 3 from here on, 2 before" in said and "is not what an undisturbed run would give" in said
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    assert main(["--config", str(path), "--resume", "--allow_data_change"]) == 0
+    assert "is finished (step 4); nothing is left to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = config(tmp_path, trainer={"checkpoint": {"dirpath": str(tmp_path / "models"), "every_n_train_steps": 1}})
+    run(path)
+    run_dir = tmp_path / "models" / "desc-run,index-0"
+    expected = left_by(run_dir)
+    (run_dir / "summary.json").unlink()
+    newest = run_dir / "checkpoints" / "step-000004" / "training_state.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    assert main(["--config", str(path), "--resume"]) == 0
+    assert f"damaged, so passed over: {newest}: content differs from its checksum" in capsys.readouterr().out
+    assert left_by(run_dir) == expected
+    (run_dir / "summary.json").unlink()
+    for checkpoint in (run_dir / "checkpoints").glob("step-*"):
+        (checkpoint / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError) as refused:
+        main(["--config", str(path), "--resume"])
+    assert len(refused.value.problems) == 3 and "no checkpoint is whole" in refused.value.problems[-1]
