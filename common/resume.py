@@ -136,7 +136,12 @@ def resume_point(wish: str | None, root: Path, settings: RunSettings, stage: Sta
         wish = str(followed) if wish is not None else None
     if wish is None:
         return None
-    run_dir, wanted = _named(wish) if wish != AUTO else (_run_of(root, settings), None)
+    return point_in(_run_of(root, settings) if wish == AUTO else Path(wish), stage)
+
+
+def point_in(path: Path, stage: Stage) -> ResumePoint:
+    """Where a run goes on, given its directory (the last good checkpoint is taken) or one of its checkpoints. Raises UserError."""
+    run_dir, wanted = _named(path)
     candidates = [wanted] if wanted is not None else checkpoints_in(run_dir / CHECKPOINTS_FOLDER)[::-1]
     if not candidates:
         raise UserError(f"{run_dir}: the run has no checkpoint to go on from yet; start it anew, without --resume")
@@ -199,9 +204,9 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _named(wish: str) -> tuple[Path, Path | None]:
+def _named(wish: Path) -> tuple[Path, Path | None]:
     """Run directory and checkpoint that a path names; None: the run's last good one."""
-    path = Path(wish).resolve()
+    path = wish.resolve()
     if not path.is_dir():
         raise UserError(f"--resume: {wish} is no directory; expected a run (…/desc-…,index-N) or one of its checkpoints")
     if path.parent.name == CHECKPOINTS_FOLDER:

@@ -76,15 +76,6 @@ def row_digests(rows: Sequence[RewardInput]) -> Digests:
     return found
 
 
-def weights_digest(model: nn.Module, without: tuple[str, ...] = ()) -> str:
-    """SHA-256 over names, types, shapes and values of all weights and buffers that are saved, but those `without` has prefixes of."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted((name, tensor) for name, tensor in model.state_dict().items() if not name.startswith(without)):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def code_digest(model: nn.Module) -> str:
     """Versions of torch and transformers, and a digest of the file that the model's class comes from (it may be the user's own)."""
     import transformers

@@ -5,6 +5,7 @@ No pickle: reading a state can run no code. Numbers come back with all their bit
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,6 +75,28 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if _TUPLE in value:
         return tuple(_unpacked(item, tensors) for item in value[_TUPLE])
     return {_unpacked(key, tensors): _unpacked(item, tensors) for key, item in value[_ITEMS]}
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def frozen_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that do not train: a resumed run takes them from where the first one did."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+def check_start_weights(now: str, then: str, what: str) -> None:
+    """Refuse to go on from other weights than a run began with; `now` and `then` are digests. Raises UserError."""
+    if now != then:
+        raise UserError(f"--resume: the {what} are not those that the run began with; was the model it starts from replaced?")
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """PPO: makes an SFT model answer what a reward pipeline prefers, without leaving what it learnt behind.
 
-    python train_ppo.py --config configs/trainer_config.yaml [section.key=value ...] [--validate]
+    python train_ppo.py --config configs/trainer_config.yaml [section.key=value ...] [--validate] [--resume [PATH]]
 
 Reads and checks config, prompts and models' files first, so that a mistake costs a second; what then happens stands in `training.py`,
 the mathematics in `ppo/`. It tests nothing: that is `test_ppo.py`.
@@ -19,18 +19,22 @@ if __name__ == "__main__":
 from common.config import parse_command_line
 from common.errors import run_main
 from common.notes import say
+from common.resume import begin, check_data, say_finished
 from common.run_length import check_save_interval
-from common.runs import check_start, stage_runs_root
+from common.runs import stage_runs_root
 from rlhf.config import PPORunConfig
 from rlhf.inputs import check_models, read_prompts, total_steps, training_prompts
 from rlhf.notes import idle_settings, lengths_beyond_a_judge, repeated_prompts
 
 
 def main(argv: Sequence[str]) -> int:
-    invocation = parse_command_line(PPORunConfig, STAGE_DIR, argv, description=__doc__)
+    invocation = parse_command_line(PPORunConfig, STAGE_DIR, argv, description=__doc__, resumable=True)
     config = invocation.config
     invocation.print_notes()
-    check_start(config, stage_runs_root(config.save_config.checkpoint_dir, config.results_root, "rlhf"))
+    resume = begin(invocation, stage_runs_root(config.save_config.checkpoint_dir, config.results_root, "rlhf"), "ppo")
+    if resume is not None and resume.finished:
+        say_finished(resume)
+        return 0
     sources = check_models(config)
     splits = read_prompts(config)
     prompts = training_prompts(splits, config.data_config)
@@ -41,13 +45,14 @@ def main(argv: Sequence[str]) -> int:
     about_data = [*splits.notes, *repeated_prompts(config, len(prompts))]
     for note in [*about_data, *about_saves, *idle_settings(config, steps), *lengths_beyond_a_judge(config, sources)]:
         say(note)
+    check_data(invocation, resume, splits.fingerprint)
     if invocation.validate_only:
         print(f"valid: {invocation.config_path}; {len(prompts):,} training prompts, {len(splits.val):,} val; {steps:,} PPO steps")
         return 0
 
     from rlhf.training import train  # torch is imported here, after everything that can be checked without it
 
-    train(config, splits, sources)
+    train(config, splits, sources, resume)
     return 0
 
 

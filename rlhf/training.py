@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from common.config import resolved_dict
 from common.errors import UserError
 from common.freezing import apply_freezing
-from common.launch.checkpointing import BEST, LAST
+from common.launch.checkpointing import BEST
 from common.launch.runtime import Runtime
 from common.launch.signals import Stopped
 from common.lora import add_lora
@@ -23,8 +23,10 @@ from common.notes import say
 from common.optim import lr_lambda
 from common.record_types import PromptRecord
 from common.records import Splits
-from common.runs import create_run_directory, run_log, stage_runs_root
+from common.resume import ResumePoint, run_directory
+from common.runs import run_log, stage_runs_root
 from common.tokenization import Encoder
+from common.training_state import STATE_FILES
 from rlhf.config import PPORunConfig
 from rlhf.critic_start import start_critic
 from rlhf.inputs import Sources, prompt_limit, total_steps, training_prompts, unique
@@ -37,8 +39,8 @@ from rlhf.ppo.trainer import PPOTrainer
 from rlhf.reward_pipelines.build import build_pipeline
 
 
-def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) -> Path:
-    """Run PPO; returns the run directory. Raises UserError before anything is written."""
+def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources, resume: ResumePoint | None = None) -> Path:
+    """Run PPO; returns the run directory. `resume`: where an earlier run goes on. Raises UserError before anything is written."""
     params, generation, runtime = config.ppo_config, config.generation_config, Runtime.local()
     seed = config.seed if params.seed is None else params.seed
 
@@ -82,7 +84,7 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
 
     # 4. a run directory, from here on things are written
     root = stage_runs_root(config.save_config.checkpoint_dir, config.results_root, "rlhf")
-    run_dir = create_run_directory(root, config.desc, config.index)
+    run_dir = run_directory(resume, root, config)
     output = RunOutput(
         run_dir,
         config=resolved_dict(config),
@@ -105,6 +107,8 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
                 save_to=output,
                 save_every=config.save_config.save_interval,
                 keep_last=config.save_config.keep_last,
+                keep_best=config.save_config.keep_best,
+                resume=resume or False,
                 prompt_format=sources.prompt_format,
                 max_prompt_length=limit,
                 missing_eos_penalty=params.missing_eos_penalty,
@@ -113,12 +117,7 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources) 
                 decoding=decoding,
             )
         except Stopped:
-            if (run_dir / LAST).exists():
-                print(
-                    f"to go on: ppo_config.model_name={(run_dir / LAST).resolve()} starts a new run from this policy, which is its "
-                    "reference, too (optimizer, critic and KL coefficient start afresh)",
-                    file=sys.stderr,
-                )
+            print("to go on: the same command with --resume", file=sys.stderr)
             raise
         if config.hf_hub_name:
             push_to_hub(run_dir / BEST, config.hf_hub_name)
@@ -151,7 +150,7 @@ def push_to_hub(directory: Path, name: str) -> None:
     try:
         api = HfApi()
         api.create_repo(name, exist_ok=True, private=True)  # its owner decides when to publish
-        api.upload_folder(repo_id=name, folder_path=str(directory.resolve()))
+        api.upload_folder(repo_id=name, folder_path=str(directory.resolve()), ignore_patterns=list(STATE_FILES))
         print(f"pushed to the hub as {name}")
     except Exception as error:
         print(

@@ -298,6 +298,7 @@ class Checkpoints(pl.Callback):
         self.report = report
         self.tracked = tracked
         self.state = state
+        self.frozen = ""  # digest of the weights that do not train
         self.validated = bool(state and state["validated"])
         self._step = 0
         self._epoch, self._batches = 0, 0  # where the last step ended
@@ -403,6 +404,7 @@ class Checkpoints(pl.Callback):
             "validates": self._validates,
             "validated": self.validated,
             "processes": trainer.world_size,
+            "frozen": self.frozen,
             "weights": trained_weights(trainer.lightning_module),
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],

@@ -98,10 +98,12 @@ class CheckpointKeeper:
         self._remove_old()
         return path
 
-    def close(self) -> None:
-        """At the end of training: a run without any finite monitored value calls its last checkpoint the best."""
-        if self.best is None and self.last is not None:
+    def close(self) -> Path:
+        """At the end of training: the best checkpoint; where no monitored value was finite, the last one stands in for it."""
+        assert self.last is not None, "nothing was saved"
+        if self.best is None:
             replace_symlink(self.run_dir / BEST, self.last)
+        return self.best or self.last
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Go on from the checkpoint of `step`, whose state this is: later checkpoints are set aside."""

@@ -42,7 +42,7 @@ from common.launch.signals import StopSignals
 from common.resume import ResumePoint, remove_leftovers
 from common.schema import DataSettings, TrainerSettings
 from common.tracking import Tracker
-from common.training_state import load_trained_weights
+from common.training_state import check_start_weights, frozen_weights, load_trained_weights, weights_digest
 
 # Strategies under which every process has the whole model.
 ONE_MODEL_EACH = ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
@@ -281,9 +281,11 @@ def fit(
     if sampler := plan_sampler(train_loader):
         sampler.same_batches = order.same_batches
     started = time.monotonic()
+    checkpoints.frozen = weights_digest(frozen_weights(module))
     if state is not None:
         if trainer.world_size != state["processes"]:
             raise UserError(f"--resume: {trainer.world_size} processes now, {state['processes']} when the run began; start as many")
+        check_start_weights(checkpoints.frozen, state["frozen"], "frozen weights")
         load_trained_weights(module, state["weights"])
     leads = trainer.world_size > 1 and followed_run() is None
     with checkpoints.stop, quiet_lightning(), meeting_on_loopback() if leads else contextlib.nullcontext():
@@ -297,12 +299,13 @@ def fit(
                 trainer.fit(module, train_loader, val_loader)
         except MisconfigurationException as error:
             raise UserError(f"trainer.params: {' '.join(str(error).split())}") from error
+    model = keeper.run_dir / BEST
     if trainer.is_global_zero:
         if keeper.last is None:
             raise UserError("training ended before its first step; raise trainer.params.max_time, if it is set")
-        keeper.close()
+        model = keeper.close()
     return RunResult(
-        model=keeper.best or keeper.run_dir / BEST,
+        model=model,
         monitor=keeper.monitor,
         best_value=keeper.best_value,
         best_metrics=dict(keeper.best_metrics),

@@ -25,7 +25,8 @@ from common.notes import say
 from common.progress import Progress
 from common.readout_settings import Token
 from common.state_cache import StateCache, gib, wider
-from common.state_facts import TORCH_DTYPES, StateDtype, StateFacts, code_digest, row_digests, weights_digest
+from common.state_facts import TORCH_DTYPES, StateDtype, StateFacts, code_digest, row_digests
+from common.training_state import weights_digest
 
 FORWARD_CHUNKS = 2
 """Tokens of one forward, in chunks of that size; a line or the parts of like length are cut from it."""
@@ -64,7 +65,7 @@ def transformer_facts(
     """What states of a transformer depend on. `without`: prefixes of the names of weights that they do not depend on."""
     config = {key: value for key, value in transformer.config.to_dict().items() if key not in _OF_NO_STATE}
     return StateFacts(
-        weights=weights_digest(transformer, without),
+        weights=weights_digest({name: tensor for name, tensor in transformer.state_dict().items() if not name.startswith(without)}),
         config=json.dumps(config, sort_keys=True, default=str),
         code=code_digest(transformer),
         tokenizer=tokenizer_fingerprint(tokenizer),

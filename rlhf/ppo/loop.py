@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,12 @@ from common.launch.signals import StopSignals
 from common.models.kinds import positions_of
 from common.progress import Progress, format_figure
 from common.prompts import PromptFormat
+from common.resume import ResumePoint, point_in, remove_leftovers
+from common.run_lock import locked
 from common.runs import write_config
 from common.schema import GenerateParams, WandbSettings
 from common.tracking import Tracker
+from common.training_state import check_start_weights, load_trained_weights, trained_weights, weights_digest
 from rlhf.config import PPOGeneration
 from rlhf.inputs import UNLIMITED_PROMPT, with_columns
 from rlhf.ppo.evaluation import SAMPLE_COLUMNS, Evaluator, score_rollout
@@ -72,7 +75,9 @@ def train(
     eval_every: int = 10,
     save_to: RunOutput | Path | str | None = None,
     save_every: int = 100,
-    keep_last: int = 1,
+    keep_last: int = 2,
+    keep_best: int = 1,
+    resume: ResumePoint | bool = False,
     prompt_format: PromptFormat = "qa",
     max_prompt_length: int | None = None,
     missing_eos_penalty: float | None = None,
@@ -88,9 +93,11 @@ def train(
     reward: what judges the answers (`as_pipeline`); without it the trainer's.
     generation: how answers are sampled, as `generation_config` of a config: `{"max_new_tokens": 32}`.
     steps: PPO steps; without it `config.steps`, else as many as `epochs` passes over the prompts give.
-    eval_every, save_every: in steps. keep_last: checkpoints kept beside the best one.
+    eval_every, save_every: in steps. keep_last, keep_best: how many of the newest and of the best checkpoints are kept.
     save_to: a new folder for metrics, tables and checkpoints; its `best` is a transformers directory. None: nothing is saved, and
         metrics go where `log_stats` has them.
+    resume: True goes on from the last good checkpoint in `save_to`, with a trainer, prompts and arguments made as then: the run ends with
+        the bits of one that never stopped.
     prompt_format: how questions become text; recorded with checkpoints. max_prompt_length: tokens that questions are cut to, by default
         what the model's positions leave.
     missing_eos_penalty, missing_eos_score, length_penalty: see `penalised_scores`.
@@ -128,15 +135,28 @@ def train(
     first = trainer.steps_done
     order = PromptOrder(len(training), config.batch_size, seed=config.seed, samples=each, world_size=runtime.world_size, rank=runtime.rank)
 
-    # 3. where it writes
-    output = _output(save_to, config)
+    # 3. where it writes, or goes on
+    output, point = _output(save_to, config, resume)
+    began_with = weights_digest(model.pretrained_model.state_dict()) if output is not None else ""
+    state: dict[str, Any] | None = None
+    if point is not None:
+        state = point.state
+        if state["processes"] != runtime.world_size:
+            raise UserError(f"--resume: {runtime.world_size} processes now, {state['processes']} when the run began; start as many")
+        check_start_weights(began_with, state["began_with"], "policy's weights")
+        load_trained_weights(model.pretrained_model, state["weights"])
+        trainer.load_state_dict(state["trainer"])
+        pipeline.load_state_dict(state["reward"])
+        first, steps = state["first"], state["steps"]
     history: list[dict[str, float]] = []
     with contextlib.ExitStack() as stack:
         tracker = trainer.tracker if output is None and trainer.tracker is not None else Tracker(Path(), is_main=False)  # writes nothing
         keeper = None
         if output is not None:
+            stack.enter_context(locked(output.directory))
             stack.enter_context(removed_if_unused(output.directory))
-            write_config(output.directory, output.config)
+            if point is None:
+                write_config(output.directory, output.config)
             tracker = stack.enter_context(
                 start_tracker(
                     config,
@@ -145,11 +165,15 @@ def train(
                     wandb=output.wandb,
                     tensorboard=output.tensorboard,
                     is_main=runtime.is_main,
+                    position=None if state is None else state["metrics"],
                 )
             )
             facts = {"prompt_format": prompt_format, "max_prompt_length": limit, "max_length": limit + params.max_new_tokens}
             save = partial(_save, trainer, output, facts)
-            keeper = CheckpointKeeper(output.directory, save, monitor=MONITOR, mode="max", keep_last=keep_last)
+            keeper = CheckpointKeeper(output.directory, save, monitor=MONITOR, mode="max", keep_last=keep_last, keep_best=keep_best)
+            if point is not None and state is not None:
+                remove_leftovers(keeper.folder)
+                keeper.load_state_dict(state["keeper"], point.step)
         stop = stack.enter_context(StopSignals())
 
         def log(figures: Mapping[str, float], step: int) -> None:
@@ -165,6 +189,20 @@ def train(
             progress.note(f"step {step}: {shown(evaluation.figures)}{remark}")
             return evaluation.figures
 
+        def position() -> dict[str, Any]:
+            """What the run needs to go on from here."""
+            return {
+                "processes": runtime.world_size,
+                "first": first,
+                "steps": steps,
+                "start": start,
+                "began_with": began_with,
+                "weights": trained_weights(model.pretrained_model),
+                "trainer": trainer.state_dict(),
+                "reward": pipeline.state_dict(),
+                "metrics": tracker.position,
+            }
+
         for line in opening_lines(
             output.directory if output is not None else None,
             parameters=[*model.parameters(), *(trainer.critic.parameters() if trainer.critic is not None else ())],
@@ -176,11 +214,11 @@ def train(
         ):
             print(line)
         started = time.perf_counter()
-        progress = Progress(first + steps, done=first, label="PPO", enabled=runtime.is_main)
-        start = look(first, "  (the start)") if held_out else {}
+        progress = Progress(first + steps, done=trainer.steps_done, label="PPO", enabled=runtime.is_main)
+        start = state["start"] if state is not None else look(first, "  (the start)") if held_out else {}
 
         # 4. the loop
-        for step in range(first + 1, first + steps + 1):
+        for step in range(trainer.steps_done + 1, first + steps + 1):
             begun = time.perf_counter()
             rows, numbers = order.batch(step - 1)
             batch = [training[row] for row in rows]
@@ -220,7 +258,7 @@ def train(
             is_last = step == first + steps
             evaluated = look(step) if held_out and (step % eval_every == 0 or is_last) else None
             if keeper is not None and (step % save_every == 0 or is_last or stop.received or (evaluated and keeper.improves(evaluated))):
-                keeper.save(step, evaluated)
+                keeper.save(step, evaluated, position)
             if stop.received is not None:
                 if keeper is not None:
                     progress.note(f"saved {keeper.last}; stopping")
@@ -232,10 +270,8 @@ def train(
         if output is None or keeper is None:
             print(cost_line(steps, seconds, memory))
             return history
-        keeper.close()
-        assert keeper.best is not None
         outcome = RunResult(
-            model=keeper.best,
+            model=keeper.close(),
             monitor=MONITOR,
             best_value=keeper.best_value,
             best_metrics=keeper.best_metrics,
@@ -314,17 +350,33 @@ def _penalised(scores: Sequence[float], rollout: Rollout, **penalties: Any) -> T
     return penalised_scores(torch.tensor(scores), lengths, torch.tensor(rollout.ended), **penalties)
 
 
-def _output(save_to: RunOutput | Path | str | None, config: PPOConfig) -> RunOutput | None:
+def _output(
+    save_to: RunOutput | Path | str | None, config: PPOConfig, resume: ResumePoint | bool
+) -> tuple[RunOutput | None, ResumePoint | None]:
+    point = resume if isinstance(resume, ResumePoint) else None
+    if save_to is None and resume:
+        raise UserError("resume: nothing to go on from without save_to, the folder of the earlier run")
     if save_to is None or isinstance(save_to, RunOutput):
-        return save_to
+        return save_to, point
     directory = Path(save_to)
+    if resume:
+        point = point or point_in(directory, "ppo")
+        return RunOutput(directory, {"ppo_config": asdict(config)}), point
     if directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"save_to: {directory} is not empty; runs are never mixed or overwritten, give a new folder")
     directory.mkdir(parents=True, exist_ok=True)
-    return RunOutput(directory, {"ppo_config": asdict(config)})
+    return RunOutput(directory, {"ppo_config": asdict(config)}), None
 
 
-def _save(trainer: PPOTrainer, output: RunOutput, facts: Mapping[str, Any], directory: Path, figures: dict[str, float], step: int) -> None:
+def _save(
+    trainer: PPOTrainer,
+    output: RunOutput,
+    facts: Mapping[str, Any],
+    directory: Path,
+    figures: dict[str, float],
+    step: int,
+    write_state: Callable[[Path], None],
+) -> None:
     """One checkpoint: a transformers directory with a manifest of these `facts`, and the value head where it is what estimates values."""
     manifest = new_manifest(
         "ppo",
@@ -335,5 +387,10 @@ def _save(trainer: PPOTrainer, output: RunOutput, facts: Mapping[str, Any], dire
         step=step,
         **facts,
     )
-    head = trainer.model.v_head.save if trainer.estimator.reads_values and trainer.critic is None else None
-    save_model_directory(directory, trainer.model.pretrained_model, trainer.tokenizer, manifest, extra=head)
+
+    def extra(staging: Path) -> None:
+        if trainer.estimator.reads_values and trainer.critic is None:
+            trainer.model.v_head.save(staging)
+        write_state(staging)
+
+    save_model_directory(directory, trainer.model.pretrained_model, trainer.tokenizer, manifest, extra=extra)

@@ -22,7 +22,8 @@ from common.cached_rows import CachedRows
 from common.errors import UserError
 from common.models.backbone import RewardInput
 from common.state_cache import StateCache, wider
-from common.state_facts import TORCH_DTYPES, StateFacts, row_digests, weights_digest
+from common.state_facts import TORCH_DTYPES, StateFacts, row_digests
+from common.training_state import weights_digest
 
 FACTS = StateFacts(
     weights="w", config="{}", code="c", tokenizer="t", part="encoder", token="all", layers=2, hidden_size=3
@@ -203,8 +204,11 @@ def test_weights_are_told_apart_by_value_name_type_and_shape() -> None:
         found.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=dtype) + bias))
         return found
 
-    digests = [weights_digest(found) for found in (model(), model(1e-7), model(dtype=torch.float64), model(name="b"), model(shape=(4,)))]
-    assert len(set(digests)) == 5 and weights_digest(model()) == digests[0]
+    digests = [
+        weights_digest(found.state_dict())
+        for found in (model(), model(1e-7), model(dtype=torch.float64), model(name="b"), model(shape=(4,)))
+    ]
+    assert len(set(digests)) == 5 and weights_digest(model().state_dict()) == digests[0]
 
 
 def test_states_that_do_not_fit_onto_the_disk_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

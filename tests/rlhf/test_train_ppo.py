@@ -25,6 +25,7 @@ from common.models.reward import RewardModel, RewardScorer
 from common.record_types import Prompt
 from common.score_transform import ScoreTransform
 from common.tracking import read_metrics
+from common.training_state import read_training_state
 from rlhf import training
 from rlhf.config import PPOData, PPOParams, PPORunConfig, RewardSettings
 from rlhf.critic_start import start_critic
@@ -561,3 +562,92 @@ def test_a_judge_with_a_padding_token_of_its_own_may_still_be_the_critic_but_not
     run(ppo_config__critic="model", reward_config__reward_model_name=str(tmp_path / "padded"), ppo_config__steps=1)
     with pytest.raises(UserError, match="has another vocabulary than"):
         run(ppo_config__critic="model", reward_config__reward_model_name=str(tmp_path / "other"))
+
+
+# --- going on ----------------------------------------------------------------------------------------------------------------------
+
+
+def left_by(folder: Path) -> dict[str, Any]:
+    """What a run leaves, without times and paths."""
+    lines = [{name: value for name, value in line.items() if "perf/" not in name and "time" not in name} for line in read_metrics(folder)]
+    summary = json.loads((folder / "summary.json").read_text())
+    state = read_training_state(folder / "last")
+    return {
+        "metrics": lines,
+        "summary": {name: summary[name] for name in ("steps", "best_value", "best_metrics", "first_score")},
+        "best": {name: tensor.tolist() for name, tensor in load_file(folder / "best" / "model.safetensors").items()},
+        "tables": {path.name: path.read_text() for path in sorted((folder / "tables").glob("*"))},
+        "trainer": repr(state["trainer"]),
+        "reward": repr(state["reward"]),
+    }
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    original = PPOTrainer.step
+
+    def stopping(trainer: PPOTrainer, *arguments: Any, **options: Any) -> Any:
+        if trainer.steps_done + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(trainer, *arguments, **options)
+
+    monkeypatch.setattr(PPOTrainer, "step", stopping)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "adaptive": {
+        "ppo_config__adap_kl_ctrl": True,
+        "ppo_config__target": 0.1,
+        "ppo_config__use_score_scaling": True,
+        "ppo_config__use_score_norm": True,
+        "ppo_config__lr_schedule": "linear",
+    },
+    "lora": {"ppo_config__lora": {"r": 2}},
+    "critic": {"ppo_config__critic": "model", "ppo_config__critic_warmup_steps": 1},
+    "grpo": {"ppo_config__advantage_estimator": "grpo", "ppo_config__samples_per_prompt": 2},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_stopped_run_goes_on_with_the_same_bits(run: Any, reward_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the end of an epoch: 14 prompts in batches of 8 (4 with two answers each)."""
+    settings = {
+        **SETTINGS[name],
+        "global_epochs": 6,
+        "ppo_config__steps": 4,
+        "evaluation__every_n_steps": 2,
+        "save_config__save_interval": 3,
+    }
+    if name == "adaptive":
+        judge = {"type": "model", "model_name": str(reward_dir), "normalise": "reference"}
+        settings["reward_config"] = {"pipeline": judge}
+    expected = left_by(run(desc="whole", **settings))
+    for step in (1, 2, 3, 4):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+            stop_after(patch, step)
+            run(desc=f"stopped-{step}", **settings)
+        assert left.value.code == 130
+        assert left_by(run("--resume", desc=f"stopped-{step}", **settings)) == expected, step
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_save_twice(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    settings: dict[str, Any] = {
+        "global_epochs": 6,
+        "ppo_config__steps": 5,
+        "evaluation__every_n_steps": 10,
+        "save_config__save_interval": 2,
+    }
+    expected = left_by(run(desc="whole", **settings))
+    for step, arguments in ((4, ()), (5, ("--resume",))):
+
+        def killed(trainer: PPOTrainer, *given: Any, step: int = step, original: Any = PPOTrainer.step, **options: Any) -> Any:
+            if trainer.steps_done + 1 == step:
+                raise Killed
+            return original(trainer, *given, **options)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(PPOTrainer, "step", killed)
+            run(*arguments, desc="killed", **settings)
+    assert left_by(run("--resume", desc="killed", **settings)) == expected
