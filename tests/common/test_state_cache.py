@@ -86,7 +86,8 @@ def test_rows_come_back_padded_with_zeros_and_masked(tmp_path: Path, monkeypatch
     top, _ = rows.gather([4, 1, 2], layers=1)
     assert torch.equal(top, values[:, -1:])
     wide, wide_mask = rows.gather([4, 1, 2], pad_to=7)
-    assert torch.equal(wide[:, :, :5], values) and not wide[:, :, 5:].any() and torch.equal(wide_mask[:, :5], mask)
+    assert wide.shape == (3, 2, 7, 3) and torch.equal(wide[:, :, :5], values) and not wide[:, :, 5:].any()
+    assert wide_mask.shape == (3, 7) and torch.equal(wide_mask[:, :5], mask) and not wide_mask[:, 5:].any()
     assert len(shards(tmp_path)) == {1: 5, 150: 2 if dtype == "float32" else 1, 2**20: 1}[shard_bytes]
 
 
@@ -98,8 +99,11 @@ def test_rows_of_one_token_come_from_several_shards_at_once(tmp_path: Path, row_
     with cache.writing() as writer:
         for part in ([0, 1], [2, 3]):
             writer.add(digests[part], [1, 1], kept[part])
-    values, mask = cache.rows(digests).gather(np.array([3, 0, 3]))
-    assert torch.equal(values, kept[[3, 0, 3]][:, :, None]) and mask.all() and mask.shape == (3, 1)
+    asked = np.array([3, 0, 2, 3, 1])
+    values, mask = cache.rows(digests).gather(asked)
+    assert torch.equal(values, kept[asked][:, :, None]) and mask.all() and mask.shape == (5, 1)
+    top, _ = cache.rows(digests).gather(asked, layers=1)
+    assert torch.equal(top, values[:, -1:])
 
 
 def test_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
@@ -169,13 +173,49 @@ def test_a_damaged_shard_is_named_and_computed_anew(
     again = Computer(tmp_path)
     found = again.fill()
     assert len(again.computed) == 1
-    assert f"{damaged}: " in capsys.readouterr().out
-    assert not damaged.exists()
+    problem = {"size": "has ", "gone": "is missing", "manifest": "its shard-"}.get(place, "its content differs from its checksum")
+    assert f"{damaged}: {problem}" in capsys.readouterr().out
+    assert not damaged.exists() and not damaged.with_suffix(".json").exists()
     for number, row in enumerate(ROWS):
         assert torch.equal(found.gather([number])[0][0], by_layer(row))
     third = Computer(tmp_path)
     third.fill()
     assert third.computed == []
+
+
+def test_a_shard_is_verified_whole_however_large_it_is(tmp_path: Path) -> None:
+    facts = replace(FACTS, hidden_size=2**18)  # 2 MiB to a token
+    digests = row_digests(ROWS[:1])
+    with StateCache(tmp_path, facts).writing() as writer:
+        writer.add(digests, [3], torch.randn(3, 2, 2**18))
+    assert len(StateCache(tmp_path, facts).missing(digests)) == 0
+    with shards(tmp_path)[0].open("r+b") as file:
+        file.write(b"\xff")
+    assert len(StateCache(tmp_path, facts).missing(digests)) == 1
+
+
+def test_a_shard_that_is_old_enough_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_cache, "SHARD_SECONDS", 0.0)
+    Computer(tmp_path).fill()
+    assert len(shards(tmp_path)) == len(ROWS)
+
+
+@pytest.mark.parametrize("noted", [0, 1])
+def test_an_interrupt_in_the_middle_of_a_row_costs_no_more_than_its_shard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], noted: int
+) -> None:
+    digests = row_digests(ROWS)
+    with pytest.raises(KeyboardInterrupt), StateCache(tmp_path, FACTS).writing() as writer:
+        if noted:
+            writer.add(digests[:1], [3], states_of(ROWS[0]))
+        else:
+            writer._begin()
+        writer._write(states_of(ROWS[1]).view(torch.uint8).numpy())  # of a row that is not noted yet
+        raise KeyboardInterrupt
+    again = Computer(tmp_path)
+    found = again.fill()
+    assert len(again.computed) == len(ROWS) and torch.equal(found.gather([1])[0][0], by_layer(ROWS[1]))
+    assert ("its content differs from what its shard-" in capsys.readouterr().out) == bool(noted)
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(StateFacts)])
@@ -270,6 +310,7 @@ def test_a_cache_of_more_layers_serves_fewer(tmp_path: Path) -> None:
     assert wider(tmp_path, narrow, row_digests([RewardInput([9])])).facts == narrow  # not all rows are there
     assert wider(tmp_path, replace(narrow, weights="others"), digests).facts.layers == 1
     assert wider(tmp_path, replace(narrow, dtype="bfloat16"), digests).facts.layers == 1
+    assert wider(tmp_path, replace(FACTS, layers=3), digests).facts.layers == 3  # fewer do not serve more
 
 
 def test_a_data_worker_maps_the_files_itself(tmp_path: Path) -> None:
@@ -277,6 +318,17 @@ def test_a_data_worker_maps_the_files_itself(tmp_path: Path) -> None:
     found.gather([0])
     copy = pickle.loads(pickle.dumps(found))
     assert torch.equal(copy.gather([2])[0], found.gather([2])[0])
+
+
+def test_a_reader_keeps_few_files_open(tmp_path: Path, row_to_a_shard: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path("/proc/self/fd")
+    if not opened.exists():
+        pytest.skip("no /proc")
+    monkeypatch.setattr(cached_rows, "OPEN_SHARDS", 2)
+    rows = Computer(tmp_path).fill()
+    before = len(list(opened.iterdir()))
+    rows.gather(range(5))
+    assert len(list(opened.iterdir())) == before + 2
 
 
 def test_a_reader_keeps_few_pages(tmp_path: Path) -> None:
