@@ -268,13 +268,14 @@ def test_padding_on_the_left_changes_no_score_where_positions_are_relative(model
 def test_poolings_by_hand() -> None:
     states = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [9.0, 9.0]]])
     mask = torch.tensor([[True, True, False]])
-    assert masked_mean(states, mask).tolist() == [[2.0, 4.0]]
+    padded = states.masked_fill(~mask[..., None], math.nan)  # whatever stands under the padding
+    assert masked_mean(padded, mask).tolist() == [[2.0, 4.0]]
     attention = Attention(2)
     with torch.no_grad():
         attention.query.copy_(torch.tensor([0.5, 0.0]))
     near, far = math.exp(0.5), math.exp(1.5)  # of 1 * 0.5 and 3 * 0.5
     expected = [(1 * near + 3 * far) / (near + far), (2 * near + 6 * far) / (near + far)]
-    assert attention(states, mask)[0].tolist() == pytest.approx(expected)
+    assert attention(padded, mask)[0].tolist() == pytest.approx(expected)
     weights = LayerWeights(3)
     with torch.no_grad():
         weights.logits.copy_(torch.tensor([0.0, 0.0, math.log(2.0)]))
@@ -301,6 +302,27 @@ def test_mean_pool_is_the_score_of_the_normalised_mean_of_real_tokens() -> None:
     values = torch.tensor([[1.0, 2.0], [3.0, 6.0], [float("inf"), float("nan")]])[None, None]
     # the mean is (2, 4): normalised (-1, 1)
     assert readout(States(values, torch.tensor([[True, True, False]]))).tolist() == pytest.approx([2.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "gated", "attended", "layers"),
+    [
+        ("mean_pool", False, False, None),
+        ("decoder_output", False, False, None),
+        ("weighted_layers", False, False, LayerWeights),
+        ("layerwise_attention", True, True, LayerWeights),
+        ("full_attention_pooling", False, True, Attention),
+        ("attention_pooled_encoder", False, False, Attention),
+        ("attention_pooled_decoder", False, False, Attention),
+    ],
+)
+def test_what_pools_tokens_and_layers(name: ReadoutName, gated: bool, attended: bool, layers: type | None) -> None:
+    settings = ReadoutSettings(name=name, **({"attention_size": 5} if gated else {}))
+    readout = build_readout(settings, Needs("whole", "all", 3 if settings.reads_layers else 1), 8, seed=0)
+    assert isinstance(readout, Pooled)
+    assert [attention.query.shape for attention in readout.tokens] == [(5 if gated else 8,)] * (3 if attended else 0)
+    assert [attention.projection is not None for attention in readout.tokens] == [gated] * (3 if attended else 0)
+    assert type(readout.layers) is (layers or type(None))
 
 
 def test_layers_are_normalised_before_they_are_mixed() -> None:
@@ -333,6 +355,10 @@ def test_the_head_has_hidden_layers_and_dropout_acts_in_training_alone(tokenizer
         assert torch.equal(model(*batch), model(*batch))
         model.train()
         assert not torch.equal(model(*batch), model(*batch))
+        dropped: list[int] = []
+        model.readout.dropout.register_forward_hook(lambda _, arguments, __: dropped.append(arguments[0].shape[-1]))
+        model(*batch)
+    assert dropped == [16, 12, 5]  # before each layer of the head
 
 
 @pytest.mark.parametrize("name", READS)
