@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from reward_model.classification.margins import Margin
 from reward_model.classification.module import PairModule, pair_metrics
 from reward_model.config import ClassificationParams, RegressionParams
 from reward_model.logged import PAIR_MEMBER_METRICS, PAIR_METRICS, SCORE_MEMBER_METRICS, SCORE_METRICS
-from reward_model.members import bootstrap_counts
+from reward_model.members import bootstrap_counts, member_weights
 from reward_model.regression import test_reward as evaluate_scores
 from reward_model.regression import train_reward as train_scores
 from reward_model.regression.dataset import ScoreRow, collate_scores
@@ -80,10 +81,20 @@ def test_rows_are_counted_as_poissons_distribution_says() -> None:
     counts = bootstrap_counts(torch.arange(20000), 3, seed=0).double()
     assert counts.mean(0).tolist() == pytest.approx([1.0] * 3, abs=0.025)
     assert counts.var(0).tolist() == pytest.approx([1.0] * 3, abs=0.05)
-    for number in range(4):
+    assert counts.max() >= 6  # of 60000
+    for number in range(6):
         share = math.exp(-1) / math.factorial(number)
         assert (counts == number).double().mean().item() == pytest.approx(share, abs=0.01)
     assert abs(torch.corrcoef(counts.T) - torch.eye(3)).max() < 0.03
+
+
+def test_weights_are_multiplied_by_the_counts_or_shared_by_the_members() -> None:
+    weight, rows, readout = torch.tensor([0.5, 2.0, 1.0]), torch.tensor([7, 3, 30]), ReadoutSettings(ensemble=4, bootstrap=True)
+    counts = bootstrap_counts(rows, 4, seed=5)
+    assert counts.unique().numel() > 2
+    by_hand = [[value * count for count in row] for value, row in zip(weight.tolist(), counts.tolist(), strict=True)]
+    assert member_weights(weight, rows, readout, seed=5).tolist() == by_hand
+    assert member_weights(weight, rows, ReadoutSettings(ensemble=4), seed=5).tolist() == [[0.5], [2.0], [1.0]]
 
 
 # --- losses
@@ -124,6 +135,18 @@ def test_a_member_learns_from_its_resample_alone() -> None:
         torch.testing.assert_close(member.score.weight.grad, count * same.score.weight.grad)
 
 
+def test_members_that_learn_from_scores_have_resamples_of_the_seed() -> None:
+    """Two rows whose error is 1 for every member."""
+    rows = [ScoreRow((RewardInput([5, 1]),), score, score, "q") for score in (1.0, -1.0)]
+    settings: dict[str, Any] = {"transform": ScoreTransform(), "train_mean": 0.0, "validation_rows": rows, "seed": 3}
+    module = ScoreModule(model(4, bootstrap=True), RegressionParams(loss="mse"), 10, **settings)
+    module.forward = lambda batch: torch.zeros(2, 4)  # type: ignore[method-assign]
+    index = [11, 4]
+    counts = bootstrap_counts(torch.tensor(index), 4, seed=3)
+    assert counts.sum() != bootstrap_counts(torch.tensor(index), 4, seed=0).sum()
+    assert module.training_step(collate_scores(rows, index, PAD, 2.0), 0).item() == counts.sum().item() / (2 * 4)
+
+
 # --- figures
 
 
@@ -139,17 +162,17 @@ def test_figures_of_pairs_by_hand() -> None:
 
 
 def test_validation_of_pairs_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Members that score chosen answers 2 and 0 and the others 0 and 1: margins 2 and -1, mean 0.5, spread 1.5."""
+    """Members that score chosen answers 2 and 0 and the others 0 and 1: margins 2 and -1, mean 0.5, spread 1.5. The pair counts twice."""
     module = pair_module(2)
     logged: dict[str, float] = {}
     monkeypatch.setattr(module, "log_dict", lambda metrics, **_: logged.update(metrics))
     monkeypatch.setattr(module, "forward", lambda batch: (torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])))
     module.on_validation_epoch_start()
-    module.validation_step(collate_pairs(PAIRS[:1], [0], PAD, 1.0), 0)
+    module.validation_step(collate_pairs([replace(PAIRS[0], margin=Margin(0.25, importance=2.0))], [0], PAD, 1.0), 0)
     module.on_validation_epoch_end()
     assert logged["val/margin"] == 0.5 and logged["val/accuracy"] == 1.0 and logged["val/spread"] == 1.5
-    assert logged["val/loss"] == pytest.approx(math.log1p(math.exp(-0.5)))
-    assert logged["val/member_loss"] == pytest.approx((math.log1p(math.exp(-2.0)) + math.log1p(math.exp(1.0))) / 2)
+    assert logged["val/loss"] == pytest.approx(2 * math.log1p(math.exp(-0.5 + 0.25)))
+    assert logged["val/member_loss"] == pytest.approx(2 * (math.log1p(math.exp(-2.0 + 0.25)) + math.log1p(math.exp(1.0 + 0.25))) / 2)
     assert logged["val/member_accuracy"] == 0.5
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,11 @@ def test_settings_without_any_margin_and_rows_without_one_are_told(tmp_path: Pat
 def test_a_margin_below_zero_cannot_weigh(tmp_path: Path) -> None:
     rows = splits(tmp_path / "pairs.json", 1.0, -2.0)
     check_margins(rows, ClassificationParams())
-    with pytest.raises(UserError, match=r"train row 2: margin: got -2, expected a number >= 0, since model_params.margin_use is weigh"):
-        check_margins(rows, ClassificationParams(margin_use="weigh"))
+    weigh = ClassificationParams(margin_use="weigh")
+    for misread in (rows, replace(rows, train=rows.val, val=rows.train)):  # validation measures the same loss
+        with pytest.raises(UserError, match=r"train row 2: margin: got -2, expected a number >= 0, since model_params.margin_use is weigh"):
+            check_margins(misread, weigh)
+    assert check_margins(splits(tmp_path / "zero.json", 0.0, 1.0), weigh) == []
 
 
 def test_a_scale_that_nothing_reads_is_refused() -> None:
