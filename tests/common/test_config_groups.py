@@ -87,6 +87,7 @@ def test_a_name_without_a_group_is_an_override(config: Path) -> None:
     assert load(config, "desc=small").desc == "small"
     [problem] = problems(config, "readout=small")
     assert problem.startswith("override readout: unknown key")
+    assert problems(config, "=c") == ["override =c: expected section.key=value, got no key before ="]
 
 
 @pytest.mark.parametrize(
@@ -106,11 +107,13 @@ def test_a_mistake_in_a_group_file_is_named_with_file_and_line(config: Path, cho
         assert any(problem.startswith(start) for problem in found), found
 
 
-def test_a_later_override_takes_the_blame(config: Path) -> None:
+def test_what_comes_later_takes_the_blame(config: Path) -> None:
     [problem] = problems(config, "lora=small", "model_params.lora.r=0")
     assert problem.startswith("override model_params.lora.r: got 0")
     [problem] = problems(config, "model_params.lora.r=0", "model_params.learning_rate=-1", "lora=small")
     assert problem.startswith("override model_params.learning_rate: got -1")
+    found = problems(config, "model_params.lora.r=9", "lora=wrong")
+    assert any(problem.startswith("configs/lora/wrong.yaml:4: model_params.lora.r: got 0") for problem in found), found
 
 
 def test_old_names_in_a_group_file_are_read(config: Path) -> None:

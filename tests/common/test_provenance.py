@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from common import provenance
 from common.errors import UserError
-from common.provenance import GitState, check_clean, git_state, host_facts, without_home
+from common.provenance import GitState, check_clean, code_state, git_state, host_facts, without_home
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -56,8 +57,36 @@ def test_the_diff_fingerprint_follows_what_differs(checkout: Path) -> None:
     git(checkout, "add", "kept.py")  # staged or not: it differs from the commit
     assert git_state(checkout) == other_content
     assert len({changed.diff, with_new.diff, other_content.diff}) == 3
-    (checkout / "new ü.py").unlink()
+    (checkout / "new ü.py").rename(checkout / "renamed.py")
+    assert git_state(checkout).diff != other_content.diff
+    (checkout / "renamed.py").unlink()
     assert git_state(checkout) == changed
+
+
+def test_of_large_untracked_files_size_and_name_count(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "_HASHED_BYTES", 4)
+    found = []
+    for content in ("12345", "67890", "123456"):
+        (checkout / "large").write_text(content)
+        found.append(git_state(checkout).diff)
+    assert found[0] == found[1] != found[2]
+
+
+def test_odd_names_and_links_to_nothing_are_listed(checkout: Path) -> None:
+    (checkout / "two\nlines").write_text("")
+    (checkout / "link").symlink_to("nowhere")
+    state = git_state(checkout)
+    assert state.changes is not None and set(state.changes) == {"link (untracked)", "'two\\nlines' (untracked)"} and state.diff is not None
+
+
+def test_the_state_of_the_code_is_that_of_the_first_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [GitState("first"), GitState("second")]
+    code_state.cache_clear()
+    monkeypatch.setattr(provenance, "git_state", lambda root: states.pop(0))
+    try:
+        assert [code_state().commit for _ in range(2)] == ["first", "first"]
+    finally:
+        code_state.cache_clear()
 
 
 def test_a_clean_checkout_is_required_and_what_is_not_clean_is_named(checkout: Path) -> None:

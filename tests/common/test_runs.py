@@ -153,9 +153,11 @@ def test_the_log_holds_what_is_printed_but_no_progress_bar(tmp_path: Path, capsy
 
 
 def test_a_taken_index_and_a_checkout_that_is_not_clean_are_refused_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.runs.code_state", lambda: GitState("0" * 40, ("new.py (untracked)",), "1"))
+    asked = []
+    monkeypatch.setattr("common.runs.code_state", lambda: asked.append(1) or GitState("0" * 40, ("new.py (untracked)",), "1"))
     create_run_directory(tmp_path, "run", 3)
     check_start(RunSettings(desc="run", index="auto"), tmp_path)
+    assert asked  # for the manifests, which record the code as it was now
     check_start(RunSettings(desc="run", index=2), tmp_path)
     check_start(RunSettings(desc="other", index=3), tmp_path / "none")
     with pytest.raises(UserError) as raised:
