@@ -120,6 +120,10 @@ def test_all_wrong_values_and_names_are_told_at_once_each_with_what_was_meant() 
         ({"batch_size": 4}, "= 128; batch_size 128 is, or mini_batch_size 4 divides it"),
         ({"batch_size": 9, "mini_batch_size": 2, "gradient_accumulation_steps": 2}, "= 4; batch_size 8 or 12 is$"),
         (
+            {"batch_size": 6, "mini_batch_size": 2, "gradient_accumulation_steps": 2},
+            "= 4; batch_size 4 or 8 is, or mini_batch_size 1 or 3 divides it$",
+        ),
+        (
             {"batch_size": 64, "mini_batch_size": 16, "samples_per_prompt": 7},
             "by samples_per_prompt 7; batch_size 112 is, or samples_per_prompt 4 or 8 divides it",
         ),
