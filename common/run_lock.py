@@ -12,6 +12,18 @@ from common.errors import UserError
 
 LOCK_FILE = ".lock"
 
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a forked child, a data worker say: the lock is its parent's, and must not outlive it."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
 
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
@@ -20,19 +32,24 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises UserError where another process holds it. On a file system without locks nothing is held.
     """
     descriptor = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    _held.add(descriptor)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 64).decode(errors="replace").strip()
-            raise UserError(
-                f"{run_dir}: another process writes this run{f' (process {holder})' if holder else ''}; wait for its end or stop it"
-            ) from None
-        except OSError:
-            yield
-            return
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
+        _hold(descriptor, run_dir)
         yield
     finally:
+        _held.discard(descriptor)
         os.close(descriptor)
+
+
+def _hold(descriptor: int, run_dir: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 64).decode(errors="replace").strip()
+        raise UserError(
+            f"{run_dir}: another process writes this run{f' (process {holder})' if holder else ''}; wait for its end or stop it"
+        ) from None
+    except OSError:
+        return
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())

@@ -1,0 +1,106 @@
+"""Reward models of both kinds, in one process and in two, go on from where they were stopped with the bits of a run that never was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+from safetensors.torch import load_file
+
+from common.tracking import read_metrics
+from reward_model.classification import train_reward as train_pairs
+from reward_model.classification.module import PairModule
+from reward_model.regression import train_reward as train_scores
+from reward_model.regression.module import ScoreModule
+
+ROOT = Path(__file__).resolve().parents[2]
+MAINS: dict[str, Any] = {"pair": train_pairs.main, "score": train_scores.main}
+MODULES: dict[str, type[pl.LightningModule]] = {"pair": PairModule, "score": ScoreModule}
+
+
+def left_by(run_dir: Path) -> dict[str, Any]:
+    """What a run leaves, without times and paths."""
+    lines = [{k: v for k, v in line.items() if k != "time" and not k.startswith("perf/")} for line in read_metrics(run_dir)]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    weights = {
+        f"{link}/{file.name}/{name}": tensor.tolist()
+        for link in ("best", "last")
+        for file in sorted((run_dir / link / "").glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+        if file.name != "training_state.safetensors"
+    }
+    return {
+        "metrics": lines,
+        "summary": {name: summary[name] for name in ("steps", "best_value", "best_metrics", "score_mean", "score_scale")},
+        "weights": weights,
+    }
+
+
+CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
+    "pairs, two data workers": ("pair", {"data": {"num_workers": 2}, "model_params": {"dropout": 0.2}}, (1, 3)),
+    "an ensemble by question": (
+        "pair",
+        {"data": {"batching": "by_question"}, "model_params": {"readout": {"name": "mean_pool", "ensemble": 2, "hidden_sizes": [4]}}},
+        (2,),
+    ),
+    "scores with adapters": ("score", {"model_params": {"lora": {"r": 2}}}, (2, 5)),
+    "scores on cached states": ("score", {"model_params": {"freeze_backbone": True, "readout": {"name": "mean_pool"}}}, (3,)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_stopped_run_goes_on_with_the_same_bits(name: str, write_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, changes, steps = CASES[name]
+    config = write_config(kind, **changes)
+    command = ["--config", str(config), "trainer.params.max_steps=6", "trainer.params.max_epochs=-1", "trainer.params.log_every_n_steps=1"]
+    command += ["trainer.params.val_check_interval=2", "trainer.params.check_val_every_n_epoch=null", "data.batch_size=4"]
+    assert MAINS[kind]([*command, "desc=whole"]) == 0
+    models = config.parent / "models"
+    expected = left_by(models / "desc-whole,index-0")
+    original = MODULES[kind].training_step
+    for step in steps:
+
+        def training_step(module: Any, *arguments: Any, step: int = step, **options: Any) -> Any:
+            if module.trainer.global_step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(module, *arguments, **options)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+            patch.setattr(MODULES[kind], "training_step", training_step)
+            MAINS[kind]([*command, f"desc=stopped-{step}"])
+        assert left.value.code == 143
+        assert MAINS[kind]([*command, f"desc=stopped-{step}", "--resume"]) == 0
+        assert left_by(models / f"desc-stopped-{step},index-0") == expected, step
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_together(write_config: Any) -> None:
+    config = write_config("pair", model_params={"dropout": 0.2})
+    command = [sys.executable, "reward_model/classification/train_reward.py", f"--config={config}", "trainer.params.devices=2"]
+    command += ["trainer.params.max_epochs=20", "trainer.params.log_every_n_steps=1", "data.batch_size=4"]
+    command += ["trainer.params.enable_progress_bar=true"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([*command, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+
+    whole, stopped = start("desc=whole"), start("desc=stopped")
+    assert stopped.stderr is not None
+    for line in stopped.stderr:
+        if line.startswith("step ") and "val/loss" in line:  # of 20
+            stopped.send_signal(signal.SIGTERM)
+            break
+    assert stopped.communicate(timeout=300) and stopped.returncode == 143
+    resumed = start("desc=stopped", "--resume")
+    for process in (whole, resumed):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    models = config.parent / "models"
+    assert left_by(models / "desc-stopped,index-0") == left_by(models / "desc-whole,index-0")
