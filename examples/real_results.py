@@ -40,7 +40,6 @@ def _generators(results: RealResults) -> str:
             ("PPO: KL from SFT, nats per answer", f"{best['eval/kl']:.2f}"),
             ("PPO: answers that end / mean length in tokens", f"{best['eval/eos_rate']:.2f} / {best['eval/length']:.0f}"),
         ]
-    rows.append(("minutes of training, all stages", f"{sum(result['training']['seconds'] for result in results.values()) / 60:.0f}"))
     return table(("figure", "value"), rows)
 
 
