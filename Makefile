@@ -7,7 +7,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 # Threads that spin while they wait take the cores from commands beside them. (OMP_PROC_BIND would put all of these on one core.)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help venv quickstart test lint format docs data bench clean
+.PHONY: help venv quickstart test faults soak lint format docs data bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -32,6 +32,15 @@ lint: venv
 
 test: venv
 	@PATH="$(BIN):$$PATH" python -m pytest -n 2 --cov --cov-report=term:skip-covered
+
+# make faults       the tests of what happens when a run is killed, its disk is full, its numbers break
+faults: venv
+	@PATH="$(BIN):$$PATH" python -m pytest tests/faults
+
+# make soak         the same at length: KILLS random kills over all stages, every point of a save in each stage
+KILLS ?= 200
+soak: venv
+	@PATH="$(BIN):$$PATH" FAULTS_RANDOM_KILLS=$(KILLS) python -m pytest -n 2 tests/faults
 
 # make format       let ruff rewrite what it can
 format: venv
