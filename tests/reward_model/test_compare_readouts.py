@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -185,6 +186,66 @@ def test_labels_name_what_is_no_default() -> None:
     several = ReadoutSettings(name="weighted_layers", n_layers=2, hidden_sizes=[8, 4])
     assert label(several) == "weighted_layers, n_layers 2, hidden_sizes 8-4"
     assert label(ReadoutSettings(name="last_token", ensemble=4)) == "last_token, ensemble 4"
+
+
+# --- going on, and the best ------------------------------------------------------------------------------------------------------
+
+
+def test_the_comparison_to_go_on_with_is_the_newest_that_of_the_index_or_the_one_named(write_config: Any, tmp_path: Path) -> None:
+    path, root = comparison_config(write_config), tmp_path / "models"
+    for index in (0, 1, 3):
+        (root / f"desc-toy,index-{index}").mkdir(parents=True)
+        (root / f"desc-toy,index-{index}" / "config.yaml").write_text("{}")
+
+    def found(wanted: str, index: int | str = "auto") -> Path:
+        return compare_readouts.earlier_directory(load_config(ComparisonConfig, path, [f"index={index}"]), root, wanted)
+
+    assert found("auto") == root / "desc-toy,index-3"
+    assert found("auto", 1) == root / "desc-toy,index-1"
+    assert found(str(root / "desc-toy,index-0")) == root / "desc-toy,index-0"
+    for wanted, index in (("auto", 2), (str(root), "auto")):
+        with pytest.raises(UserError, match="--resume: no comparison in "):
+            found(wanted, index)
+
+
+def test_a_comparison_goes_on_with_more_of_the_same_alone(write_config: Any, tmp_path: Path) -> None:
+    path, directory = comparison_config(write_config, readouts=["last_token"], learning_rates=[1e-3]), tmp_path / "compared"
+    directory.mkdir()
+
+    def check(*overrides: str, rows: str = "some rows") -> None:
+        compare_readouts.check_the_same(load_config(ComparisonConfig, path, overrides), rows, directory)
+
+    compare_readouts.write_config(directory, compare_readouts.resolved_dict(load_config(ComparisonConfig, path)))
+    check(rows="any: none were compared yet")
+    (directory / comparison.DATA_FILE).write_text("some rows\n")
+    check("readouts=[last_token,mean_pool]", "seeds=[1,2,3]", "learning_rates=[1e-3,1e-2]", "keep_models=true", "bootstrap_samples=10")
+    for overrides, rows, named in (
+        ((), "others", f"rows of {tmp_path / 'pair.json'}"),
+        (("data.batch_size=4",), "some rows", "data"),
+        (("seed=5", "model_params.freeze_backbone=false"), "some rows", "model_params, seed"),
+    ):
+        with pytest.raises(UserError, match=f"compares under other settings: {named}; start a new one without --resume"):
+            check(*overrides, rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "best"),
+    [("min", [0.5, 0.25, 0.75], 1), ("max", [0.5, 0.25, 0.75], 2), ("min", [None, 7.0], 1), ("max", [None, -7.0], 1)],
+)
+def test_the_best_run_has_the_least_or_the_most_and_not_what_was_never_finite(
+    mode: str, values: list[float | None], best: int, tmp_path: Path
+) -> None:
+    runs = [comparison.Run(ReadoutSettings(), SimpleNamespace(desc="a"), tmp_path / str(number)) for number in range(len(values))]
+    for run, value in zip(runs, values, strict=True):
+        (run.directory / "checkpoints").mkdir(parents=True)
+        (run.directory / "best").symlink_to("checkpoints")
+        (run.directory / comparison.FINISHED).write_text(json.dumps({"best_value": value}))
+    other = comparison.Run(ReadoutSettings(), SimpleNamespace(desc="b"), tmp_path / "other")
+    (other.directory / "checkpoints").mkdir(parents=True)
+    assert comparison.best_run(runs, mode) is runs[best]
+    comparison.keep_the_best([*runs, other], runs[0], mode)
+    assert [(run.directory / "best").is_symlink() for run in runs] == [run is runs[best] for run in runs]
+    assert [(run.directory / "checkpoints").is_dir() for run in (*runs, other)] == [run is runs[best] for run in runs] + [True]
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------------------
