@@ -189,6 +189,9 @@ def test_what_scripts_read_of_a_trainer_has_the_classic_meaning(build: Build, ba
     assert trainer.current_step == 1 and trainer.running.std == pytest.approx(float(torch.tensor(batch.scores).std()))
     trainer.kl_ctl.value = 0.1
     assert trainer.step(*batch)["objective/kl_coef"] == 0.1
+    record = trainer.record
+    assert record is not None and record.kl.abs().max() > 0
+    torch.testing.assert_close(record.non_score_rewards, -0.1 * record.kl)
     assert build(get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))).is_peft_model
     [first, *_] = trainer.prepare_dataloader([{"query": number} for number in range(9)], list)
     assert len(first) == 4
