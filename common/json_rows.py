@@ -13,6 +13,7 @@ import json
 import re
 import zlib
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -136,8 +137,8 @@ class _Parser:
     def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) < len(pairs):
-            names = [key for key, _ in pairs]
-            self.duplicates.extend(sorted({key for key in names if names.count(key) > 1}))
+            counts = Counter(key for key, _ in pairs)
+            self.duplicates.extend(sorted(key for key, count in counts.items() if count > 1))
         return result
 
     def parse(self) -> RawRows:

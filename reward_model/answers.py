@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.errors import UserError
+from common.json_rows import readable
 from common.problem_lines import RowFault, fault_lines, raise_problems
 from common.records import PairRecord, Prompt, ScoreRecord, SFTRecord, read_splits, source_kind
 from common.row_formats import RowFormat
@@ -59,7 +60,7 @@ def read_csv(path: str, unusable_rows: Literal["error", "drop"] = "error") -> tu
         raise UserError(f"{path}: is no CSV in UTF-8: {error}") from None
     question, answer = (_column(header, names) for names in (QUESTION_COLUMNS, ANSWER_COLUMNS))
     if question is None or answer is None:
-        got = ", ".join(header) or "none"
+        got = ", ".join(map(readable, header)) or "none"
         raise UserError(f"{path}: got the columns {got}; expected {QUESTION_COLUMNS[0]} and {' or '.join(ANSWER_COLUMNS)}")
     form = RowFormat("csv", "sft", question, answer=answer)
     records: list[AnsweredRecord] = []
@@ -68,6 +69,10 @@ def read_csv(path: str, unusable_rows: Literal["error", "drop"] = "error") -> tu
     mended = 0
     for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
+        if None in row:  # what DictReader calls the cells beyond the header's
+            cells = len(row) - 1 + len(row[None])
+            faults.append(RowFault.at(where, f"got {cells} cells, expected {len(header)} (a text that holds a comma stands in quotes)"))
+            continue
         record, problems = read_row(form, "sft", {key: row[key] for key in (question, answer)}, where)
         if isinstance(record, SFTRecord):
             records.append(record)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from common.errors import UserError
 from common.records import (
@@ -648,74 +645,6 @@ def test_fingerprint_follows_content_and_not_form(tmp_path: Path) -> None:
     changed = [*rows[:3], {**rows[3], "Score": 3.5}]
     assert read_splits(write(tmp_path / "a.json", changed), "score").fingerprint != as_array.fingerprint
     assert read_splits(str(tmp_path / "b.jsonl"), "score", seed=1, validation_split_percentage=50).fingerprint != as_array.fingerprint
-
-
-# --- any input -------------------------------------------------------------------------------------------------------------------
-
-TEXT = st.text(max_size=8) | st.just("\n\nHuman: a\n\nAssistant: b")
-KEYS = st.sampled_from(
-    ["Question", "Answer", "Score", "Accepted_Answer", "instruction", "response", "context", "chosen", "rejected", "prompt", "x"]
-)
-VALUES = st.recursive(
-    TEXT | st.none() | st.booleans() | st.integers() | st.floats(), lambda inner: st.lists(inner, max_size=3), max_leaves=3
-)
-ROW = st.dictionaries(KEYS, TEXT | VALUES, max_size=4)
-LIKELY = st.fixed_dictionaries({"Question": TEXT, "Answer": TEXT}, optional={"Score": VALUES, "Accepted_Answer": TEXT})
-
-
-@st.composite
-def damaged_file(draw: st.DrawFn) -> bytes:
-    """Rows in one of the shapes, perhaps with bytes cut out or put in, perhaps gzipped."""
-    rows = draw(st.lists(ROW, max_size=4) | st.lists(LIKELY, max_size=4))
-    shape = draw(st.sampled_from(["array", "lines", "splits", "pretty"]))
-    if shape == "lines":
-        text = "\n".join(json.dumps(row) for row in rows)
-    elif shape == "pretty":
-        text = "\n".join(json.dumps(row, indent=1) for row in rows)
-    else:
-        text = json.dumps(rows if shape == "array" else {"train": rows, "test": rows[:1]})
-    data = text.encode()
-    if draw(st.booleans()):
-        start = draw(st.integers(0, len(data)))
-        data = data[:start] + draw(st.binary(max_size=3)) + data[start + draw(st.integers(0, 5)) :]
-    return gzip.compress(data) if draw(st.booleans()) else data
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.binary(max_size=60) | damaged_file(), kind=st.sampled_from(["sft", "score", "pair", "prompt"]), drop=st.booleans())
-def test_any_bytes_give_records_or_a_clear_error(tmp_path: Path, data: bytes, kind: Any, drop: bool) -> None:
-    (tmp_path / "any").write_bytes(data)
-    try:
-        splits = read_splits(str(tmp_path / "any"), kind, require=(), unusable_rows="drop" if drop else "error")
-    except UserError as error:
-        assert 0 < len(error.problems) <= 21
-        assert all(problem.isprintable() for problem in error.problems)
-        return
-    assert all(isinstance(record.prompt.question, str) for record in [*splits.train, *splits.val, *splits.test])
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(LIKELY, min_size=1, max_size=6), shape=st.sampled_from(["array", "lines", "pretty"]))
-def test_no_row_is_dropped_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], shape: str) -> None:
-    """Every row is a record or is named by its number in a problem (where it lists enough of them)."""
-    monkeypatch.setattr("common.problem_lines.SHOWN_ROWS", 6)
-    dumped = json.dumps(rows) if shape == "array" else "\n".join(json.dumps(row, indent=2 if shape == "pretty" else None) for row in rows)
-    (tmp_path / "rows").write_text(dumped)
-    found: set[int] = set()
-    for number, row in enumerate(rows, 1):
-        (tmp_path / "row").write_text(json.dumps(row))
-        try:
-            assert len(read_splits(str(tmp_path / "row"), "prompt").train) == 1
-        except UserError:
-            found.add(number)
-    try:
-        splits = read_splits(str(tmp_path / "rows"), "prompt", validation_split_percentage=50)
-        assert len(splits.train) + len(splits.val) == len(rows)
-        assert not found
-    except UserError as error:
-        listed = [re.search(r"train rows? ([0-9, and]+)", problem) for problem in error.problems]
-        named = {int(number) for match in listed if match for number in re.findall("[0-9]+", match[1])}
-        assert found <= named
 
 
 # --- real files ------------------------------------------------------------------------------------------------------------------
