@@ -61,6 +61,8 @@ def row_texts(draw: st.DrawFn, form: tuple[str, ...]) -> str:
         row[key] = draw(st.integers(0, 9)) if key == "Score" else text
     if form == ("chosen", "rejected"):
         row = {key: f"{DIALOGUE}\n\nHuman: {row['chosen']}\n\nAssistant: {key}" for key in form}
+    if rarely(draw) or rarely(draw):  # a row of which nothing can be learnt
+        row[form[-1]] = draw(st.sampled_from(["", " \n", row[form[0]]]))
     if rarely(draw):
         row[draw(st.sampled_from(form))] = draw(ODD_TEXT | VALUES)
     if rarely(draw):
