@@ -8,11 +8,9 @@ are read while a config is still being checked.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from common.disk import checkpoint_bytes, is_out_of_space, mib
 from common.errors import UserError
 from common.fault_points import reached
 from common.provenance import code_state, host_facts, package_versions, without_home
@@ -148,10 +147,11 @@ def _plain(special: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def atomic_directory(destination: Path) -> Iterator[Path]:
+def atomic_directory(destination: Path, need: int | None = None) -> Iterator[Path]:
     """Yield a staging folder beside `destination`; on success it is flushed to disk and renamed, on failure nothing is left.
 
-    Raises UserError where the destination exists: a checkpoint is never overwritten.
+    need: bytes that it will take, about, for the error where they do not fit. Raises UserError there, and where the destination exists: a
+    checkpoint is never overwritten.
     """
     destination = Path(destination)
     _refuse_existing(destination)
@@ -166,35 +166,16 @@ def atomic_directory(destination: Path) -> Iterator[Path]:
         _refuse_existing(destination)  # rename would silently replace an empty folder
         staging.rename(destination)
     except BaseException as error:
-        full, written = _is_out_of_space(error), _size_of(staging)
         shutil.rmtree(staging, ignore_errors=True)
-        if full:
-            free = shutil.disk_usage(destination.parent).free
+        if is_out_of_space(error):
+            takes, free = "" if need is None else f"it needs about {mib(need)}, ", shutil.disk_usage(destination.parent).free
             raise UserError(
-                f"{destination}: no space left to save it: {_mib(written)} of it were written, {_mib(free)} are free on that disk (a limit "
-                "on the size of files counts, too); nothing of it stays, checkpoints before it are whole; make room, then --resume"
+                f"{destination}: no space left to save it: {takes}{mib(free)} are free on that disk (a "
+                "limit on the size of files counts, too); nothing of it stays, checkpoints before it are whole; make room, then --resume"
             ) from None
         raise
     reached("renamed")
     _flush(destination.parent)
-
-
-_OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-def _is_out_of_space(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in _OUT_OF_SPACE
-    # safetensors tells it in words alone
-    return (found := re.search(r"os error (\d+)", str(error))) is not None and int(found[1]) in _OUT_OF_SPACE
-
-
-def _size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
 
 
 def _refuse_existing(destination: Path) -> None:
@@ -234,7 +215,7 @@ def save_model_directory(
     from common.lora import is_lora, merged_copy, save_adapter
 
     destination = Path(destination)
-    with atomic_directory(destination) as staging:
+    with atomic_directory(destination, checkpoint_bytes(model)) as staging:
         if is_lora(model):
             save_adapter(model, staging / ADAPTER_FOLDER)
             plain = merged_copy(model)

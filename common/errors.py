@@ -31,7 +31,8 @@ def locate_problems(located: Callable[[str], str]) -> None:
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Run a script's `main(argv)` and exit with its code; a `UserError` becomes lines on stderr and exit code 2."""
-    from common.followers import followed_run  # which raises errors of this module
+    from common.disk import is_out_of_space  # they raise errors of this module
+    from common.followers import followed_run
 
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w")) if followed_run() else contextlib.nullcontext():
@@ -40,6 +41,11 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         sys.stdout.flush()
         for problem in error.problems:
             print(f"error: {problem if _located is None else _located(problem)}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        if not is_out_of_space(error):
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}; make room, then --resume", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

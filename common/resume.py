@@ -14,6 +14,7 @@ import yaml
 
 from common.checkpoint import Manifest, Stage, read_manifest, verify_directory
 from common.config import Invocation, resolved_dict
+from common.disk import check_writable
 from common.errors import UserError
 from common.failed_start import removed_if_unused
 from common.followers import followed_run
@@ -167,6 +168,8 @@ def begin(invocation: Invocation[C], root: Path, stage: Stage) -> ResumePoint | 
     """
     point = resume_point(invocation.resume, root, invocation.config, stage)
     check_start(invocation.config, root if point is None else None)
+    if point is None or not point.finished:
+        check_writable(root if point is None else point.run_dir)
     if point is not None:
         for note in [*point.notes, *point.check_config(resolved_dict(invocation.config))]:
             say(note)

@@ -289,6 +289,11 @@ class CheckpointSettings(Section):
     keep_last: PositiveInt = Field(2, description="How many of the newest checkpoints stay on disk; a resumed run falls back by one.")
     keep_best: PositiveInt = Field(1, description="How many of the best checkpoints by `monitor` stay on disk.")
 
+    @property
+    def kept(self) -> int:
+        """Checkpoints that stay on disk, at most."""
+        return self.keep_last + self.keep_best
+
 
 class TrainerSettings(Section):
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings, description="Where and when checkpoints are written.")

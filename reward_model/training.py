@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from common.checkpoint import MANIFEST, Stage, new_manifest, read_manifest, save_model_directory
 from common.closing import finish_run, opening_lines
 from common.config import resolved_dict
+from common.disk import check_room, checkpoint_bytes
 from common.errors import UserError
 from common.followers import followed_run, leading
 from common.freezing import apply_freezing
@@ -141,6 +142,8 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
         )
         save_model_directory(directory, model, tokenizer, manifest, extra=extra)
 
+    if followed is None:
+        check_room(runs_root, checkpoint_bytes(model), config.trainer.checkpoint.kept, None if resume is None else resume.run_dir)
     run_dir = followed or run_directory(resume, runs_root, config)
     with contextlib.ExitStack() as stack:
         if followed is None:

@@ -15,6 +15,7 @@ from common.checkpoint import new_manifest, save_model_directory
 from common.closing import finish_run, opening_lines
 from common.collate import supports_packing
 from common.config import resolved_dict
+from common.disk import check_room, checkpoint_bytes
 from common.errors import UserError
 from common.evaluation.generate import generate_answers
 from common.evaluation.text_metrics import corpus_metrics
@@ -91,6 +92,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
     total_steps = total_optimizer_steps(config.trainer, len(train_loader))
 
     # 3. a run directory, from here on things are written
+    check_room(root, checkpoint_bytes(model), config.trainer.checkpoint.kept, None if resume is None else resume.run_dir)
     run_dir = run_directory(resume, root, config)
     resolved = resolved_dict(config)
     with writing(run_dir):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.checkpoint import new_manifest, save_model_directory
 from common.closing import RunResult, cost_line, finish_run, opening_lines
+from common.disk import check_room, checkpoint_bytes
 from common.errors import UserError
 from common.failed_start import removed_if_unused
 from common.launch.checkpointing import CheckpointKeeper
@@ -155,6 +156,8 @@ def train(
         if output is not None:
             stack.enter_context(locked(output.directory))
             stack.enter_context(removed_if_unused(output.directory))
+            one = checkpoint_bytes(model, *([trainer.critic] if trainer.critic is not None else []))
+            check_room(output.directory, one, keep_last + keep_best, None if point is None else point.run_dir)
             if point is None:
                 write_config(output.directory, output.config)
             tracker = stack.enter_context(

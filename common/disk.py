@@ -1,0 +1,69 @@
+"""Room on the disk for the checkpoints of a run: told before the first step, and where it runs out. No torch."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+from common.runs import CHECKPOINTS_FOLDER
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def checkpoint_bytes(*modules: nn.Module) -> int:
+    """About what a checkpoint of these takes: their weights, and of those that train a second copy with Adam's two moments."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    return sum(parameter.numel() * parameter.element_size() * (4 if parameter.requires_grad else 1) for parameter in parameters)
+
+
+def check_room(folder: Path, one: int, kept: int, resumed: Path | None = None) -> None:
+    """Refuse to train where the disk has no room for as many checkpoints as a run keeps, and for one more while it is written.
+
+    folder: where the run will lie. one: bytes of a checkpoint. kept: `keep_last` + `keep_best`. resumed: the run that goes on, whose
+    checkpoints are there already. Raises UserError.
+    """
+    need, free = one * (kept + 1), shutil.disk_usage(_nearest(folder)).free
+    if resumed is not None:
+        need -= size_of(resumed / CHECKPOINTS_FOLDER)
+    if need > free:
+        raise UserError(
+            f"{folder}: checkpoints need about {mib(need)} ({kept + 1} of {mib(one)}: keep_last, keep_best and the one being written), "
+            f"{mib(free)} are free on that disk; make room, lower keep_last, or choose another disk"
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder in which nothing can be made, whether it is there yet or not. Raises UserError."""
+    nearest = _nearest(folder)
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be written: {nearest} is read-only for this user; choose another folder")
+
+
+def is_out_of_space(error: BaseException) -> bool:
+    """Whether an error says that a disk, a quota or the limit on the size of files is exhausted."""
+    if isinstance(error, OSError):
+        return error.errno in _OUT_OF_SPACE
+    # safetensors tells it in words alone
+    return (found := re.search(r"os error (\d+)", str(error))) is not None and int(found[1]) in _OUT_OF_SPACE
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files below a folder, links not followed; 0 where there is none."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+
+
+def mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the first of its parents that is there."""
+    return next(place for place in (path, *path.parents) if place.exists())
