@@ -142,9 +142,10 @@ def test_reference_answers_give_mean_and_scale_which_a_checkpoint_keeps() -> Non
 
 
 def test_reference_answers_that_score_alike_are_not_divided_by_nothing() -> None:
-    pipeline = RewardPipeline(TrainedRewardModel("model", TableScorer({"x": 4, "y": 5}), "reference"))
-    pipeline.calibrate(["q", "q"], ["x", "x"])
-    assert pipeline(["q"], ["y"]) == [1]
+    pipeline = RewardPipeline(TrainedRewardModel("model", TableScorer({"x": 4, "almost x": 4 + 1e-7, "y": 5}), "reference"))
+    for other in ("x", "almost x"):
+        pipeline.calibrate(["q", "q"], ["x", other])
+        assert pipeline(["q"], ["y"]) == pytest.approx([1])
 
 
 def test_prompts_with_context_and_cut_answers_reach_the_model_as_they_are() -> None:

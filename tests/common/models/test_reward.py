@@ -236,6 +236,12 @@ def test_saved_and_loaded_scores_are_equal(model_type: str, tokenizer: Any, tmp_
     assert saved is not None and saved.readout == {"name": "last_token"}
 
 
+def test_a_model_whose_scores_are_all_alike_has_nothing_to_divide_by(tokenizer: Any) -> None:
+    alike = manifest(tokenizer, score_mean=0.5, score_scale=0.0)
+    judge = RewardScorer(reward_model("gpt_neo", tokenizer), tokenizer=tokenizer, manifest=alike)
+    assert judge.knows_its_scale and (judge.score_mean, judge.score_scale) == (0.5, 1.0)
+
+
 @pytest.mark.parametrize("model_type", CAUSAL)
 def test_plain_transformers_give_the_same_raw_scores(model_type: str, tokenizer: Any, tmp_path: Path) -> None:
     """With padding and EOS, in one batch of mixed lengths, tokenized without our code."""

@@ -214,5 +214,8 @@ def test_10_temperature_divides_the_logits() -> None:
 
 
 def test_scores_that_are_all_alike_are_not_blown_up_by_scaling() -> None:
-    scores = transform_scores(torch.ones(4), RunningMoments(), scale=True, centre=False, clip=None)
-    assert scores.tolist() == [1.0] * 4
+    for scores in (torch.ones(4), torch.tensor([1.0, 1.0, 1.0 + 1e-7, 1.0]), torch.tensor([3.0])):  # no spread, or rounding alone
+        assert torch.equal(transform_scores(scores, RunningMoments(), scale=True, centre=False, clip=None), scores)
+    apart = torch.tensor([1.0, 1.0, 1.0 + 1e-4, 1.0])
+    scaled = transform_scores(apart, RunningMoments(), scale=True, centre=True, clip=None)
+    torch.testing.assert_close(scaled, torch.tensor([-0.5, -0.5, 1.5, -0.5]), rtol=1e-2, atol=0)
