@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from common.collate import right_pad
 from common.models.fused import set_fused
-from common.models.packed import NOTHING, Shared, as_line, can_pack, common_beginnings
+from common.models.packed import NOTHING, SHARED_TOKENS, Shared, as_line, can_pack, common_beginnings
 
 VOCAB = 50
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 64}
@@ -84,6 +84,13 @@ def test_common_beginnings_stand_in_the_line_once() -> None:
 def test_the_last_token_of_a_row_stays_its_own() -> None:
     ids, mask = right_pad([list(range(2, 14)), list(range(2, 14)), list(range(2, 12))], 0)
     assert common_beginnings(ids, mask) == [NOTHING, Shared(0, 11), Shared(0, 9)]
+
+
+@pytest.mark.parametrize("tokens", [SHARED_TOKENS - 1, SHARED_TOKENS])
+def test_a_beginning_is_shared_from_so_many_tokens_on(tokens: int) -> None:
+    beginning = list(range(2, 2 + tokens))
+    ids, mask = right_pad([[*beginning, 30, 31], [*beginning, 32, 31]], 0)
+    assert common_beginnings(ids, mask) == [NOTHING, Shared(0, tokens) if tokens == SHARED_TOKENS else NOTHING]
 
 
 def test_padding_that_equals_a_token_is_no_common_beginning() -> None:

@@ -208,6 +208,13 @@ def test_states_of_rows_read_again_give_the_same_scores(model_type: str, name: R
         torch.testing.assert_close(model.readout(collate_states([kept[row] for row in order])), scores[order], rtol=0, atol=1e-6)
 
 
+def test_rows_of_states_make_a_batch_by_hand() -> None:
+    rows = [torch.arange(4.0).view(2, 2, 1), torch.tensor([[[7.0], [8.0]]])]  # two tokens and one, of two layers
+    states = collate_states(rows)
+    assert states.values[..., 0].tolist() == [[[0.0, 2.0], [1.0, 3.0]], [[7.0, 0.0], [8.0, 0.0]]]
+    assert states.mask.tolist() == [[True, True], [True, False]]
+
+
 # --- which text enters where
 
 
