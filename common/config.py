@@ -42,6 +42,7 @@ class Invocation(Generic[C]):
     stage_dir: Path
     resume: str | None  # None, "auto" (the last good checkpoint) or an absolute path
     validate_only: bool
+    dry_run: bool = False
     options: argparse.Namespace = field(default_factory=argparse.Namespace)
     notes: tuple[str, ...] = ()
     overridden: tuple[KeyPath, ...] = ()
@@ -66,8 +67,12 @@ def parse_command_line(
     description: str | None,
     add_options: Callable[[argparse.ArgumentParser], object] | None = None,
     resumable: bool = False,
+    measurable: bool = False,
 ) -> Invocation[C]:
-    """Read `--config FILE [section.key=value …]`. Raises UserError with every problem of file and overrides."""
+    """Read `--config FILE [section.key=value …]`. Raises UserError with every problem of file and overrides.
+
+    resumable, measurable: whether the script has `--resume` and `--dry_run`.
+    """
     parser = Parser(description=description)
     names = ("--config", "--config_file", "--config_path")
     parser.add_argument(*names, dest="config", action="append", metavar="FILE", help="YAML file of settings (one option under three names)")
@@ -78,6 +83,8 @@ def parse_command_line(
     if resumable:
         parser.add_argument("--resume", nargs="?", const="auto", metavar="PATH", help="go on from the last good checkpoint, or from PATH")
         parser.add_argument("--allow_data_change", action="store_true", help="with --resume: go on though the data are not the same")
+    if measurable:
+        parser.add_argument("--dry_run", action="store_true", help="say what the run would take, from a few measured steps, and stop")
     if add_options is not None:
         add_options(parser)
     options = parser.parse_intermixed_args(list(argv))
@@ -88,7 +95,12 @@ def parse_command_line(
         raise UserError(_no_such_config(path, stage_dir))
     config, notes, marked = _load(schema, path, options.overrides, stage_dir)
     locate_problems(lambda problem: located(problem, marked, schema, resolved_dict(config), stage_dir))
-    resume = getattr(options, "resume", None)
+    resume, dry_run = getattr(options, "resume", None), getattr(options, "dry_run", False)
+    if dry_run and (resume is not None or options.validate):
+        other, what = (
+            ("--validate", "stops before anything is measured") if options.validate else ("--resume", "goes on with an earlier one")
+        )
+        raise UserError(f"command line: --dry_run measures a run from its start, and {other} {what}; leave one of them out")
     if resumable and options.allow_data_change and resume is None:
         raise UserError("command line: --allow_data_change acts on a run that goes on; add --resume or leave it out")
     return Invocation(
@@ -97,6 +109,7 @@ def parse_command_line(
         stage_dir=stage_dir,
         resume=resume,
         validate_only=options.validate,
+        dry_run=dry_run,
         options=options,
         notes=tuple(notes),
         overridden=tuple(marked.overrides),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from common.errors import UserError
@@ -46,6 +47,15 @@ class Encoded:
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
+@dataclass
+class TextLengths:
+    """Tokens of each text of a kind as it was read, EOS not among them, and how many texts and tokens were cut to fit."""
+
+    tokens: array[int] = field(default_factory=lambda: array("i"))
+    cut: int = 0
+    cut_tokens: int = 0
+
+
 class Encoder:
     """Turns prompts and answers into ids within a budget of tokens.
 
@@ -54,7 +64,8 @@ class Encoder:
     its tokens and its EOS. One that does not is cut at its end and loses EOS; the prompt then keeps up to half of `max_length`.
 
     `max_length`: tokens of prompt + answer + EOS; for encoder-decoders of each of the two. `max_prompt_length`: prompt tokens at most.
-    `truncate_prompt` false: a prompt that would have to be cut raises UserError. `counts` adds up what was cut, `seen` what was read.
+    `truncate_prompt` false: a prompt that would have to be cut raises UserError. `counts` adds up what was cut, `seen` what was read;
+    `lengths` has for each split the tokens of its texts (`prompt`, `answer`), once its notes were taken.
     """
 
     def __init__(
@@ -77,6 +88,8 @@ class Encoder:
         self.is_encoder_decoder = is_encoder_decoder
         self.counts: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()
+        self.lengths: dict[str, dict[str, TextLengths]] = {}
+        self._lengths = _no_lengths()
         self._special = _special_pattern(tokenizer)
         self._before, self._after = _added_ids(tokenizer) if prompt_format == "qa" else ([], [])
         if not is_encoder_decoder:
@@ -92,11 +105,12 @@ class Encoder:
         """What was cut or left out since the last call, a line each; `remedy` says what would keep it: `raise data.max_length`."""
         counts, seen = self.counts, self.seen
         self.counts, self.seen = Counter(), Counter()
+        self.lengths[split], self._lengths = self._lengths, _no_lengths()
         lines = []
-        for name in ("prompt", "answer"):
+        for name, lengths in self.lengths[split].items():
+            lengths.cut, lengths.cut_tokens = counts[f"{name}s cut"], counts[f"{name} tokens cut"]
             if cut := counts[f"{name}s cut"]:
-                tokens = counts[f"{name} tokens cut"]
-                lines.append(f"{cut:,} of {seen[f'{name}s']:,} {name}s cut ({tokens:,} tokens); {remedy} to keep them")
+                lines.append(f"{cut:,} of {seen[f'{name}s']:,} {name}s cut ({lengths.cut_tokens:,} tokens); {remedy} to keep them")
         if turns := counts["dialogue turns dropped"]:
             lines.append(f"{turns:,} turns of dialogues dropped, the oldest of prompts that were cut")
         if rows := counts["rows dropped"]:
@@ -129,6 +143,7 @@ class Encoder:
         problems: list[str] = []
         fitted = []
         for prompt, ids, where in zip(prompts, self._prompt_ids(prompts), wheres or [""] * len(prompts), strict=True):
+            self._lengths["prompt"].tokens.append(len(ids))
             try:
                 fitted.append(self._fit_prompt(prompt, ids, limit, where)[0])
             except UserError as error:
@@ -170,6 +185,8 @@ class Encoder:
         for row, (prompt, ids, group) in enumerate(zip(prompts, prompt_ids, answers, strict=True)):
             where = wheres[row] if wheres else ""
             answer_ids = [next(flat) for _ in group]
+            self._lengths["prompt"].tokens.append(len(ids))
+            self._lengths["answer"].tokens.extend(map(len, answer_ids))
             try:
                 encoded = self._fit_answers(prompt, ids, answer_ids, where)
                 if first_differs and any(other.answer_ids == encoded[0].answer_ids for other in encoded[1:]):
@@ -353,6 +370,10 @@ def encode_preferences(
 
 
 # --- helpers -----------------------------------------------------------------------------------------------------------------------
+
+
+def _no_lengths() -> dict[str, TextLengths]:
+    return {"prompt": TextLengths(), "answer": TextLengths()}
 
 
 def _call(tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool) -> list[list[int]]:

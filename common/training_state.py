@@ -32,6 +32,13 @@ def write_training_state(folder: Path, state: Mapping[str, Any]) -> None:
     (folder / VALUES_FILE).write_text(json.dumps(values), encoding="utf-8")
 
 
+def state_size(state: Mapping[str, Any]) -> int:
+    """Bytes of the files that `write_training_state` would write; needs as much memory."""
+    tensors: dict[str, Tensor] = {}
+    values = json.dumps(_packed(dict(state), tensors))
+    return sum(tensor.nbytes for tensor in tensors.values()) + len(values)
+
+
 def read_training_state(folder: Path) -> dict[str, Any]:
     """The state that `write_training_state` wrote, tensors on the CPU. Raises UserError where there is none or it cannot be read."""
     from safetensors import SafetensorError

@@ -37,6 +37,7 @@ from common.launch.lightning import (
     trainer_params,
     training_device,
 )
+from common.launch.rehearsal import report_training
 from common.lora import add_lora
 from common.models.answers import Answer
 from common.models.frozen_states import cached_answers, state_facts
@@ -83,8 +84,18 @@ class Objective(Generic[Record, R]):
     transform: ScoreTransform = field(default_factory=ScoreTransform)
 
 
-def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Record, R], resume: ResumePoint | None = None) -> Path:
-    """Train, keep the best checkpoint, publish it as `latest`; returns the run directory. `resume`: where an earlier run goes on."""
+def train(
+    config: RewardConfig,
+    splits: Splits[Record],
+    objective: Objective[Record, R],
+    resume: ResumePoint | None = None,
+    *,
+    dry_run: bool = False,
+) -> Path:
+    """Train, keep the best checkpoint, publish it as `latest`; returns the run directory. `resume`: where an earlier run goes on.
+
+    dry_run: measure a few steps in memory, say what the run would take, write nothing, and return the folder of runs.
+    """
     resolved = resolved_dict(config)
     config = config.model_copy(update={"trainer": on_devices(config)})
     check_one_machine(config.trainer)
@@ -107,7 +118,7 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
     if not train_rows or not val_rows:
         raise UserError(f"{data.data_dir}: no usable row is left in {'val' if train_rows else 'train'}")
     runs_root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, objective.stage)
-    if config.model_params.kept_states is not None:
+    if config.model_params.kept_states is not None and not dry_run:
         train_rows, val_rows = read_from_cache(model, tokenizer, (train_rows, val_rows), config, runs_root)
     accumulate = trainer_params(config.trainer).get("accumulate_grad_batches", 1)
     train_loader = training_loader(
@@ -123,6 +134,23 @@ def train(config: RewardConfig, splits: Splits[Record], objective: Objective[Rec
     val_loader = validation_loader(val_rows, data, tokenizer.pad_token_id, objective.collate, processes)
     total_steps = total_optimizer_steps(config.trainer, len(train_loader))
     module = objective.module(model, total_steps, val_rows)
+
+    if dry_run:
+        report_training(
+            config,
+            data,
+            module,
+            model,
+            encoder,
+            train_loader,
+            val_loader,
+            total_steps=total_steps,
+            processes=processes,
+            padding_free=model.packs,
+            root=runs_root,
+            keeps_states=config.model_params.kept_states is not None,
+        )
+        return runs_root
 
     # 3. run directory, trainer
     def save(directory: Path, metrics: dict[str, float], step: int, extra: Callable[[Path], None]) -> None:

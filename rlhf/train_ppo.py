@@ -1,6 +1,6 @@
 """PPO: makes an SFT model answer what a reward pipeline prefers, without leaving what it learnt behind.
 
-    python train_ppo.py --config configs/trainer_config.yaml [section.key=value ...] [--validate] [--resume [PATH]]
+    python train_ppo.py --config configs/trainer_config.yaml [section.key=value ...] [--validate | --dry_run | --resume [PATH]]
 
 Reads and checks config, prompts and models' files first, so that a mistake costs a second; what then happens stands in `training.py`,
 the mathematics in `ppo/`. It tests nothing: that is `test_ppo.py`.
@@ -28,7 +28,7 @@ from rlhf.notes import idle_settings, lengths_beyond_a_judge, repeated_prompts
 
 
 def main(argv: Sequence[str]) -> int:
-    invocation = parse_command_line(PPORunConfig, STAGE_DIR, argv, description=__doc__, resumable=True)
+    invocation = parse_command_line(PPORunConfig, STAGE_DIR, argv, description=__doc__, resumable=True, measurable=True)
     config = invocation.config
     invocation.print_notes()
     resume = begin(invocation, stage_runs_root(config.save_config.checkpoint_dir, config.results_root, "rlhf"), "ppo")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
     from rlhf.training import train  # torch is imported here, after everything that can be checked without it
 
-    train(config, splits, sources, resume)
+    train(config, splits, sources, resume, dry_run=invocation.dry_run)
     return 0
 
 

@@ -36,11 +36,17 @@ from rlhf.ppo.loop import RunOutput, calibrate
 from rlhf.ppo.models import ModelWithValueHead, with_value_head
 from rlhf.ppo.prompts import encode
 from rlhf.ppo.trainer import PPOTrainer
+from rlhf.rehearsal import report_ppo
 from rlhf.reward_pipelines.build import build_pipeline
 
 
-def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources, resume: ResumePoint | None = None) -> Path:
-    """Run PPO; returns the run directory. `resume`: where an earlier run goes on. Raises UserError before anything is written."""
+def train(
+    config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources, resume: ResumePoint | None = None, *, dry_run: bool = False
+) -> Path:
+    """Run PPO; returns the run directory. `resume`: where an earlier run goes on. Raises UserError before anything is written.
+
+    dry_run: measure a few steps in memory, say what the run would take, write nothing, and return the folder of runs.
+    """
     params, generation, runtime = config.ppo_config, config.generation_config, Runtime.local()
     seed = config.seed if params.seed is None else params.seed
 
@@ -82,8 +88,21 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources, 
     if params.lr_schedule != "constant":
         trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lr_lambda(params.lr_schedule, 0, steps))
 
-    # 4. a run directory, from here on things are written
+    arguments: dict[str, Any] = {
+        "generation": generation,
+        "prompt_format": sources.prompt_format,
+        "max_prompt_length": limit,
+        "missing_eos_penalty": params.missing_eos_penalty,
+        "missing_eos_score": params.missing_eos_score,
+        "length_penalty": params.length_penalty,
+        "decoding": decoding,
+    }
     root = stage_runs_root(config.save_config.checkpoint_dir, config.results_root, "rlhf")
+    if dry_run:
+        report_ppo(config, trainer, encoder, prompts, eval_prompts, arguments, steps=steps, sources=sources, root=root)
+        return root
+
+    # 4. a run directory, from here on things are written
     run_dir = run_directory(resume, root, config)
     output = RunOutput(
         run_dir,
@@ -99,7 +118,6 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources, 
         try:
             trainer.train(
                 prompts,
-                generation=generation,
                 steps=steps,
                 eval_prompts=eval_prompts,
                 eval_every=config.evaluation.every_n_steps,
@@ -109,12 +127,7 @@ def train(config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources, 
                 keep_last=config.save_config.keep_last,
                 keep_best=config.save_config.keep_best,
                 resume=resume or False,
-                prompt_format=sources.prompt_format,
-                max_prompt_length=limit,
-                missing_eos_penalty=params.missing_eos_penalty,
-                missing_eos_score=params.missing_eos_score,
-                length_penalty=params.length_penalty,
-                decoding=decoding,
+                **arguments,
             )
         except Stopped:
             print("to go on: the same command with --resume", file=sys.stderr)

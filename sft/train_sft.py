@@ -1,6 +1,6 @@
 """Supervised fine-tuning: teaches a language model to answer, on answer tokens and EOS alone.
 
-    python train_sft.py --config_file configs/trainer_config.yaml [section.key=value ...] [--validate] [--resume [PATH]]
+    python train_sft.py --config_file configs/trainer_config.yaml [section.key=value ...] [--validate | --dry_run | --resume [PATH]]
 
 Reads and checks config and data first, so that a mistake costs a second; what then happens stands in `training.py`.
 """
@@ -48,7 +48,7 @@ def check_models(config: SFTConfig) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    invocation = parse_command_line(SFTConfig, STAGE_DIR, argv, description=__doc__, resumable=True)
+    invocation = parse_command_line(SFTConfig, STAGE_DIR, argv, description=__doc__, resumable=True, measurable=True)
     config, data = invocation.config, invocation.config.data
     invocation.print_notes()
     resume = begin(invocation, stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "sft"), "sft")
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
     from sft.training import train  # torch is imported here, after everything that can be checked without it
 
-    train(config, splits, resume)
+    train(config, splits, resume, dry_run=invocation.dry_run)
     return 0
 
 

@@ -32,6 +32,7 @@ from common.launch.lightning import (
     trainer_params,
     training_device,
 )
+from common.launch.rehearsal import report_training
 from common.lora import add_lora
 from common.models.answers import StartedAnswer
 from common.models.backbone import RewardInput
@@ -54,10 +55,11 @@ from sft.module import SFTModule
 from sft.reader import AnswerReader
 
 
-def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | None = None) -> Path:
+def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | None = None, *, dry_run: bool = False) -> Path:
     """Train on `splits.train`, validate on `splits.val`; returns the run directory. Raises UserError before anything is written.
 
-    resume: where an earlier run of this config goes on.
+    resume: where an earlier run of this config goes on. dry_run: measure a few steps in memory, say what the run would take, write nothing,
+    and return the folder of runs.
     """
     check_one_process(config.trainer)
     check_trainer(config.trainer)
@@ -85,11 +87,29 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
     train_rows, _ = encode(encoder, splits.train, config, "train")
     val_rows, val_records = encode(encoder, splits.val, config, "val")
     root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "sft")
-    started = started_rows(reader, tokenizer, [*train_rows, *val_rows], config, root)
+    started = None if dry_run else started_rows(reader, tokenizer, [*train_rows, *val_rows], config, root)
     train_loader, val_loader = loaders(config, train_rows, val_rows, tokenizer.pad_token_id, reader, started)
     answered = val_records[: config.evaluation.num_generated] if config.model_params.do_compute_metrics else []
     prompts = answer_prompts(config, model, tokenizer, answered)
     total_steps = total_optimizer_steps(config.trainer, len(train_loader))
+
+    if dry_run:
+        silent = Tracker(Path(), is_main=False)
+        answer = answering(config, model, tokenizer, answered, prompts, silent) if answered else None
+        report_training(
+            config,
+            config.data,
+            SFTModule(reader, config.model_params, total_steps, answer),
+            model,
+            encoder,
+            train_loader,
+            val_loader,
+            total_steps=total_steps,
+            padding_free=reader.packs,
+            root=root,
+            keeps_states=config.model_params.kept_states is not None,
+        )
+        return root
 
     # 3. a run directory, from here on things are written
     check_room(root, checkpoint_bytes(model), config.trainer.checkpoint.kept, None if resume is None else resume.run_dir)

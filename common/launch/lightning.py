@@ -127,7 +127,7 @@ def check_trainer(settings: TrainerSettings) -> None:
         problems.append("trainer.params.max_epochs: got -1 (no end); the learning-rate schedule needs an end, set max_steps")
     if problems:
         raise UserError(*problems)
-    _lightning_trainer(params)
+    lightning_trainer(params)
 
 
 def check_one_process(settings: TrainerSettings) -> None:
@@ -246,7 +246,7 @@ def build_trainer(
     checkpoints = Checkpoints(
         keeper, settings.checkpoint.every_n_train_steps, total_steps, StopSignals(), report, lambda: tracker.position, state
     )
-    trainer = _lightning_trainer(
+    trainer = lightning_trainer(
         params,
         logger=logger,
         callbacks=[SetEpoch(_overfits(settings)), StatelessDropout(seed), metrics, report, checkpoints],
@@ -256,7 +256,7 @@ def build_trainer(
     return trainer
 
 
-def _lightning_trainer(params: Mapping[str, Any], **arguments: Any) -> pl.Trainer:
+def lightning_trainer(params: Mapping[str, Any], **arguments: Any) -> pl.Trainer:
     """A trainer with what the project settles for all of them. Raises UserError with Lightning's reason where it refuses `params`."""
     settled: dict[str, Any] = {
         "logger": False,

@@ -28,7 +28,7 @@ from reward_model.inputs import check_fresh_model, check_models, describe, idle_
 
 
 def main(argv: Sequence[str]) -> int:
-    invocation = parse_command_line(ClassificationConfig, STAGE_DIR, argv, description=__doc__ or "", resumable=True)
+    invocation = parse_command_line(ClassificationConfig, STAGE_DIR, argv, description=__doc__ or "", resumable=True, measurable=True)
     config = invocation.config
     invocation.print_notes()
     root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "reward_classification")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     from reward_model.classification.objective import pair_objective
     from reward_model.training import train
 
-    train(config, splits, pair_objective(config), resume)
+    train(config, splits, pair_objective(config), resume, dry_run=invocation.dry_run)
     return 0
 
 

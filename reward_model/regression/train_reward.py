@@ -31,7 +31,7 @@ from reward_model.metrics import group_ids, pairs_within
 
 
 def main(argv: Sequence[str]) -> int:
-    invocation = parse_command_line(RegressionConfig, STAGE_DIR, argv, description=__doc__ or "", resumable=True)
+    invocation = parse_command_line(RegressionConfig, STAGE_DIR, argv, description=__doc__ or "", resumable=True, measurable=True)
     config = invocation.config
     invocation.print_notes()
     root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "reward_regression")
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     from reward_model.regression.objective import score_objective
     from reward_model.training import train
 
-    train(config, splits, score_objective(config, transform, scores), resume)
+    train(config, splits, score_objective(config, transform, scores), resume, dry_run=invocation.dry_run)
     return 0
 
 

@@ -1,0 +1,131 @@
+"""`--dry_run` of PPO: real steps (sample, score, update) and evaluations in memory, and what they say of the whole run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.dry_run import Forecast, counted, judge_line, model_bytes, report, start_line
+from common.errors import UserError
+from common.launch.runtime import peak_memory_gib
+from common.tokenization import Encoder
+from common.training_state import state_size, trained_weights
+from rlhf.config import PPORunConfig
+from rlhf.inputs import Sources
+from rlhf.ppo.prompts import EncodedPrompt
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.prompt_order import PromptOrder
+
+PHASES = ("perf/rollout_seconds", "perf/reward_seconds", "perf/update_seconds")
+TYPICAL_STEPS = 2
+
+
+def report_ppo(
+    config: PPORunConfig,
+    trainer: PPOTrainer,
+    encoder: Encoder,
+    prompts: Sequence[EncodedPrompt],
+    eval_prompts: Sequence[EncodedPrompt],
+    arguments: Mapping[str, Any],
+    *,
+    steps: int,
+    sources: Sources,
+    root: Path,
+) -> None:
+    """Print what a run would take. Raises UserError where it could not run or could not keep its checkpoints in `root`.
+
+    arguments: what `PPOTrainer.train` is given beside prompts and steps. The trainer has made steps afterwards.
+    """
+    forecast = rehearse(config, trainer, prompts, eval_prompts, arguments, steps)
+    policy = sources.policy
+    positions = encoder.max_length + config.generation_config.max_new_tokens
+    report(
+        config,
+        encoder=encoder,
+        rows={"train": len(prompts), "evaluation": len(eval_prompts)},
+        fits=[
+            start_line(policy.name, trainer.model.config, encoder.tokenizer, positions, sources.prompt_format),
+            *(judge_line(policy, judge, sources.prompt_format) for judge in sources.judges),
+        ],
+        parameters=[*trainer.model.parameters(), *(trainer.critic.parameters() if trainer.critic is not None else ())],
+        forecast=forecast,
+        root=root,
+        keep_last=config.save_config.keep_last,
+        keep_best=config.save_config.keep_best,
+    )
+
+
+def rehearse(
+    config: PPORunConfig,
+    trainer: PPOTrainer,
+    prompts: Sequence[EncodedPrompt],
+    eval_prompts: Sequence[EncodedPrompt],
+    arguments: Mapping[str, Any],
+    steps: int,
+) -> Forecast:
+    """A step on the longest prompts of the first pass, its answers as long as they may get, and steps on typical ones, with evaluations."""
+    batches = _batches(trainer, prompts, steps)
+    longest, typical = batches[-1], [prompt for batch in _middle(batches, TYPICAL_STEPS) for prompt in batch]
+    generation = arguments["generation"]
+    full = generation.model_copy(update={"min_length": generation.max_new_tokens, "stop_strings": []})
+    trainer.tracker = None  # it would make a run directory of its own
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            [first] = trainer.train(longest, steps=1, **{**arguments, "generation": full})
+            began = time.perf_counter()
+            lines = trainer.train(typical, steps=TYPICAL_STEPS, eval_prompts=eval_prompts, eval_every=TYPICAL_STEPS, **arguments)
+            seconds = time.perf_counter() - began
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"memory does not suffice for a step: {' '.join(str(error).split())[:200]}; lower ppo_config.batch_size, "
+                "ppo_config.mini_batch_size or generation_config.max_new_tokens"
+            ) from None
+    measured = [sum(line[phase] for phase in PHASES) for line in lines if PHASES[0] in line]
+    each = statistics.fmean(measured)
+    evaluation = max(0.0, seconds - sum(measured)) / 2 if eval_prompts else 0.0  # before the first step and after the last
+    every = config.evaluation.every_n_steps
+    evaluations = (1 + -(-steps // every)) if eval_prompts else 0
+    state = {
+        "weights": trained_weights(trainer.model.pretrained_model),
+        "trainer": trainer.state_dict(),
+        "reward": trainer.reward.state_dict(),
+    }
+    words = [f"{name} {statistics.fmean(line[phase] for line in lines if phase in line):.3g} s" for name, phase in _named(PHASES)]
+    return Forecast(
+        device=str(trainer.runtime.device),
+        measured=f"a step on the longest prompts ({sum(len(prompt.ids) for prompt in longest):,} tokens), every answer of "
+        f"{counted(generation.max_new_tokens, 'token')}, {sum(first[phase] for phase in PHASES):.3g} s; {TYPICAL_STEPS} typical ones "
+        f"{each:.3g} s each ({', '.join(words)}); an evaluation {evaluation:.3g} s",
+        steps=f"{steps:,} PPO steps of {config.ppo_config.batch_size} answers",
+        steps_seconds=steps * each,
+        validations=evaluations,
+        validations_seconds=evaluations * evaluation,
+        memory_gib=peak_memory_gib(trainer.runtime.device),
+        checkpoint_bytes=model_bytes(trainer.model.pretrained_model, trainer.tokenizer) + state_size(state),
+    )
+
+
+def _named(phases: Sequence[str]) -> list[tuple[str, str]]:
+    return [(phase.removeprefix("perf/").removesuffix("_seconds"), phase) for phase in phases]
+
+
+def _batches(trainer: PPOTrainer, prompts: Sequence[EncodedPrompt], steps: int) -> list[list[EncodedPrompt]]:
+    """The prompts of each step of the first pass, those with the fewest tokens first."""
+    each = trainer.config.samples_per_prompt
+    order = PromptOrder(len(prompts), trainer.config.batch_size, seed=trainer.config.seed, samples=each)
+    first_pass = min(steps, -(-len(prompts) // trainer.config.prompts_per_batch))
+    batches = [[prompts[row] for row in order.batch(step)[0][::each]] for step in range(first_pass)]
+    return sorted(batches, key=lambda batch: sum(len(prompt.ids) for prompt in batch))
+
+
+def _middle(batches: Sequence[list[EncodedPrompt]], count: int) -> list[list[EncodedPrompt]]:
+    """So many batches around the median; the only one again where there are fewer."""
+    start = max(0, (len(batches) - count) // 2)
+    return [batches[min(start + number, len(batches) - 1)] for number in range(count)]
