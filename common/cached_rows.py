@@ -51,30 +51,24 @@ class CachedRows:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}, "_touched": 0}  # a data worker maps the files itself
 
-    def gather(self, rows: Sequence[int] | Integers, *, layers: int | None = None, pad_to: int | None = None) -> tuple[Tensor, Tensor]:
-        """States (B, L, T, D) of these rows with zeros behind the shorter ones, and the mask (B, T), True on their tokens.
-
-        `layers`: the last so many of them. `pad_to`: tokens of all; None: of the longest row.
-        """
+    def gather(self, rows: Sequence[int] | Integers, *, layers: int | None = None) -> tuple[Tensor, list[int]]:
+        """States (N, L, D) of all tokens of these rows, row after row, and how many tokens each has. `layers`: the last so many of them."""
         places = np.asarray(rows, dtype=np.int64)
         layers = layers or self.facts.layers
         tokens, shard, start = self.tokens[places], self.shard[places], self.start[places]
-        longest = pad_to or int(tokens.max(initial=0))
-        ragged = bool((tokens != longest).any())
-        make = torch.zeros if ragged else torch.empty
-        # The tokens of a layer stand together, as readouts take them.
-        states = make(layers, len(places), longest, self.facts.hidden_size, dtype=TORCH_DTYPES[self.facts.dtype])
+        ends = np.cumsum(tokens)
+        states = torch.empty(int(tokens.sum()), layers, self.facts.hidden_size, dtype=TORCH_DTYPES[self.facts.dtype])
         out = states.view(torch.uint16).numpy() if self.facts.dtype == "bfloat16" else states.numpy()
         for number in np.unique(shard).tolist():
             stored = self._map(number)
             here = np.flatnonzero(shard == number)
-            if longest == 1:
-                out[:, here, 0] = stored[start[here], -layers:].swapaxes(0, 1)
+            if len(states) == len(places):  # a token each
+                out[here] = stored[start[here], -layers:]
                 continue
-            for row, begin, count in zip(here.tolist(), start[here].tolist(), tokens[here].tolist(), strict=True):
-                out[:, row, :count] = stored[begin : begin + count, -layers:].swapaxes(0, 1)
+            for begin, count, end in zip(start[here].tolist(), tokens[here].tolist(), ends[here].tolist(), strict=True):
+                out[end - count : end] = stored[begin : begin + count, -layers:]
         self._forget(out.nbytes + len(places) * _TOUCHED_BYTES)
-        return states.transpose(0, 1), torch.arange(longest) < torch.from_numpy(tokens)[:, None]
+        return states, tokens.tolist()
 
     def _map(self, number: int) -> NDArray[Any]:
         """A shard's states (tokens, layers, D), mapped."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from common.batching import Batch
@@ -48,11 +47,5 @@ class SFTRows:
         return {**tensors, "denominator": batch.denominator, "tokens": tokens, "rows": batch.indices}
 
     def _entering(self, started: Sequence[StartedAnswer], rows: Sequence[Encoded]) -> Tensor:
-        if self.capacity is None:
-            return entering_states(started, self.pad_to)[0]
-        states, mask = entering_states(started)
-        lengths = torch.tensor([sum(row.length for row in line) for line in in_lines(rows, self.capacity)])
-        width = self.pad_to or int(lengths.max())
-        lines = states.new_zeros(len(lengths), width, states.shape[-1])
-        lines[torch.arange(width) < lengths[:, None]] = states[mask]
-        return lines
+        lines = [[row] for row in rows] if self.capacity is None else in_lines(rows, self.capacity)
+        return entering_states(started, [sum(row.length for row in line) for line in lines], self.pad_to)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from common.cached_rows import CachedRows
@@ -44,23 +45,24 @@ class StartedAnswer:
 Answer = RewardInput | CachedAnswer | StartedAnswer
 
 
-def entering_states(answers: Sequence[StartedAnswer], pad_to: int | None = None) -> tuple[Tensor, Tensor]:
-    """States (B, T, D) that enter the lowest layer that trains, and the mask (B, T) of real tokens."""
-    values, mask = answers[0].states.rows.gather([answer.row for answer in answers], pad_to=pad_to)
-    return values[:, 0], mask
+def entering_states(answers: Sequence[StartedAnswer], lengths: Sequence[int], pad_to: int | None = None) -> Tensor:
+    """States (B, S, D) that enter the lowest layer that trains, in B lines that have so many tokens of the answers, one after another."""
+    states = answers[0].states.rows.gather([answer.row for answer in answers])[0][:, 0]  # (N, D)
+    width = pad_to or max(lengths)
+    lines = states.new_zeros(len(lengths), width, states.shape[-1])
+    lines[torch.arange(width) < torch.tensor(lengths)[:, None]] = states
+    return lines
 
 
 def collate_answers(answers: Sequence[Answer], pad_id: int, pad_to: int | None = None) -> RewardBatch | States:
-    """Answers as a padded batch: their token ids, or their states where these are known. `pad_to`: tokens of all of them."""
+    """Answers as a batch: their token ids, padded, or their states where these are known. `pad_to`: tokens of all rows of ids."""
     started = [answer for answer in answers if isinstance(answer, StartedAnswer)]
     if started:
         batch = collate_rewards([answer.ids for answer in started], pad_id, pad_to)
-        return batch._replace(entering=entering_states(started, pad_to)[0])
+        return batch._replace(entering=entering_states(started, [answer.length for answer in started], pad_to))
     cached = [answer for answer in answers if isinstance(answer, CachedAnswer)]
     if not cached:
         return collate_rewards([answer for answer in answers if isinstance(answer, RewardInput)], pad_id, pad_to)
     assert len(cached) == len(answers), "all answers have their states, or none has"
     states = cached[0].states
-    one_token = states.rows.facts.token != "all"
-    values, mask = states.rows.gather([answer.row for answer in cached], layers=states.layers, pad_to=None if one_token else pad_to)
-    return States(values, mask)
+    return States(*states.rows.gather([answer.row for answer in cached], layers=states.layers))

@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -139,29 +138,26 @@ def collate_rewards(rows: Sequence[RewardInput], pad_id: int, pad_to: int | None
 
 
 class States(NamedTuple):
-    """What a readout reads: the states of L layers, lowest first, at T tokens of each row; T is 1 where it reads one token."""
+    """What a readout reads of B rows: the states of L layers, lowest first, at the tokens that it reads, without padding."""
 
     values: Tensor
-    """(B, L, T, D)."""
-    mask: Tensor
-    """(B, T): True on real tokens."""
+    """(N, L, D): N tokens, row after row."""
+    lengths: list[int]
+    """Tokens of each row; 1 where a readout reads one token."""
 
     def to(self, device: Any) -> States:
         """The same states on another device."""
-        return States(self.values.to(device), self.mask.to(device))
+        return States(self.values.to(device), self.lengths)
 
-
-def state_rows(states: States) -> list[Tensor]:
-    """The states of each row without its padding: (T of the row, L, D)."""
-    return [values[:, mask].transpose(0, 1) for values, mask in zip(states.values, states.mask, strict=True)]
+    def rows(self) -> tuple[Tensor, ...]:
+        """The states of each row: (T of the row, L, D)."""
+        rows: tuple[Tensor, ...] = self.values.split(self.lengths)
+        return rows
 
 
 def collate_states(rows: Sequence[Tensor]) -> States:
-    """Rows (T of the row, L, D) as a batch again, padded on the right with zeros."""
-    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
-    values = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # (B, T, L, D)
-    mask = torch.arange(values.shape[1], device=lengths.device) < lengths[:, None]
-    return States(values.transpose(1, 2), mask)
+    """Rows (T of the row, L, D) as a batch again."""
+    return States(torch.cat(list(rows)), [len(row) for row in rows])
 
 
 def backbone_states(backbone: nn.Module, batch: RewardBatch, needs: Needs, lower: LowerLayers | None = None) -> States:
@@ -184,7 +180,7 @@ def backbone_states(backbone: nn.Module, batch: RewardBatch, needs: Needs, lower
     run = partial(_final_states, model, arguments)
     with starting_above(lower, batch.entering):
         if needs.token == "all":
-            return States(torch.stack(_upper_layers(stack, run, needs.layers), 1), mask)
+            return States(torch.stack(_upper_layers(stack, run, needs.layers, lambda states: states[mask]), 1), mask.sum(1).tolist())
         rows, read = torch.arange(len(mask), device=mask.device), token_position(mask, needs.token)
         return _of_one_token(_upper_layers(stack, run, needs.layers, lambda states: states[rows, read]))
 
@@ -206,8 +202,9 @@ def line_states(
             return line.states(plain)
 
     if needs.token == "all":
-        layers = _upper_layers(plain, run, needs.layers, lambda states: states.view(-1, states.shape[-1]))  # (N, D) each
-        return States(torch.stack([F.embedding(line.places, layer) for layer in layers], 1), mask)
+        every = line.places[mask]  # a shared beginning is read in each of its rows
+        layers = _upper_layers(plain, run, needs.layers, lambda states: states.view(-1, states.shape[-1])[every])  # (N, D) each
+        return States(torch.stack(layers, 1), mask.sum(1).tolist())
     places = line.places.gather(1, token_position(mask, needs.token)[:, None])[:, 0]  # (B,)
     with nullcontext() if last is None else last.at(places):
         return _of_one_token(_upper_layers(plain, run, needs.layers, lambda states: states.view(-1, states.shape[-1])[places]))
@@ -228,8 +225,7 @@ def _final_states(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
 
 def _of_one_token(layers: list[Tensor]) -> States:
     """L layers' states (B, D) of one token."""
-    values = torch.stack(layers, 1)[:, :, None]
-    return States(values, torch.ones(len(values), 1, dtype=torch.bool, device=values.device))
+    return States(torch.stack(layers, 1), [1] * len(layers[0]))
 
 
 def _upper_layers(stack: nn.Module, run: Callable[[], Tensor], count: int, pick: Callable[[Tensor], Tensor] = lambda s: s) -> list[Tensor]:

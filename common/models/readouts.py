@@ -86,7 +86,7 @@ class LastToken(Readout):
         self.score = ScoreHead(hidden_size, generator)
 
     def forward(self, states: States) -> Tensor:
-        scores: Tensor = self.score(states.values[:, -1, 0])
+        scores: Tensor = self.score(states.values[:, -1])
         return scores
 
     def linear_weight(self) -> Tensor:
@@ -115,11 +115,8 @@ class Pooled(Readout):
         self.score = ScoreHead(widths[-1], generator)
 
     def forward(self, states: States) -> Tensor:
-        values, mask = states
-        with torch.autocast(values.device.type, enabled=False):
-            dtype = torch.promote_types(self.score.weight.dtype, torch.float32)
-            layers = [self._vector(number, layer.to(dtype), mask) for number, layer in enumerate(values.unbind(1))]
-            vectors = torch.stack(layers, 1)  # (B, L, D)
+        with torch.autocast(states.values.device.type, enabled=False):
+            vectors = self._vectors(states._replace(values=states.values.to(torch.promote_types(self.score.weight.dtype, torch.float32))))
             pooled = vectors[:, 0] if self.layers is None else self.layers(normalised(vectors))
             features = normalised(pooled)  # (B, D)
             for layer in self.hidden:
@@ -127,12 +124,17 @@ class Pooled(Readout):
             scores: Tensor = self.score(self.dropout(features))
         return scores
 
-    def _vector(self, layer: int, states: Tensor, mask: Tensor) -> Tensor:
-        """The tokens of a layer (B, T, D) as one vector (B, D)."""
+    def _vectors(self, states: States) -> Tensor:
+        """The tokens of each layer as one vector: (B, L, D)."""
         if len(self.tokens):
-            pooled: Tensor = self.tokens[layer](normalised(states), mask)
-            return pooled
-        return masked_mean(states, mask)
+            states = states._replace(values=normalised(states.values))
+            attentions = (attention for attention in self.tokens if isinstance(attention, Attention))
+            seen = zip(attentions, states.values.unbind(1), strict=True)
+            logits = torch.stack([attention.logits(layer) for attention, layer in seen], 1)  # (N, L)
+            return torch.stack([weighted_mean(*row) for row in zip(logits.split(states.lengths), states.rows(), strict=True)])
+        if len(states.values) == len(states.lengths):  # a token each
+            return states.values
+        return torch.stack([row.mean(0) for row in states.rows()])
 
 
 class Ensemble(Readout):
@@ -165,17 +167,17 @@ class Attention(nn.Module):
         width = gate or size
         self.query = nn.Parameter(torch.randn(width, generator=generator) / math.sqrt(width))
 
-    def forward(self, vectors: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, N, D), normalised, and a mask (B, N) of those that count -> (B, D)."""
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(B, N, D), normalised -> (B, D)."""
+        return torch.einsum("bn,bnd->bd", self.logits(vectors).softmax(-1), vectors)
+
+    def logits(self, vectors: Tensor) -> Tensor:
+        """(..., D), normalised -> (...): how much each counts, in nats."""
         seen = vectors
         if self.projection is not None:  # Shazeer 2020: gelu(x W) * (x V)
             gate, value = self.projection(vectors).chunk(2, dim=-1)
             seen = F.gelu(gate) * value
-        logits = seen @ self.query.to(seen.dtype)  # (B, N)
-        if mask is not None:
-            logits = logits.masked_fill(~mask, -torch.inf)
-            vectors = vectors.masked_fill(~mask[..., None], 0.0)
-        return torch.einsum("bn,bnd->bd", logits.softmax(-1), vectors)
+        return seen @ self.query.to(seen.dtype)
 
 
 class LayerWeights(nn.Module):
@@ -200,10 +202,9 @@ def normalised(vectors: Tensor) -> Tensor:
     return F.layer_norm(vectors, vectors.shape[-1:], eps=1e-12)
 
 
-def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens of a (B, T) mask: (B, T, D) -> (B, D)."""
-    kept = states.masked_fill(~mask[..., None], 0.0)
-    return kept.sum(1) / mask.sum(1, keepdim=True)
+def weighted_mean(logits: Tensor, vectors: Tensor) -> Tensor:
+    """Of T tokens in each of L layers, weighed by a softmax over tokens: (T, L) and (T, L, D) -> (L, D)."""
+    return (logits.softmax(0).T[:, None] @ vectors.transpose(0, 1))[:, 0]
 
 
 def build_readout(settings: ReadoutSettings, needs: Needs, hidden_size: int, seed: int) -> Readout:

@@ -30,7 +30,6 @@ from common.models.backbone import (
     line_states,
     readout_needs,
     rows_of_like_length,
-    state_rows,
 )
 from common.models.kinds import backbone_kind, positions_of
 from common.models.last_layer import LastFeedForward
@@ -176,7 +175,7 @@ class RewardModel(nn.Module):
 
     def state_rows(self, batch: RewardBatch) -> list[Tensor]:
         """The states that the readout reads, (T, L, D) of each row without padding: `readout(collate_states(rows))` are the scores."""
-        parts = [(rows, state_rows(states)) for rows, states in self._states(batch)]
+        parts = [(rows, states.rows()) for rows, states in self._states(batch)]
         by_row = {int(row): own for rows, owns in parts for row, own in zip(rows, owns, strict=True)}
         return [by_row[row] for row in range(len(by_row))]
 

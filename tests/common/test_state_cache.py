@@ -37,11 +37,6 @@ def states_of(row: RewardInput) -> Tensor:
     return numbers + 100 * row.length
 
 
-def by_layer(row: RewardInput) -> Tensor:
-    """The same as they are read: (layers, tokens, D)."""
-    return states_of(row).transpose(0, 1)
-
-
 class Computer:
     """Fills a cache as training does, one row to a batch, and counts what it computes."""
 
@@ -72,22 +67,16 @@ def shards(root: Path) -> list[Path]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shard_bytes", [1, 150, 2**20])
-def test_rows_come_back_padded_with_zeros_and_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int, dtype: Any) -> None:
+def test_rows_come_back_one_behind_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int, dtype: Any) -> None:
     monkeypatch.setattr(state_cache, "SHARD_BYTES", shard_bytes)
     monkeypatch.setattr(cached_rows, "OPEN_SHARDS", 2)
     monkeypatch.setattr(cached_rows, "RESIDENT_BYTES", 1)
     rows = Computer(tmp_path, replace(FACTS, dtype=dtype)).fill()
-    values, mask = rows.gather([4, 1, 2])
-    assert values.shape == (3, 2, 5, 3) and values.dtype == TORCH_DTYPES[dtype]
-    assert mask.tolist() == [[True] * 5, [True] + [False] * 4, [True] * 4 + [False]]
-    for found, real, row in zip(values, mask, (ROWS[4], ROWS[1], ROWS[2]), strict=True):
-        assert torch.equal(found[:, real].transpose(0, 1), states_of(row).to(values.dtype))
-        assert not found[:, ~real].any()
+    values, lengths = rows.gather([4, 1, 2])
+    assert values.shape == (10, 2, 3) and values.dtype == TORCH_DTYPES[dtype] and lengths == [5, 1, 4]
+    assert torch.equal(values, torch.cat([states_of(ROWS[row]) for row in (4, 1, 2)]).to(values.dtype))
     top, _ = rows.gather([4, 1, 2], layers=1)
     assert torch.equal(top, values[:, -1:])
-    wide, wide_mask = rows.gather([4, 1, 2], pad_to=7)
-    assert wide.shape == (3, 2, 7, 3) and torch.equal(wide[:, :, :5], values) and not wide[:, :, 5:].any()
-    assert wide_mask.shape == (3, 7) and torch.equal(wide_mask[:, :5], mask) and not wide_mask[:, 5:].any()
     assert len(shards(tmp_path)) == {1: 5, 150: 2 if dtype == "float32" else 1, 2**20: 1}[shard_bytes]
 
 
@@ -100,8 +89,8 @@ def test_rows_of_one_token_come_from_several_shards_at_once(tmp_path: Path, row_
         for part in ([0, 1], [2, 3]):
             writer.add(digests[part], [1, 1], kept[part])
     asked = np.array([3, 0, 2, 3, 1])
-    values, mask = cache.rows(digests).gather(asked)
-    assert torch.equal(values, kept[asked][:, :, None]) and mask.all() and mask.shape == (5, 1)
+    values, lengths = cache.rows(digests).gather(asked)
+    assert torch.equal(values, kept[asked]) and lengths == [1] * 5
     top, _ = cache.rows(digests).gather(asked, layers=1)
     assert torch.equal(top, values[:, -1:])
 
@@ -112,7 +101,7 @@ def test_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
     found = again.fill([*ROWS, ROWS[2]])  # a row that stands there twice is computed once
     assert again.computed == [4, 2, 5]
     values, _ = found.gather([5, 0])
-    assert torch.equal(values[0, :, :4], by_layer(ROWS[2])) and torch.equal(values[1, :, :3], by_layer(ROWS[0]))
+    assert torch.equal(values, torch.cat([states_of(ROWS[2]), states_of(ROWS[0])]))
     assert json.loads((tmp_path / FACTS.key / "cache.json").read_text())["part"] == "encoder"
 
 
@@ -142,7 +131,7 @@ def test_after_a_kill_all_shards_but_the_one_in_work_stay(tmp_path: Path, monkey
         assert not list((tmp_path / FACTS.key).glob(".shard-*"))
         writer.add(digests[4:], [3, 3], torch.full((6, 2, 3), 4.0))
     values, _ = StateCache(tmp_path, FACTS).rows(digests).gather(range(6))
-    assert values[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 4]
+    assert values[::3, 0, 0].tolist() == [0, 1, 2, 3, 4, 4]
 
 
 def test_a_file_without_its_manifest_is_not_there(tmp_path: Path, row_to_a_shard: None) -> None:
@@ -177,7 +166,7 @@ def test_a_damaged_shard_is_named_and_computed_anew(
     assert f"{damaged}: {problem}" in capsys.readouterr().out
     assert not damaged.exists() and not damaged.with_suffix(".json").exists()
     for number, row in enumerate(ROWS):
-        assert torch.equal(found.gather([number])[0][0], by_layer(row))
+        assert torch.equal(found.gather([number])[0], states_of(row))
     third = Computer(tmp_path)
     third.fill()
     assert third.computed == []
@@ -300,7 +289,7 @@ def test_without_locks_both_write_and_either_is_read(tmp_path: Path, monkeypatch
         for place, row in enumerate(ROWS):
             writer.add(row_digests(ROWS)[[place]], [row.length], states_of(row))
     found = Computer(tmp_path).fill()
-    assert len(shards(tmp_path)) == 2 and torch.equal(found.gather([2])[0][0], by_layer(ROWS[2]))
+    assert len(shards(tmp_path)) == 2 and torch.equal(found.gather([2])[0], states_of(ROWS[2]))
 
 
 def test_a_cache_of_more_layers_serves_fewer(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_the_score_is_the_mean_of_the_members_by_hand() -> None:
     ensemble = Ensemble([LastToken(2), LastToken(2)])
     for member, weight in zip(ensemble.members, ([1.0, 10.0], [3.0, 0.0]), strict=True):
         member.score.weight.data.copy_(torch.tensor([weight]))
-    states = States(torch.tensor([[4.0, 5.0], [2.0, 3.0]])[:, None, None], torch.ones(2, 1, dtype=torch.bool))
+    states = States(torch.tensor([[4.0, 5.0], [2.0, 3.0]])[:, None], [1, 1])
     assert ensemble.member_scores(states).tolist() == [[54.0, 12.0], [32.0, 6.0]]
     assert ensemble(states).tolist() == [33.0, 19.0]
     weight = ensemble.linear_weight()
@@ -108,7 +108,7 @@ def test_gradients_reach_every_member_and_are_those_of_the_member_alone(model_ty
     model = reward_model(model_type, tokenizer, **settings, ensemble=3)
     batch = collate_rewards(rows(scorer(model, tokenizer)), 0)
     states = collate_states(model.state_rows(batch))
-    states = States(states.values.detach(), states.mask)
+    states = States(states.values.detach(), states.lengths)
     target = torch.tensor([1.0, -1.0, 0.5])
 
     def loss(scores: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from common.models.backbone import (
 )
 from common.models.kinds import backbone_kind
 from common.models.load import build_backbone, set_dropout, train_tokenizer
-from common.models.readouts import Attention, LayerWeights, Pooled, build_readout, masked_mean, normalised
+from common.models.readouts import Attention, LayerWeights, Pooled, build_readout, normalised, weighted_mean
 from common.models.recompute import recompute_activations
 from common.models.reward import RewardModel, RewardScorer
 from common.readout_settings import READS, SETTINGS, Needs, ReadoutName, ReadoutSettings
@@ -112,8 +112,8 @@ def test_layers_are_those_of_transformers_and_the_last_is_behind_the_final_norm(
         fewer = backbone_states(model, batch, Needs(part, "all", 2))
     theirs = {"whole": "hidden_states", "encoder": "encoder_hidden_states", "decoder": "decoder_hidden_states"}[part]
     final = output.encoder_last_hidden_state if part == "encoder" else output.last_hidden_state
-    assert torch.equal(states.values, torch.stack(output[theirs][1:], 1))
-    assert torch.equal(states.values[:, -1], final)
+    assert torch.equal(states.values, torch.stack(output[theirs][1:], 2)[0]) and states.lengths == [len(states.values)]
+    assert torch.equal(states.values[:, -1], final[0])
     assert torch.equal(fewer.values, states.values[:, -2:])
     norm = {"gpt2": "ln_f", "gpt_neo": "ln_f", "llama": "norm", "t5": f"{part}.final_layer_norm"}.get(model_type)
     if norm is not None:  # BERT's layers end in a norm each
@@ -122,8 +122,8 @@ def test_layers_are_those_of_transformers_and_the_last_is_behind_the_final_norm(
         with torch.no_grad():
             backbone_states(model, batch, Needs(part, "all", count))
             hook.remove()
-            torch.testing.assert_close(model.get_submodule(norm)(before[0]), states.values[:, -1])
-        assert not torch.allclose(before[0], states.values[:, -1], atol=1e-2)
+            torch.testing.assert_close(model.get_submodule(norm)(before[0])[0], states.values[:, -1])
+        assert not torch.allclose(before[0][0], states.values[:, -1], atol=1e-2)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neo", "llama"])
@@ -137,10 +137,9 @@ def test_a_line_gives_the_states_of_padded_rows(model_type: str, token: Any, tok
     with torch.no_grad():
         for layers in (1, 3):
             line, padded = (states_of(model, batch, Needs("whole", token, layers)) for states_of in (line_states, backbone_states))
-            assert torch.equal(line.mask, padded.mask) and line.values.shape == padded.values.shape
-            kept = padded.mask[:, None, :, None]
-            torch.testing.assert_close(line.values * kept, padded.values * kept, rtol=1e-5, atol=1e-5)
-            assert token == "all" or line.values.shape == (3, layers, 1, 16)
+            assert line.lengths == padded.lengths == (lengths.tolist() if token == "all" else [1, 1, 1])
+            torch.testing.assert_close(line.values, padded.values, rtol=1e-5, atol=1e-5)
+            assert line.values.shape == (sum(line.lengths), layers, 16)
 
 
 def test_one_token_is_the_real_one_whichever_side_is_padded(tokenizer: Any) -> None:
@@ -151,7 +150,7 @@ def test_one_token_is_the_real_one_whichever_side_is_padded(tokenizer: Any) -> N
         whole = model.get_encoder()(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         for token, places in (("first", [0, 1]), ("last", [2, 2])):
             states = backbone_states(model, RewardBatch(ids, mask), Needs("encoder", token))
-            assert torch.equal(states.values[:, 0, 0], whole[[0, 1], places]) and states.mask.tolist() == [[True], [True]]
+            assert torch.equal(states.values[:, 0], whole[[0, 1], places]) and states.lengths == [1, 1]
 
 
 def test_the_decoder_does_not_run_where_the_encoder_alone_is_read(tokenizer: Any) -> None:
@@ -179,8 +178,8 @@ def test_whole_layers_do_not_stay_in_memory_where_one_token_is_read(tokenizer: A
     with torch.no_grad():
         backbone_states(model, batch, Needs("whole", "last", 3))
         assert max(alive) <= 1, "the layer below is an input, no other is needed any more"
-        backbone_states(model, batch, Needs("whole", "all", 3))
-    assert max(alive) == 2
+    backbone_states(model, batch, Needs("whole", "last", 3))
+    assert max(alive) == 2, "gradients need them all"
 
 
 def test_no_hook_stays_behind_even_after_an_error(tokenizer: Any) -> None:
@@ -274,15 +273,16 @@ def test_padding_on_the_left_changes_no_score_where_positions_are_relative(model
 
 def test_poolings_by_hand() -> None:
     states = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [9.0, 9.0]]])
-    mask = torch.tensor([[True, True, False]])
-    padded = states.masked_fill(~mask[..., None], math.nan)  # whatever stands under the padding
-    assert masked_mean(padded, mask).tolist() == [[2.0, 4.0]]
     attention = Attention(2)
     with torch.no_grad():
         attention.query.copy_(torch.tensor([0.5, 0.0]))
     near, far = math.exp(0.5), math.exp(1.5)  # of 1 * 0.5 and 3 * 0.5
     expected = [(1 * near + 3 * far) / (near + far), (2 * near + 6 * far) / (near + far)]
-    assert attention(padded, mask)[0].tolist() == pytest.approx(expected)
+    assert attention(states[:, :2])[0].tolist() == pytest.approx(expected)
+    two_layers = torch.stack([states[0, :2], 10 * states[0, :2]], 1)  # (T, L, D)
+    logits = torch.stack([attention.logits(states[0, :2]), torch.zeros(2)], 1)
+    found = weighted_mean(logits, two_layers)
+    assert found[0].tolist() == pytest.approx(expected) and found[1].tolist() == pytest.approx([20.0, 40.0])
     weights = LayerWeights(3)
     with torch.no_grad():
         weights.logits.copy_(torch.tensor([0.0, 0.0, math.log(2.0)]))
@@ -306,9 +306,9 @@ def test_mean_pool_is_the_score_of_the_normalised_mean_of_real_tokens() -> None:
     readout = build_readout(ReadoutSettings(name="mean_pool"), Needs("whole", "all"), 2, seed=0)
     with torch.no_grad():
         readout.score.weight.copy_(torch.tensor([[1.0, 3.0]]))
-    values = torch.tensor([[1.0, 2.0], [3.0, 6.0], [float("inf"), float("nan")]])[None, None]
-    # the mean is (2, 4): normalised (-1, 1)
-    assert readout(States(values, torch.tensor([[True, True, False]]))).tolist() == pytest.approx([2.0])
+    values = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 1.0]])[:, None]
+    # the mean of the first row is (2, 4): normalised (-1, 1); that of the second (1, -1)
+    assert readout(States(values, [2, 1])).tolist() == pytest.approx([2.0, -2.0])
 
 
 @pytest.mark.parametrize(
@@ -335,20 +335,18 @@ def test_what_pools_tokens_and_layers(name: ReadoutName, gated: bool, attended: 
 def test_layers_are_normalised_before_they_are_mixed() -> None:
     """A layer whose states are a million times larger counts no more than the others."""
     readout = build_readout(ReadoutSettings(name="weighted_layers"), Needs("whole", "last", 2), 4, seed=0)
-    values = torch.randn(3, 2, 1, 4, generator=torch.Generator().manual_seed(0))
-    mask = torch.ones(3, 1, dtype=torch.bool)
-    larger = values * torch.tensor([1e6, 1.0])[:, None, None]
-    torch.testing.assert_close(readout(States(larger, mask)), readout(States(values, mask)), rtol=1e-4, atol=1e-5)
+    values = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    larger = values * torch.tensor([1e6, 1.0])[:, None]
+    torch.testing.assert_close(readout(States(larger, [1, 1, 1])), readout(States(values, [1, 1, 1])), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["layerwise_attention", "full_attention_pooling"])
 def test_tokens_are_normalised_before_they_are_weighed(name: ReadoutName) -> None:
     """Some transformers have single tokens with states a thousand times larger, which would take all the attention."""
     readout = build_readout(ReadoutSettings(name=name), Needs("whole", "all", 2), 4, seed=0)
-    values = torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(0))
-    mask = torch.ones(3, 5, dtype=torch.bool)
-    larger = values * torch.tensor([1.0, 1000.0, 1.0, 30.0, 1.0])[:, None]
-    torch.testing.assert_close(readout(States(larger, mask)), readout(States(values, mask)), rtol=1e-4, atol=1e-5)
+    values = torch.randn(10, 2, 4, generator=torch.Generator().manual_seed(0))
+    larger = values * torch.tensor([1.0, 1000.0, 1.0, 30.0, 1.0] * 2)[:, None, None]
+    torch.testing.assert_close(readout(States(larger, [3, 5, 2])), readout(States(values, [3, 5, 2])), rtol=1e-4, atol=1e-5)
 
 
 def test_the_head_has_hidden_layers_and_dropout_acts_in_training_alone(tokenizer: Any) -> None:
@@ -372,11 +370,11 @@ def test_the_head_has_hidden_layers_and_dropout_acts_in_training_alone(tokenizer
 def test_readouts_compute_in_float32_over_bfloat16_states_and_under_autocast(name: ReadoutName) -> None:
     needs = Needs("whole", "all", 3 if ReadoutSettings(name=name).reads_layers else 1)
     readout = build_readout(ReadoutSettings(name=name), needs, 8, seed=0)
-    values = torch.randn(2, needs.layers, 4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    mask = torch.ones(2, 4, dtype=torch.bool)
-    expected = readout(States(values.float(), mask))
+    values = torch.randn(5, needs.layers, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    lengths = [3, 2] if name in ("mean_pool", "layerwise_attention", "full_attention_pooling") else [1] * 5
+    expected = readout(States(values.float(), lengths))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = readout(States(values, mask))
+        scores = readout(States(values, lengths))
     assert scores.dtype == torch.float32 and torch.equal(scores, expected)
     assert all(parameter.dtype == torch.float32 for parameter in readout.parameters())
 

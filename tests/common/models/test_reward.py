@@ -83,7 +83,7 @@ def test_last_token_is_a_linear_head_by_hand() -> None:
     readout = LastToken(2)
     with torch.no_grad():
         readout.score.weight.copy_(torch.tensor([[1.0, 10.0]]))
-    states = States(torch.tensor([[4.0, 5.0], [2.0, 3.0]])[:, None, None], torch.ones(2, 1, dtype=torch.bool))
+    states = States(torch.tensor([[4.0, 5.0], [2.0, 3.0]])[:, None], [1, 1])
     assert readout(states).tolist() == [54.0, 32.0]
 
 
