@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,34 @@ def build_backbone(kind: str) -> Any:
     )
 
 
+@dataclass
+class Epochs:
+    """Wall and CPU seconds of each epoch's training steps, and the loss of each."""
+
+    marks: list[list[tuple[float, float]]] = field(default_factory=list)
+    losses: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def watch(cls, module: Any) -> Epochs:
+        """Those that a LightningModule's class will make."""
+        seen = cls()
+
+        def on_train_epoch_start(self: Any) -> None:
+            seen.marks.append([(time.perf_counter(), time.process_time())])
+
+        def on_train_batch_end(self: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            seen.marks[-1].append((time.perf_counter(), time.process_time()))
+            seen.losses.append(outputs["loss"].detach().clone())
+
+        module.on_train_epoch_start, module.on_train_batch_end = on_train_epoch_start, on_train_batch_end
+        return seen
+
+    def figures(self, steps: int) -> dict[str, Any]:
+        """Seconds of every epoch, losses of the first `steps` steps."""
+        wall, cpu = ([marks[-1][clock] - marks[0][clock] for marks in self.marks] for clock in (0, 1))
+        return {"epochs": wall, "cpu": cpu, "losses": [float(loss) for loss in self.losses[:steps]]}
+
+
 def measure(options: argparse.Namespace, readout: str) -> dict[str, Any]:
     """Train once in this process, and tell how long what took."""
     from benchmarks.synthetic import peak_rss_mib, versions
@@ -135,17 +164,7 @@ def measure(options: argparse.Namespace, readout: str) -> dict[str, Any]:
     from reward_model.classification.module import PairModule
     from reward_model.classification.train_reward import main as train
 
-    epochs: list[list[tuple[float, float]]] = []
-    losses: list[Any] = []
     filled = {"seconds": 0.0, "bytes": 0, "answers": 0}
-
-    def on_train_epoch_start(self: Any) -> None:
-        epochs.append([(time.perf_counter(), time.process_time())])
-
-    def on_train_batch_end(self: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        epochs[-1].append((time.perf_counter(), time.process_time()))
-        losses.append(outputs["loss"].detach().clone())
-
     read_from_cache = training.read_from_cache
 
     def watched(*arguments: Any, **keywords: Any) -> Any:
@@ -156,7 +175,7 @@ def measure(options: argparse.Namespace, readout: str) -> dict[str, Any]:
         filled.update(seconds=time.perf_counter() - begun, bytes=size, answers=len(kept))
         return rows
 
-    PairModule.on_train_epoch_start, PairModule.on_train_batch_end = on_train_epoch_start, on_train_batch_end  # type: ignore[method-assign]
+    seen = Epochs.watch(PairModule)
     training.read_from_cache, training.SCORE_SAMPLE = watched, 8  # moments of scores are no part of an epoch
     records = pair_records(build_rows(options.n))
     options.set = [
@@ -169,11 +188,8 @@ def measure(options: argparse.Namespace, readout: str) -> dict[str, Any]:
     ]
     with tempfile.TemporaryDirectory() as folder:
         run_script(train, Path(folder), build_backbone(READOUTS[readout]), {"train": records, "val": records[:1]}, options)
-    steps = -(-options.n // options.batch)
     return {
-        "epochs": [marks[-1][0] - marks[0][0] for marks in epochs],
-        "cpu": [marks[-1][1] - marks[0][1] for marks in epochs],
-        "losses": [float(loss) for loss in losses[:steps]],
+        **seen.figures(steps=-(-options.n // options.batch)),
         "fill": filled["seconds"],
         "bytes": filled["bytes"],
         "answers": filled["answers"],
@@ -182,9 +198,9 @@ def measure(options: argparse.Namespace, readout: str) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+def table(found: dict[str, dict[str, list[dict[str, Any]]]], first: str = "readout") -> str:
     """Markdown: medians over rounds."""
-    head = ["readout", "epoch", "cached", "ratio", "by CPU", "fill", "break-even", "bytes", "loss", "peak MiB, cached"]
+    head = [first, "epoch", "cached", "ratio", "by CPU", "fill", "break-even", "bytes", "loss", "peak MiB, cached"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for readout, ways in found.items():
         plain, cached = ways["never"], ways["cached"]

@@ -52,15 +52,19 @@ def build_rows(count: int, seed: int = 0) -> list[Row]:
     return rows
 
 
+def records(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """The rows as a data file has them."""
+    return [{"Question": text(ids[1 : prompt - 1]), "Answer": text(ids[prompt:-1])} for ids, prompt in rows]
+
+
 def ours(options: argparse.Namespace, rows: Sequence[Row]) -> Clock:
     from benchmarks.synthetic import build_policy
     from sft.module import SFTModule
     from sft.train_sft import main as train
 
-    records = [{"Question": text(ids[1 : prompt - 1]), "Answer": text(ids[prompt:-1])} for ids, prompt in rows]
     clock = watch(SFTModule)
     with tempfile.TemporaryDirectory() as folder:
-        run_script(train, Path(folder), build_policy(options.size), {"train": records, "val": records[:1]}, options)
+        run_script(train, Path(folder), build_policy(options.size), {"train": records(rows), "val": records(rows[:1])}, options)
     return clock
 
 

@@ -100,10 +100,12 @@ def test_states_are_those_of_the_model_at_rest_and_its_modes_stay(tokenizer: Any
     model.readout.eval()
     [first, *_] = answers = cached_answers(model, ROWS, tmp_path, state_facts(model, tokenizer, "float32"), pad_id=0, show_progress=False)
     assert model.backbone.training and not model.readout.training
-    found, mask = first.states.rows.gather([answer.row for answer in answers])
+    found, lengths = first.states.rows.gather([answer.row for answer in answers])
     with torch.no_grad():
-        expected = model.eval().backbone(**rows_of(ROWS)).last_hidden_state
-    torch.testing.assert_close(found[:, 0][mask], expected[mask], rtol=1e-5, atol=1e-6)
+        inputs = rows_of(ROWS)
+        expected = model.eval().backbone(**inputs).last_hidden_state[inputs["attention_mask"].bool()]
+    assert lengths == [5, 2, 3]
+    torch.testing.assert_close(found[:, 0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_states_of_mixed_precision_are_computed_under_it(tokenizer: Any, tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_states_of_mixed_precision_are_computed_under_it(tokenizer: Any, tmp_pat
     for autocast in (None, torch.bfloat16):
         facts = state_facts(model, tokenizer, "float32", autocast)
         answers = cached_answers(model, ROWS, tmp_path, facts, pad_id=0, autocast=autocast, show_progress=False)
-        found.append(answers[0].states.rows.gather(range(len(ROWS)))[0][:, 0, 0])
+        found.append(answers[0].states.rows.gather(range(len(ROWS)))[0][:, 0])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model.backbone(**rows_of(ROWS)).last_hidden_state[range(len(ROWS)), [len(row.input_ids) - 1 for row in ROWS]]
     assert (found[1] - found[0]).abs().max() > 1e-3
@@ -147,5 +149,5 @@ def test_forwards_hold_as_many_padded_tokens_as_memory_does_or_one_row(
     cache, digests = StateCache(tmp_path, facts), row_digests([RewardInput([number]) for number in range(6)])
     fill(cache, digests, lengths, compute, in_order=in_order, show_progress=False)
     assert forwards == expected
-    values, mask = cache.rows(digests).gather(range(6))
-    assert mask.sum(1).tolist() == lengths.tolist() and values[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    values, tokens = cache.rows(digests).gather(range(6))
+    assert tokens == lengths.tolist() and values[:, 0, 0].tolist() == [float(row) for row in range(6) for _ in range(tokens[row])]
