@@ -210,8 +210,8 @@ def test_states_of_rows_read_again_give_the_same_scores(model_type: str, name: R
 def test_rows_of_states_make_a_batch_by_hand() -> None:
     rows = [torch.arange(4.0).view(2, 2, 1), torch.tensor([[[7.0], [8.0]]])]  # two tokens and one, of two layers
     states = collate_states(rows)
-    assert states.values[..., 0].tolist() == [[[0.0, 2.0], [1.0, 3.0]], [[7.0, 0.0], [8.0, 0.0]]]
-    assert states.mask.tolist() == [[True, True], [True, False]]
+    assert states.values[..., 0].tolist() == [[0.0, 1.0], [2.0, 3.0], [7.0, 8.0]] and states.lengths == [2, 1]
+    assert all(torch.equal(*pair) for pair in zip(states.rows(), rows, strict=True))
 
 
 # --- which text enters where
