@@ -63,10 +63,12 @@ class ComparisonConfig(RewardConfig):
     @model_validator(mode="after")
     def _only_what_is_compared(self) -> Self:
         params = self.model_params
+        defaults = ComparisonParams().model_dump()
         foreign = set(ComparisonParams.model_fields) - set(_OWN[self.objective].model_fields)
         problems: dict[tuple[Any, ...], str] = {
             ("model_params", name): f"got {getattr(params, name)}, expected nothing here: objective {self.objective} has no such setting"
             for name in sorted(foreign & params.model_fields_set)
+            if getattr(params, name) != defaults[name]  # a config that a comparison wrote names them all
         }
         if params.readout != ReadoutSettings():
             problems["model_params", "readout"] = "expected nothing here: `readouts` lists those to compare"

@@ -228,6 +228,14 @@ def test_a_comparison_goes_on_with_more_of_the_same_alone(write_config: Any, tmp
             check(*overrides, rows=rows)
 
 
+@pytest.mark.parametrize("kind", ["pair", "score"])
+def test_the_settings_that_a_comparison_wrote_can_be_compared_again(kind: str, write_config: Any, tmp_path: Path) -> None:
+    config = load_config(ComparisonConfig, comparison_config(write_config, kind))
+    (tmp_path / "compared").mkdir()
+    written = compare_readouts.write_config(tmp_path / "compared", compare_readouts.resolved_dict(config))
+    assert load_config(ComparisonConfig, written) == config
+
+
 @pytest.mark.parametrize(
     ("mode", "values", "best"),
     [("min", [0.5, 0.25, 0.75], 1), ("max", [0.5, 0.25, 0.75], 2), ("min", [None, 7.0], 1), ("max", [None, -7.0], 1)],
