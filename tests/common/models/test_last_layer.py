@@ -79,6 +79,14 @@ def test_a_model_that_computes_activations_again_computes_them_for_all_tokens() 
     assert set(entered) == {17}
     torch.testing.assert_close(states, expected[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, expected[1], rtol=1e-4, atol=1e-5)
+    assert read(model.eval(), last)[2] == [3]  # at rest nothing is computed again
+
+
+def test_the_trial_draws_no_dropout_and_modes_stay() -> None:
+    model = make("gpt_neo", resid_dropout=0.5, embed_dropout=0.5).train()
+    model.h[0].eval()
+    assert LastFeedForward.find(model) is not None
+    assert model.training and not model.h[0].training
 
 
 def test_blocks_of_another_kind_are_left_alone() -> None:
@@ -89,3 +97,5 @@ def test_blocks_of_another_kind_are_left_alone() -> None:
     del block.second
     block.mlp.register_forward_hook(lambda _, __, states: states + states.mean(1, keepdim=True))
     assert LastFeedForward.find(model) is None  # a token's result hangs on other tokens
+    block.mlp, block.idle = torch.nn.Identity(), torch.nn.Linear(16, 16)
+    assert LastFeedForward.find(model) is None  # a part that nothing runs
