@@ -6,8 +6,10 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
+A = TypeVar("A")
+B = TypeVar("B")
 EXIT_USER_ERROR = 2
 
 
@@ -18,6 +20,20 @@ class UserError(ValueError):
         assert problems, "a UserError needs at least one problem"
         self.problems = tuple(problems)
         super().__init__("\n".join(problems))
+
+
+def both(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
+    """What two checks give that do not need each other. Raises one UserError with the problems of both."""
+    problems: list[str] = []
+    results: list[Any] = []
+    for check in (first, second):
+        try:
+            results.append(check())
+        except UserError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return results[0], results[1]
 
 
 _located: Callable[[str], str] | None = None

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from common.config import parse_command_line, resolved_dict
 from common.config_yaml import read_marked_yaml
-from common.errors import UserError, run_main
+from common.errors import UserError, both, run_main
 from common.failed_start import removed_if_unused
 from common.notes import say
 from common.run_length import check_training_length
@@ -39,7 +39,7 @@ from common.runs import (
 from common.score_transform import ScoreTransform
 from reward_model.classification.margins import check_margins
 from reward_model.comparison_config import ComparisonConfig
-from reward_model.inputs import check_fresh_model, check_models, describe, idle_settings, read_training_data
+from reward_model.inputs import Kind, check_fresh_model, check_models, describe, idle_settings, read_training_data
 from reward_model.regression.train_reward import check_pairs
 
 # What may differ when a comparison goes on: how much is compared, and what changes no figure.
@@ -55,8 +55,8 @@ def main(argv: Sequence[str]) -> int:
     check_start(config, root if earlier is None else None)
     for note in idle_settings(config):
         say(note)
-    check_models(config)
-    splits = read_training_data(config, "pair" if config.objective == "pairs" else "score")
+    kind: Kind = "pair" if config.objective == "pairs" else "score"
+    _, splits = both(lambda: check_models(config), lambda: read_training_data(config, kind))
     for note in [*splits.notes, *(check_margins(splits, config.model_params) if config.objective == "pairs" else [])]:
         say(note)
     for note in check_training_length(invocation, len(splits.train), config.data.batch_size):

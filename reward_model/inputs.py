@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from common.devices import check_cuda, check_trainer_devices
-from common.errors import UserError
+from common.errors import UserError, both
 from common.model_init import check_buildable, check_fresh_length, check_room
 from common.model_source import ModelSource, check_length, check_model_source, check_prompt_format
 from common.records import PairRecord, Prompt, ScoreRecord, Splits, read_rows
@@ -66,8 +66,10 @@ def read_test_data(config: RewardTestConfig, kind: Kind) -> tuple[ModelSource, S
     if config.cuda:
         check_cuda("cuda", "set cuda: false")
     setting = "test_params.test_model_path" if config.test_params.test_model_path else "model_name"
-    source = check_model_source(name, setting=setting, role="reward", trust_remote_code=config.trust_remote_code)
-    return source, read_rows(data.data_dir, kind, data, seed=config.seed, require=(data.split,))
+    return both(
+        lambda: check_model_source(name, setting=setting, role="reward", trust_remote_code=config.trust_remote_code),
+        lambda: read_rows(data.data_dir, kind, data, seed=config.seed, require=(data.split,)),
+    )
 
 
 def breakdown_values(records: Sequence[PairRecord | ScoreRecord], names: Sequence[str]) -> list[tuple[str, ...]]:

@@ -17,7 +17,7 @@ if __name__ == "__main__":
     sys.path[0] = str(STAGE_DIR.parent)  # modules have one import name, whichever folder this runs from
 
 from common.config import parse_command_line
-from common.errors import run_main
+from common.errors import both, run_main
 from common.notes import say
 from common.resume import begin, check_data, say_finished
 from common.run_length import check_save_interval
@@ -35,8 +35,7 @@ def main(argv: Sequence[str]) -> int:
     if resume is not None and resume.finished:
         say_finished(resume)
         return 0
-    sources = check_models(config)
-    splits = read_prompts(config)
+    sources, splits = both(lambda: check_models(config), lambda: read_prompts(config))
     prompts = training_prompts(splits, config.data_config)
     steps = total_steps(config, len(prompts))
     interval = config.save_config.save_interval if "save_interval" in config.save_config.model_fields_set else None

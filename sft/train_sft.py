@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 from common.config import parse_command_line
 from common.devices import check_trainer_devices
-from common.errors import UserError, run_main
+from common.errors import UserError, both, run_main
 from common.evaluation.generation_options import generation_options
 from common.model_init import check_buildable, check_fresh_length, check_room
 from common.model_source import check_length, check_model_source, check_prompt_format
@@ -55,8 +55,9 @@ def main(argv: Sequence[str]) -> int:
     if resume is not None and resume.finished:
         say_finished(resume)
         return 0
-    check_models(config)
-    splits = read_rows(data.data_dir, "sft", data, seed=config.seed, require=("train", "val"))
+    _, splits = both(
+        lambda: check_models(config), lambda: read_rows(data.data_dir, "sft", data, seed=config.seed, require=("train", "val"))
+    )
     for note in [*splits.notes, *check_training_length(invocation, len(splits.train), data.batch_size)]:
         say(note)
     check_data(invocation, resume, splits.fingerprint)

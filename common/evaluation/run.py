@@ -21,7 +21,7 @@ from typing import Any
 
 from common.config import parse_command_line, resolved_dict
 from common.devices import check_bfloat16, check_cuda
-from common.errors import UserError
+from common.errors import UserError, both
 from common.evaluation.config import GenerationTestConfig
 from common.evaluation.csv_log import CsvLog
 from common.evaluation.generation_options import generation_options, idle_options
@@ -65,8 +65,7 @@ def run_generation_test(argv: Sequence[str], *, stage_dir: Path, description: st
     invocation = parse_command_line(GenerationTestConfig, stage_dir, argv, description=description, add_options=_add_options)
     config = invocation.config
     invocation.print_notes()
-    subjects = _check_subjects(config, invocation.options.compare)
-    data = evaluation_rows(config.data, config.seed)
+    subjects, data = both(lambda: _check_subjects(config, invocation.options.compare), lambda: evaluation_rows(config.data, config.seed))
     for note in _notes(config, data):
         print(f"note: {note}")
     if invocation.validate_only:

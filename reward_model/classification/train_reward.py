@@ -17,7 +17,7 @@ if __name__ == "__main__":
     sys.path[0] = str(STAGE_DIR.parents[1])
 
 from common.config import parse_command_line
-from common.errors import run_main
+from common.errors import both, run_main
 from common.notes import say
 from common.resume import begin, check_data, say_finished
 from common.run_length import check_training_length
@@ -38,8 +38,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     for note in idle_settings(config):
         say(note)
-    check_models(config)
-    splits = read_training_data(config, "pair")
+    _, splits = both(lambda: check_models(config), lambda: read_training_data(config, "pair"))
     about_length = check_training_length(invocation, len(splits.train), config.data.batch_size)
     for note in [*splits.notes, *about_length, *check_margins(splits, config.model_params)]:
         say(note)

@@ -17,7 +17,7 @@ if __name__ == "__main__":
     sys.path[0] = str(STAGE_DIR.parents[1])
 
 from common.config import parse_command_line
-from common.errors import UserError, run_main
+from common.errors import UserError, both, run_main
 from common.notes import say
 from common.records import ScoreRecord, question_key
 from common.resume import begin, check_data, say_finished
@@ -41,8 +41,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     for note in idle_settings(config):
         say(note)
-    check_models(config)
-    splits = read_training_data(config, "score")
+    _, splits = both(lambda: check_models(config), lambda: read_training_data(config, "score"))
     for note in [*splits.notes, *check_training_length(invocation, len(splits.train), config.data.batch_size)]:
         say(note)
     scores = [record.score for record in splits.train]
