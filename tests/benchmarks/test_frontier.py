@@ -78,13 +78,20 @@ def test_the_table_compares_gains_within_the_same_kl() -> None:
 
 
 def test_the_table_of_a_document_has_the_methods_of_several_coefficients(tmp_path: Path) -> None:
-    other = [replace(point, setting=0.2) for point in points() if point.method == "PPO"]
-    rloo = [replace(point, method="RLOO") for point in points() if point.method == "PPO"]
-    measured = [*points(), *other, *rloo]
+    """Two seeds, two splits, two coefficients of PPO, one of RLOO."""
+    plain = [*points(0.5, seed=0), *points(1.0, seed=1)]
+    plain += [replace(point, split="train") for seed in (0, 1) for point in points(0.25, seed)]
+    other = [replace(point, setting=0.2) for point in plain if point.method == "PPO"]
+    rloo = [replace(point, method="RLOO") for point in plain if point.method == "PPO"]
+    measured = [*plain, *other, *rloo]
     save(tmp_path / "f.json", {"methods": {"PPO": [], "RLOO": []}}, table(measured), measured)
     lines = markdown(json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))).splitlines()
     assert lines[0] == "| test questions: within nats | best of n | PPO | of best of n (least seed) | optimum |"
-    assert "| 1 | 1.000 | 0.500 | 0.50 (0.50) | 1.100 |" in lines
+    assert [line for line in lines if line.startswith("| 1 |")] == [
+        "| 1 | 1.000 | 0.750 | 0.75 (0.50) | 1.100 |",
+        "| 1 | 1.000 | 0.250 | 0.25 (0.25) | 1.100 |",
+    ]
+    assert lines[lines.index("") + 1].startswith("| train questions: within nats |")
 
 
 def test_the_picture_is_written(tmp_path: Path) -> None:
