@@ -87,6 +87,8 @@ def test_a_name_without_a_group_is_an_override(config: Path) -> None:
     assert load(config, "desc=small").desc == "small"
     [problem] = problems(config, "readout=small")
     assert problem.startswith("override readout: unknown key")
+    [problem] = problems(config, "../configs=c")
+    assert problem.startswith("override ../configs: ")
     assert problems(config, "=c") == ["override =c: expected section.key=value, got no key before ="]
 
 
