@@ -47,11 +47,13 @@ def columns_of(source: ModelSource, columns: Sequence[str]) -> tuple[str, ...]:
     return (*columns, "spread") if source.readouts > 1 else tuple(columns)
 
 
-def open_log(config: RewardTestConfig, source: ModelSource, data_fingerprint: str, columns: Sequence[str]) -> CsvLog:
-    """The CSV of this evaluation, continued if the same model was being evaluated on the same rows."""
+def open_log(
+    config: RewardTestConfig, source: ModelSource, data_fingerprint: str, columns: Sequence[str], *, only_resume: bool = False
+) -> CsvLog:
+    """The CSV of this evaluation, continued if the same model was being evaluated on the same rows; `only_resume`: else refused."""
     limits = {"max_length": config.data.max_length, "max_prompt_length": config.data.max_prompt_length}
     identity = {"model": model_identity(source), "data": data_fingerprint, "split": config.data.split, **limits}
-    log = CsvLog(config.test_params.log_file, columns_of(source, columns), identity)
+    log = CsvLog(config.test_params.log_file, columns_of(source, columns), identity, only_resume=only_resume)
     if log.note:
         print(log.note)
     return log

@@ -2,11 +2,13 @@
 
 Beside `NAME.csv` lies `NAME.csv.state.json` with the number of bytes and rows that are complete and what was evaluated. Started again
 on the same, an evaluation keeps those rows; started on something else (another model, other data), the old file is kept aside as
-`NAME.previous.csv` and a new one begins. `NAME.csv.lock` is held as long as an evaluation writes; it may be deleted afterwards.
+`NAME.previous.csv` and a new one begins; under `--resume` it is refused. `NAME.csv.lock` is held as long as an evaluation writes; it may
+be deleted afterwards.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import fcntl
 import io
@@ -30,7 +32,8 @@ class CsvLog:
     While it is open (until `close`, or the end of object or process), no other one opens the same file.
     """
 
-    def __init__(self, path: Path | str, columns: Sequence[str], identity: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | str, columns: Sequence[str], identity: Mapping[str, Any], *, only_resume: bool = False) -> None:
+        """`only_resume`: raise UserError where there is nothing of this evaluation to go on with."""
         self.path = Path(path)
         self.columns = tuple(columns)
         self.rows: list[dict[str, str]] = []
@@ -46,7 +49,7 @@ class CsvLog:
             raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from None
         self._release = weakref.finalize(self, os.close, lock)
         try:
-            if not self._continue():
+            if not self._continue(only_resume):
                 self._begin()
         except BaseException as error:
             self.close()
@@ -69,11 +72,15 @@ class CsvLog:
         self.rows.extend(plain)
         self._save_state()
 
-    def _continue(self) -> bool:
+    def _continue(self, only_resume: bool) -> bool:
         if not self.path.is_file():
+            if only_resume:
+                raise UserError(f"--resume: {self.path} is not there to go on with; without --resume the evaluation begins")
             return False
         state = self._read_state()
         if state is None or state["identity"] != self._identity or self.path.stat().st_size < state["bytes"]:
+            if only_resume:
+                raise UserError(f"--resume: {self.path} is of another model, other data or settings; without --resume it is kept aside")
             previous = self.path.with_name(f"{self.path.stem}.previous{self.path.suffix}")
             self.path.replace(previous)
             self.note = f"{self.path.name} was of another evaluation and is now {previous.name}"
@@ -112,6 +119,11 @@ class CsvLog:
         except (OSError, ValueError):
             return None
         return state if isinstance(state, dict) and {"identity", "rows", "bytes"} <= state.keys() else None
+
+
+def add_resume_option(parser: argparse.ArgumentParser) -> None:
+    """`--resume` of an evaluation, which goes on by itself where it can: as `options.only_resume`."""
+    parser.add_argument("--resume", dest="only_resume", action="store_true", help="only go on with the rows in log_file, never begin anew")
 
 
 def _locked(path: Path) -> int:

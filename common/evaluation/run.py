@@ -23,7 +23,7 @@ from common.config import parse_command_line, resolved_dict
 from common.devices import check_bfloat16, check_cuda
 from common.errors import UserError, both
 from common.evaluation.config import GenerationTestConfig
-from common.evaluation.csv_log import CsvLog
+from common.evaluation.csv_log import CsvLog, add_resume_option
 from common.evaluation.generation_options import generation_options, idle_options
 from common.evaluation.identity import model_identity
 from common.evaluation.report import COLUMNS, differences, differences_table, figures, figures_table
@@ -71,12 +71,13 @@ def run_generation_test(argv: Sequence[str], *, stage_dir: Path, description: st
     if invocation.validate_only:
         print(f"valid: {invocation.config_path}; {config.data.data_dir}: {len(data.rows):,} {config.data.split} questions")
         return 0
-    evaluations = [_evaluate(subject, data, config) for subject in subjects]
+    evaluations = [_evaluate(subject, data, config, only_resume=invocation.options.only_resume) for subject in subjects]
     _report(evaluations, config)
     return 0
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
+    add_resume_option(parser)
     parser.add_argument("--compare", metavar="MODEL", help="a second model (directory or hub name) that answers the same questions")
 
 
@@ -146,9 +147,9 @@ def _notes(config: GenerationTestConfig, data: EvaluationRows) -> list[str]:
 # --- answers -----------------------------------------------------------------------------------------------------------------------
 
 
-def _evaluate(subject: Subject, data: EvaluationRows, config: GenerationTestConfig) -> Evaluation:
+def _evaluate(subject: Subject, data: EvaluationRows, config: GenerationTestConfig, *, only_resume: bool) -> Evaluation:
     """Answer the rows that the subject's CSV does not hold yet, appending every `save_steps`."""
-    with contextlib.closing(CsvLog(subject.log_file, COLUMNS, _identity(subject, data, config))) as log:
+    with contextlib.closing(CsvLog(subject.log_file, COLUMNS, _identity(subject, data, config), only_resume=only_resume)) as log:
         if log.note:
             print(log.note)
         done, total = len(log.rows), len(data.rows)

@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 from common.config import parse_command_line
 from common.errors import run_main
+from common.evaluation.csv_log import add_resume_option
 from common.records import PairRecord, question_key
 from reward_model.classification.report import ScoredPair, pair_report
 from reward_model.config import RewardTestConfig
@@ -34,7 +35,7 @@ COLUMNS = ("question", "chosen", "rejected", "chosen_score", "rejected_score", "
 
 
 def main(argv: Sequence[str]) -> int:
-    invocation = parse_command_line(RewardTestConfig, STAGE_DIR, argv, description=__doc__ or "")
+    invocation = parse_command_line(RewardTestConfig, STAGE_DIR, argv, description=__doc__ or "", add_options=add_resume_option)
     config = invocation.config
     invocation.print_notes()
     source, splits = read_test_data(config, "pair")
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
     from reward_model import evaluation
 
-    log = evaluation.open_log(config, source, splits.fingerprint, COLUMNS)
+    log = evaluation.open_log(config, source, splits.fingerprint, COLUMNS, only_resume=invocation.options.only_resume)
     scorer = evaluation.load_scorer(config)
     for start in range(len(log.rows), len(pairs), config.test_params.save_steps):
         log.append(scored_rows(scorer, pairs[start : start + config.test_params.save_steps]))

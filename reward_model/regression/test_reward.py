@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 from common.config import parse_command_line
 from common.errors import run_main
+from common.evaluation.csv_log import add_resume_option
 from common.model_source import ModelSource
 from common.records import ScoreRecord, question_key
 from reward_model.config import RewardTestConfig
@@ -33,7 +34,7 @@ COLUMNS = ("question", "answer", "target_score", "pred_score", "mse")
 
 
 def main(argv: Sequence[str]) -> int:
-    invocation = parse_command_line(RewardTestConfig, STAGE_DIR, argv, description=__doc__ or "")
+    invocation = parse_command_line(RewardTestConfig, STAGE_DIR, argv, description=__doc__ or "", add_options=add_resume_option)
     config = invocation.config
     invocation.print_notes()
     source, splits = read_test_data(config, "score")
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
     from reward_model import evaluation
 
-    log = evaluation.open_log(config, source, splits.fingerprint, COLUMNS)
+    log = evaluation.open_log(config, source, splits.fingerprint, COLUMNS, only_resume=invocation.options.only_resume)
     scorer = evaluation.load_scorer(config)
     for start in range(len(log.rows), len(records), config.test_params.save_steps):
         log.append(scored_rows(scorer, records[start : start + config.test_params.save_steps]))

@@ -131,3 +131,14 @@ def test_a_refused_file_can_be_opened_once_it_is_mended(tmp_path: Path) -> None:
         CsvLog(path, COLUMNS, {})
     path.write_bytes(whole)
     assert len(CsvLog(path, COLUMNS, {}).rows) == 1 and caught.value.problems
+
+
+def test_resume_goes_on_or_refuses(tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    with pytest.raises(UserError, match="is not there to go on with"):
+        CsvLog(path, COLUMNS, {"model": "m"}, only_resume=True)
+    CsvLog(path, COLUMNS, {"model": "m"}).append(ROWS)
+    with pytest.raises(UserError, match="is of another model, other data or settings"):
+        CsvLog(path, COLUMNS, {"model": "other"}, only_resume=True)
+    assert not (tmp_path / "out.previous.csv").exists()
+    assert len(CsvLog(path, COLUMNS, {"model": "m"}, only_resume=True).rows) == len(ROWS)

@@ -19,6 +19,7 @@ from transformers import (
     DynamicCache,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    GPTNeoModel,
     PreTrainedModel,
     StaticCache,
 )
@@ -519,3 +520,20 @@ def test_every_stage_reads_the_switch(tokenizer: Any, tmp_path: Path, on: bool) 
     for model in (load_model(sft, [])[0], scorer, load_policy(ppo, tokenizer, 0)[0]):
         kinds = {type(module) for module in model.modules()}
         assert (FusedGPTNeoSelfAttention in kinds, FusedNewGELU in kinds) == (on, on)
+
+
+def test_the_activation_is_computed_anew_for_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    original = fused.gelu
+    monkeypatch.setattr(fused, "gelu", lambda input, approximate: calls.append(1) or original(input, approximate=approximate))
+    torch.manual_seed(0)
+    model = GPTNeoModel(GPTNeoConfig(vocab_size=9, hidden_size=8, num_layers=1, num_heads=2, attention_types=[[["global"], 1]]))
+    set_fused(model)
+    hidden = torch.randn(3, 5, 8, requires_grad=True)
+    output = model.h[0].mlp(hidden)
+    assert len(calls) == 1
+    output.sum().backward()
+    assert len(calls) == 2
+    # Autograd holds the hook that keeps tensors, and with it whatever it refers to.
+    pack = fused._computed_anew(original(hidden), hidden).pack_hook
+    assert not [cell for cell in pack.__closure__ if isinstance(cell.cell_contents, Tensor)]
