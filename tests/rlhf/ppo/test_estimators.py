@@ -249,7 +249,9 @@ def test_scores_that_are_alike_up_to_rounding_teach_nothing_and_say_so_once(
 
 
 @pytest.mark.parametrize("settings", ESTIMATED, ids=lambda settings: settings["advantage_estimator"])
-@pytest.mark.parametrize("scores", [[0.7, 0.7001, 0.7, 0.7], [1e4, 1e4 + 1, 1e4, 1e4], [1e-3, 2e-3, 1e-3, 1e-3]])
+@pytest.mark.parametrize(
+    "scores", [[0.7, 0.7001, 0.7, 0.7], [1e4, 1e4 + 1, 1e4, 1e4], [1e6, 1e6 + 100, 1e6, 1e6], [1e-3, 2e-3, 1e-3, 1e-3]]
+)
 def test_scores_that_differ_a_little_teach(
     scores: list[float], settings: dict[str, Any], build: Build, batch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,6 +262,24 @@ def test_scores_that_differ_a_little_teach(
     assert not torch.equal(parameters(trainer), before) and "alike" not in capsys.readouterr().out
 
 
+def test_what_large_values_leave_of_scores_is_rounding(build: Build, batch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = build(optimizer="adam", **ESTIMATED[0])
+    torch.nn.init.zeros_(trainer.model.v_head.summary.weight)
+    torch.nn.init.constant_(trainer.model.v_head.summary.bias, 1e4)
+    before = parameters(trainer)
+    trainer.step([batch.queries[0]] * 4, batch.responses, [0.7, 0.701, 0.7, 0.7])  # float32 has steps of 1e-3 there
+    assert torch.equal(parameters(trainer), before) and "all scores alike" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", ESTIMATED[1:], ids=lambda settings: settings["advantage_estimator"])
+def test_one_answer_with_tokens_among_empty_ones_teaches(settings: dict[str, Any], build: Build, batch: Any) -> None:
+    """Its advantage is the mean over all tokens, too, but not their baseline."""
+    trainer = build(optimizer="adam", **settings)
+    before = parameters(trainer)
+    trainer.step([batch.queries[0]] * 4, [batch.responses[0], [], [], []], [1.0, 0.0, 0.0, 0.0])
+    assert not torch.equal(parameters(trainer), before)
+
+
 def test_alike_is_what_is_alike_in_all_processes(in_ranks: Any) -> None:
     mask, parts = tensor([[True, False]]), [tensor([[1.0, 9.0]]), tensor([[1.0 + 1e-7, 3.0]]), tensor([[1.1, 0.0]])]
 
@@ -267,6 +287,8 @@ def test_alike_is_what_is_alike_in_all_processes(in_ranks: Any) -> None:
         return are_alike(parts[runtime.rank], mask, 1.0, centre=True, reduce=runtime.sum)
 
     assert in_ranks(2, work) == [True, True] and in_ranks(3, work) == [False] * 3
+    parts = [tensor([[1.0, 9.0]]), tensor([[0.9, 9.0]]), tensor([[1.1, 9.0]])]  # the first is their mean
+    assert in_ranks(3, work) == [False] * 3
     assert not are_alike(parts[0], mask, 1.0, centre=False) and not are_alike(parts[0], ~mask & mask, 1.0, centre=True)
 
 
