@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -149,6 +150,7 @@ def train(
             padding_free=model.packs,
             root=runs_root,
             keeps_states=config.model_params.kept_states is not None,
+            closing=lambda: score_with_a_copy(model, tokenizer, train_rows, objective.stage, config),
         )
         return runs_root
 
@@ -320,6 +322,22 @@ def read_from_cache(
         known = started_answers(lower, answers, folder, facts, packs=model.packs, **arguments)
     upcoming = iter(known)
     return [[replace(row, answers=tuple(islice(upcoming, len(row.answers)))) for row in rows] for rows in splits]
+
+
+def score_with_a_copy(
+    model: RewardModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], stage: Stage, config: RewardConfig
+) -> None:
+    """Score a batch of the longest rows beside the trained model, as `record_score_moments` does after training."""
+    batch_size = config.data.val_batch_size or config.data.batch_size
+    longest = sorted(rows, key=lambda row: row.length)[-batch_size:]
+    scorer = RewardScorer(
+        copy.deepcopy(model),
+        batch_size=batch_size,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        tokenizer=tokenizer,
+        manifest=new_manifest(stage, tokenizer),
+    )
+    scorer.score_members([answer for row in longest for answer in row.answers][:batch_size])
 
 
 def record_score_moments(directory: Path, answers: Sequence[Answer], config: RewardConfig) -> tuple[float, float]:

@@ -97,6 +97,7 @@ def rehearse(
         "trainer": trainer.state_dict(),
         "reward": trainer.reward.state_dict(),
     }
+    checkpoint = model_bytes(trainer.model.pretrained_model, trainer.tokenizer) + state_size(state)
     words = [f"{name} {statistics.fmean(line[phase] for line in lines if phase in line):.3g} s" for name, phase in _named(PHASES)]
     return Forecast(
         device=str(trainer.runtime.device),
@@ -107,8 +108,8 @@ def rehearse(
         steps_seconds=steps * each,
         validations=evaluations,
         validations_seconds=evaluations * evaluation,
-        memory_gib=peak_memory_gib(trainer.runtime.device),
-        checkpoint_bytes=model_bytes(trainer.model.pretrained_model, trainer.tokenizer) + state_size(state),
+        memory_gib=peak_memory_gib(trainer.runtime.device),  # that of saving, too, by now
+        checkpoint_bytes=checkpoint,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,12 @@ def report_training(
     padding_free: bool,
     root: Path,
     keeps_states: bool,
+    closing: Callable[[], object] = lambda: None,
 ) -> None:
     """Print what a training would take. Raises UserError where it could not run or could not keep its checkpoints in `root`.
 
-    keeps_states: whether the run would keep states of layers that do not train, which nothing here does.
+    keeps_states: whether the run would keep states of layers that do not train, which nothing here does. closing: what takes as much memory
+    as the run does after training.
     """
     forecast = rehearse(
         config.trainer,
@@ -64,6 +66,7 @@ def report_training(
         processes=processes,
         padding_free=padding_free,
         seed=config.seed,
+        closing=closing,
     )
     name = config.trainer.ckpt_path or config.model_name
     cached = "cache: the run computes states of layers that do not train once and keeps them; measured without, so it takes less than this"
@@ -94,6 +97,7 @@ def rehearse(
     processes: int = 1,
     padding_free: bool,
     seed: int,
+    closing: Callable[[], object] = lambda: None,
 ) -> Forecast:
     """Train on the longest batch of the first epoch and on a typical one, validate on the longest and a typical one, in this process alone.
 
@@ -110,7 +114,8 @@ def rehearse(
         lengths = plan.lengths[batch.indices]
         return int(lengths.sum() if padding_free else lengths.max() * len(lengths))
 
-    longest, typical = _longest_and_typical(batches, [tokens(train_plan, batch) for batch in batches])
+    used = batches[: total_steps * accumulate]
+    longest, typical = _longest_and_typical(used, [tokens(train_plan, batch) for batch in used])
     shown = [longest] * 2 + [typical] * TYPICAL_STEPS
     val_shown = _longest_and_typical(val_batches, [tokens(val_plan, batch) for batch in val_batches])[:2] if val_batches else ()
     watch = Stopwatch(accumulate)
@@ -139,8 +144,8 @@ def rehearse(
         Cost(tokens(train_plan, batch), seconds / accumulate)
         for batch, seconds in ((longest, watch.steps[1]), (typical, statistics.median(watch.steps[2:])))
     ]
-    per_epoch = seconds_of((tokens(train_plan, batch) for batch in batches), *step)
-    steps_seconds = per_epoch * total_steps / math.ceil(len(batches) / accumulate)
+    once_through = seconds_of((tokens(train_plan, batch) for batch in used), *step)
+    steps_seconds = once_through * total_steps / math.ceil(len(used) / accumulate)
     count, once = validations(settings, len(train_plan.batches(0)), total_steps), 0.0
     if val_shown:
         val_step = [
@@ -148,6 +153,7 @@ def rehearse(
             for batch, seconds in zip(val_shown, (watch.val_batches[0], watch.val_batches[-1]), strict=True)
         ]
         once = seconds_of((tokens(val_plan, batch) for batch in val_batches), *val_step) + watch.val_rest
+    closing()
     return Forecast(
         device=str(trainer.strategy.root_device),
         measured=f"the longest batch of the first epoch ({counted(len(longest.indices), 'row')}, {step[0].tokens:,} tokens) "
