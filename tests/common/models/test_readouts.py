@@ -303,12 +303,12 @@ def test_gated_attention_by_hand() -> None:
 
 
 def test_mean_pool_is_the_score_of_the_normalised_mean_of_real_tokens() -> None:
-    readout = build_readout(ReadoutSettings(name="mean_pool"), Needs("whole", "all"), 2, seed=0)
+    readout = build_readout(ReadoutSettings(name="mean_pool"), Needs("whole", "all"), 3, seed=0)
     with torch.no_grad():
-        readout.score.weight.copy_(torch.tensor([[1.0, 3.0]]))
-    values = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 1.0]])[:, None]
-    # the mean of the first row is (2, 4): normalised (-1, 1); that of the second (1, -1)
-    assert readout(States(values, [2, 1])).tolist() == pytest.approx([2.0, -2.0])
+        readout.score.weight.copy_(torch.tensor([[1.0, 3.0, 5.0]]))
+    values = torch.tensor([[0.0, 3.0, 0.0], [6.0, 3.0, 0.0], [5.0, 0.0, 1.0]])[:, None]
+    # the mean of the first row is (3, 3, 0): normalised (1, 1, -2) / sqrt(2); that of the second (3, -2, -1) / sqrt(14 / 3)
+    assert readout(States(values, [2, 1])).tolist() == pytest.approx([-6 / math.sqrt(2), -8 / math.sqrt(14 / 3)])
 
 
 @pytest.mark.parametrize(
