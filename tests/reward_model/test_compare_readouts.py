@@ -16,8 +16,9 @@ from common.errors import UserError
 from common.models.load import build_backbone, train_tokenizer
 from common.models.reward import RewardModel
 from common.provenance import GitState
-from common.readout_settings import READS, ReadoutSettings
+from common.readout_settings import READS, Needs, ReadoutSettings
 from common.records import PairRecord, Prompt, ScoreRecord
+from common.score_transform import ScoreTransform
 from reward_model import compare_readouts, comparison
 from reward_model.comparison_config import ComparisonConfig, label
 from reward_model.comparison_report import Compared, Comparison, Measured, Rows, States, markdown, picture
@@ -121,12 +122,13 @@ def test_scores_a_rate_for_each_readout_and_those_that_make_no_sense(write_confi
 
 
 def test_a_backbone_that_trains_has_no_states_to_keep(write_config: Any, trained: list[str]) -> None:
-    config = comparison_config(write_config, seeds=[1], readouts=["mean_pool"])
-    directory = compare(config, "model_params.freeze_backbone=false")
+    config = comparison_config(write_config, readouts=["mean_pool"])
+    directory = compare(config, "model_params.freeze_backbone=false", "keep_models=true")
     found = Comparison.load(json.loads((directory / "comparison.json").read_text()))
-    assert trained == ["mean_pool 1"] and found.states == [] and not (config.parent / "models" / "state_cache").exists()
+    assert trained == ["mean_pool 1", "mean_pool 2"] and found.states == [] and not (config.parent / "models" / "state_cache").exists()
     assert found.readouts[0].parameters == found.backbone_parameters + 32
-    assert found.readouts[0].test is not None and len(found.readouts[0].test.seeds) == 1
+    assert found.readouts[0].test is not None and len(found.readouts[0].test.seeds) == 2
+    assert len(list((directory / "runs" / "reward_classification").glob("*/checkpoints"))) == 2
 
 
 SENSELESS = {"gpt_neo": {"attention_pooled_encoder", "attention_pooled_decoder", "decoder_output"}, "t5": set()}
@@ -226,6 +228,35 @@ def test_a_comparison_goes_on_with_more_of_the_same_alone(write_config: Any, tmp
     ):
         with pytest.raises(UserError, match=f"compares under other settings: {named}; start a new one without --resume"):
             check(*overrides, rows=rows)
+
+
+def test_the_best_checkpoint_scores_what_it_did_not_learn_from(write_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(ComparisonConfig, comparison_config(write_config))
+    own = config.run(ReadoutSettings(), 1e-3, 1, backbone="any", folder=tmp_path, cache=tmp_path)
+    run, loaded = comparison.Run(ReadoutSettings(), own, tmp_path / "run"), []
+
+    class Scorer:
+        def __init__(self, name: str, **_: Any) -> None:
+            loaded.append(name)
+
+        def score_inputs(self, answers: list[float]) -> list[float]:
+            return [answer / 2 for answer in answers]
+
+    def train(*_: Any) -> None:
+        run.directory.mkdir()
+        (run.directory / "summary.json").write_text('{"steps": 3, "best_value": 0.5}')
+
+    monkeypatch.setattr(comparison, "RewardScorer", Scorer)
+    monkeypatch.setattr(comparison, "train", train)
+    monkeypatch.setattr(comparison, "objective_of", lambda *_: SimpleNamespace(transform=ScoreTransform(shift=1.0, scale=2.0)))
+    rows = {"train": [(9.0, 9.0)], "val": [(1.0, 2.0), (3.0, 4.0)], "test": [(5.0, 6.0)]}
+    answers = {split: [SimpleNamespace(answers=row) for row in found] for split, found in rows.items()}
+    prepared = comparison.Prepared(Needs("whole", "last"), 0, answers)
+    comparison.train_and_score(run, None, prepared, SimpleNamespace(around=lambda objective: objective))
+    finished = run.finished
+    assert finished is not None and loaded == [str(run.directory / "best")]
+    assert finished["scores"] == {"val": [2.0, 3.0, 4.0, 5.0], "test": [6.0, 7.0]}  # x / 2 * 2 + 1
+    assert (finished["steps"], finished["best_value"]) == (3, 0.5)
 
 
 @pytest.mark.parametrize("kind", ["pair", "score"])
