@@ -178,6 +178,8 @@ def _field_description(schema: type[BaseModel], path: KeyPath) -> str:
 def _unknown(path: KeyPath, schema: type[BaseModel]) -> tuple[str, str | None]:
     """What to say of a key that its section does not have, and the name of the setting that was probably meant."""
     key = str(path[-1])
+    if key.startswith("index-"):
+        return f"a comma inside {{…}} begins a new entry; quote the path of the run: '…,{key}'", None
     section = section_of(type_at(schema, path[:-1]))
     names = list(section.model_fields) if section is not None else []
     places = [found for found, _ in walk_fields(schema)]

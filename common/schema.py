@@ -191,6 +191,12 @@ class FreezeSettings(Section):
         flags = (self.freeze_emb, self.freeze_ln, self.freeze_attn, self.freeze_ff, self.freeze_other)
         return any(flags) if self.do_freeze is None else self.do_freeze
 
+    @property
+    def switch(self) -> str:
+        """The setting that makes `active` true, as it stands in the config."""
+        flags = ("freeze_emb", "freeze_ln", "freeze_attn", "freeze_ff", "freeze_other")
+        return next((flag for flag in flags if self.do_freeze is None and getattr(self, flag)), "do_freeze")
+
 
 class LoraSettings(Section):
     """LoRA adapters (peft) instead of full or frozen weights."""

@@ -50,7 +50,7 @@ class RewardModelParams(ModelParams):
             return {key: problem + whole for key, problem in super().frozen_part_problems().items()}
         acting = {
             "lora": self.lora is not None and "adapters train it",
-            "do_freeze": self.active and "nothing is left for freeze_* to freeze",
+            self.switch: self.active and "nothing is left for freeze_* to freeze",
             "layers_not_to_freeze": bool(self.layers_not_to_freeze) and f"got {self.layers_not_to_freeze}",
             "dropout": bool(self.dropout) and f"got {self.dropout}; it runs without dropout (readout.dropout is the head's)",
             "gradient_checkpointing": self.gradient_checkpointing and "got true, but no activations are kept",

@@ -132,6 +132,12 @@ def test_deep_nesting_and_alias_bombs_are_one_line(stage: Path) -> None:
     assert any("aliases (*) make more than 10,000 values" in line for line in lines)
 
 
+def test_a_run_s_comma_inside_braces_is_named(stage: Path) -> None:
+    assert problems(SFTConfig, stage, SFT, "trainer={ckpt_path: models/desc-a,index-1/best}") == [
+        "override trainer: trainer.index-1/best: a comma inside {…} begins a new entry; quote the path of the run: '…,index-1/best'",
+    ]
+
+
 def test_keys_with_line_breaks_stay_on_one_line(stage: Path) -> None:
     known = len(SFTConfig.model_fields)
     assert problems(SFTConfig, stage, SFT + '"a\\nb": 1\n', 'wandb."c\nd"=1') == [

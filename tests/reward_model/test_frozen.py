@@ -118,7 +118,8 @@ def test_a_full_disk_is_one_line_before_anything_is_written(write_config, monkey
     ("settings", "expected"),
     [
         ({"freeze_backbone": True, "lora": {}}, "model_params.lora: adapters train it, and freeze_backbone is true"),
-        ({"freeze_backbone": True, "freeze_emb": True}, "model_params.do_freeze: nothing is left for freeze_"),
+        ({"freeze_backbone": True, "freeze_emb": True}, "model_params.freeze_emb: nothing is left for freeze_"),
+        ({"freeze_backbone": True, "do_freeze": True}, "model_params.do_freeze: nothing is left for freeze_"),
         ({"freeze_backbone": True, "layers_not_to_freeze": [-1]}, "model_params.layers_not_to_freeze: got [-1], and freeze_backbone"),
         ({"freeze_backbone": True, "dropout": 0.1}, "model_params.dropout: got 0.1; it runs without dropout"),
         ({"freeze_backbone": True, "gradient_checkpointing": True}, "model_params.gradient_checkpointing: got true, but no activations"),
