@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
+from pydantic import BaseModel
 
-from common.checkpoint import Manifest, Stage, read_manifest, verify_directory
+from common.checkpoint import Manifest, Stage, read_manifest, tokenizer_fingerprint, verify_directory
 from common.config import Invocation, resolved_dict
 from common.disk import check_writable
 from common.errors import UserError
 from common.failed_start import removed_if_unused
 from common.followers import followed_run
 from common.notes import say
-from common.run_lock import locked
+from common.run_lock import locked, refuse_locked
 from common.runs import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -34,7 +35,11 @@ from common.runs import (
 from common.schema import RunSettings
 from common.training_state import STATE_FILES, read_training_state
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 AUTO = "auto"
+ABSENT = "nothing"
 C = TypeVar("C", bound=RunSettings)
 
 # What may differ when a run goes on: it changes no number. A section stands for all that is in it.
@@ -79,10 +84,10 @@ class ResumePoint:
         assert self.manifest.step is not None, "checkpoints of a run know their step"
         return self.manifest.step
 
-    def check_config(self, resolved: Mapping[str, Any]) -> list[str]:
+    def check_config(self, config: BaseModel) -> list[str]:
         """Refuse a config under which the run would be another one; returns a line for each other setting that differs.
 
-        resolved: what `resolved_dict` gives. Raises UserError with a line per setting.
+        A setting that is newer than the run may be at its default. Raises UserError with a line per setting.
         """
         path = self.run_dir / CONFIG_FILE
         try:
@@ -90,14 +95,19 @@ class ResumePoint:
         except (OSError, yaml.YAMLError) as error:
             raise UserError(f"{path}: cannot be read, and --resume compares the config with it: {error}") from None
         free, problems = [], []
-        for name, (old, new) in differences(before, dict(resolved)).items():
-            if is_free(name):
+        for name, (old, new) in differences(before, resolved_dict(config)).items():
+            if is_free(name) or (old == ABSENT and is_default(config, name)):
                 free.append(f"{name}: {new} from here on, {old} before")
             else:
                 problems.append(f"{name}: got {new}, but the run began with {old}; a resumed run keeps it (a new one: no --resume)")
         if problems:
             raise UserError(*problems)
         return free
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a tokenizer whose ids mean other text than those that the run's weights have learnt."""
+        if tokenizer_fingerprint(tokenizer) != self.manifest.tokenizer_fingerprint:
+            raise UserError(f"--resume: the tokenizer is not that of {self.checkpoint}; was the model that the run starts from replaced?")
 
     def check_data(self, fingerprint: str, *, allow_change: bool) -> str | None:
         """Refuse other training data than the run began with, or, where that is allowed, say so."""
@@ -117,13 +127,25 @@ def is_free(setting: str) -> bool:
     return any(".".join(parts[:count]) in FREE_SETTINGS for count in range(1, len(parts) + 1))
 
 
+def is_default(config: BaseModel, setting: str) -> bool:
+    """Whether nobody set this setting (`section.key`)."""
+    *sections, key = setting.split(".")
+    for section in sections:
+        if section not in config.model_fields_set:
+            return True
+        config = getattr(config, section)
+        if not isinstance(config, BaseModel):
+            return False
+    return key in type(config).model_fields and key not in config.model_fields_set
+
+
 def differences(before: Any, now: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> (value before, value now) of each setting that differs; `nothing` where one of them has no such setting."""
+    """Dotted name -> (value before, value now) of each setting that differs; `ABSENT` where one of them has no such setting."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return {} if before == now else {prefix: (before, now)}
     found: dict[str, tuple[Any, Any]] = {}
     for name in [*before, *(name for name in now if name not in before)]:
-        found |= differences(before.get(name, "nothing"), now.get(name, "nothing"), f"{prefix}.{name}" if prefix else str(name))
+        found |= differences(before.get(name, ABSENT), now.get(name, ABSENT), f"{prefix}.{name}" if prefix else str(name))
     return found
 
 
@@ -143,6 +165,8 @@ def resume_point(wish: str | None, root: Path, settings: RunSettings, stage: Sta
 def point_in(path: Path, stage: Stage) -> ResumePoint:
     """Where a run goes on, given its directory (the last good checkpoint is taken) or one of its checkpoints. Raises UserError."""
     run_dir, wanted = _named(path)
+    if followed_run() is None:
+        refuse_locked(run_dir)  # a process that is about to end may still save a newer checkpoint
     candidates = [wanted] if wanted is not None else checkpoints_in(run_dir / CHECKPOINTS_FOLDER)[::-1]
     if not candidates:
         raise UserError(f"{run_dir}: the run has no checkpoint to go on from yet; start it anew, without --resume")
@@ -171,7 +195,7 @@ def begin(invocation: Invocation[C], root: Path, stage: Stage) -> ResumePoint | 
     if point is None or not point.finished:
         check_writable(root if point is None else point.run_dir)
     if point is not None:
-        for note in [*point.notes, *point.check_config(resolved_dict(invocation.config))]:
+        for note in [*point.notes, *point.check_config(invocation.config)]:
             say(note)
         if not point.finished:
             say(f"going on with {point.run_dir} after step {point.step:,}")
@@ -213,6 +237,8 @@ def _named(wish: Path) -> tuple[Path, Path | None]:
     if not path.is_dir():
         raise UserError(f"--resume: {wish} is no directory; expected a run (…/desc-…,index-N) or one of its checkpoints")
     if path.parent.name == CHECKPOINTS_FOLDER:
+        if path not in checkpoints_in(path.parent):
+            raise UserError(f"--resume: {wish} is no checkpoint of its run any more; rename it to step-N first, N as it was")
         return path.parent.parent, path
     if not (path / CONFIG_FILE).is_file():
         raise UserError(

@@ -41,7 +41,24 @@ def locked(run_dir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def refuse_locked(run_dir: Path) -> None:
+    """Raise UserError where another process holds the directory now; this one holds nothing afterwards."""
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(run_dir / LOCK_FILE, os.O_RDWR)
+        try:
+            _take(descriptor, run_dir)
+        finally:
+            os.close(descriptor)
+
+
 def _hold(descriptor: int, run_dir: Path) -> None:
+    if _take(descriptor, run_dir):
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+
+
+def _take(descriptor: int, run_dir: Path) -> bool:
+    """Take the lock; False on a file system without locks. Raises UserError where another process holds it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -50,6 +67,5 @@ def _hold(descriptor: int, run_dir: Path) -> None:
             f"{run_dir}: another process writes this run{f' (process {holder})' if holder else ''}; wait for its end or stop it"
         ) from None
     except OSError:
-        return
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"{os.getpid()}\n".encode())
+        return False
+    return True

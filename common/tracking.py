@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
+from common.errors import UserError
 from common.runs import write_summary, write_text_atomically
 from common.schema import API_PLACEHOLDERS, WandbSettings
 
@@ -66,18 +67,13 @@ class Sink(Protocol):
 class Tracker:
     """One run's metrics, tables and summary. Use it in a `with`; an exception inside ends the trackers as failed."""
 
-    def __init__(self, run_dir: Path, *, stage: str = "", is_main: bool = True, position: int | None = None) -> None:
-        """Metrics go to `run_dir`; processes that are not main write nothing at all.
-
-        position: where a run that goes on had got to (`Tracker.position`); what was logged after it is logged again.
-        """
+    def __init__(self, run_dir: Path, *, stage: str = "", is_main: bool = True) -> None:
+        """Metrics go to `run_dir`; processes that are not main write nothing at all."""
         self.run_dir = Path(run_dir)
         self.stage = stage
         self.is_main = is_main
         self._sinks: dict[str, Sink] = {}
         self._finished = False
-        if is_main and position is not None:
-            os.truncate(self.run_dir / METRICS_JSONL, position)
         self._log = (self.run_dir / METRICS_JSONL).open("a", encoding="utf-8") if is_main else None
 
     @classmethod
@@ -92,14 +88,13 @@ class Tracker:
         directions: Mapping[str, Best] | None = None,
         is_main: bool = True,
         init_arguments: Mapping[str, Any] | None = None,
-        position: int | None = None,
     ) -> Tracker:
         """Open a run's metrics and, where asked for, wandb and TensorBoard.
 
         `config` is the resolved configuration without secrets. `directions` says for metrics (by full name) whether `min` or `max` is
         best, beside what `better` knows. `init_arguments` are further arguments of `wandb.init`.
         """
-        tracker = cls(run_dir, stage=stage, is_main=is_main, position=position)
+        tracker = cls(run_dir, stage=stage, is_main=is_main)
         if not is_main:
             return tracker
         if wandb is not None and wandb_mode(wandb) != "disabled":
@@ -118,6 +113,18 @@ class Tracker:
             return 0
         os.fsync(self._log.fileno())  # a checkpoint will count on them
         return os.fstat(self._log.fileno()).st_size
+
+    def go_back(self, position: int) -> None:
+        """Take back the lines after `position`, where a run that goes on had got to: they are logged again.
+
+        Raises UserError where lines before it are missing.
+        """
+        if self._log is None:
+            return
+        if self.position < position:
+            path = self.run_dir / METRICS_JSONL
+            raise UserError(f"{path}: holds {self.position} bytes, {position} when the checkpoint was saved; put back what was cut off")
+        self._log.truncate(position)
 
     def __enter__(self) -> Tracker:
         return self

@@ -104,7 +104,9 @@ def train(
     processes, followed = processes_here(config.trainer), followed_run()
 
     # 1. model and tokenizer
-    tokenizer, model = start_model(config, (text for record in splits.train for text in objective.texts(record)))
+    tokenizer, model = start_model(config, (text for record in splits.train for text in objective.texts(record)), resume)
+    if resume is not None:
+        resume.check_tokenizer(tokenizer)
     prepared = prepare_model(model, config)
 
     # 2. rows -> ids -> loaders
@@ -189,7 +191,6 @@ def train(
                 wandb=config.wandb,
                 tensorboard=config.tensorboard,
                 is_main=followed is None,
-                position=None if resume is None else resume.state["metrics"],
             )
         )
         opening = opening_lines(
@@ -232,11 +233,13 @@ def on_devices(config: RewardConfig) -> TrainerSettings:
     return settings
 
 
-def start_model(config: RewardConfig, texts: Iterable[str]) -> tuple[PreTrainedTokenizerBase, RewardModel]:
+def start_model(
+    config: RewardConfig, texts: Iterable[str], resume: ResumePoint | None = None
+) -> tuple[PreTrainedTokenizerBase, RewardModel]:
     """The model that training starts from, in training mode, and its tokenizer, whose padding is a token of its own.
 
     ckpt_path: a whole reward model with its head. model_name: the transformer under any model, with a fresh head. model_init: a fresh
-    transformer and a tokenizer trained on `texts`.
+    transformer and a tokenizer trained on `texts`, or that of a run that goes on.
     """
     params, trust = config.model_params, config.trust_remote_code
     if config.trainer.ckpt_path is not None:
@@ -247,7 +250,7 @@ def start_model(config: RewardConfig, texts: Iterable[str]) -> tuple[PreTrainedT
         give_pad_token(tokenizer, model.backbone)
         return tokenizer, model.train()
     if config.model_init is not None:
-        tokenizer = train_tokenizer(texts, config.model_init.vocab_size)
+        tokenizer = train_tokenizer(texts, config.model_init.vocab_size) if resume is None else load_tokenizer(str(resume.checkpoint))
         backbone = build_backbone(config.model_init, tokenizer, config.data.max_length, config.seed)
         backbone.to(getattr(torch, params.model_dtype))
     else:

@@ -52,6 +52,8 @@ def train(
 
     # 1. policy, reward pipeline
     tokenizer = load_tokenizer(params.model_name, trust_remote_code=config.trust_remote_code)
+    if resume is not None:
+        resume.check_tokenizer(tokenizer)
     model, table = load_policy(config, tokenizer, seed)
     model.to(runtime.device)
     pipeline = build_pipeline(config.reward_config, device=runtime.device, trust_remote_code=config.trust_remote_code)

@@ -65,7 +65,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
     check_trainer(config.trainer)
 
     # 1. model and tokenizer
-    model, tokenizer = load_model(config, splits.train)
+    model, tokenizer = load_model(config, splits.train, resume)
     is_encoder_decoder = bool(model.config.is_encoder_decoder)
     freezing = apply_freezing(model, config.model_params)
     if config.model_params.gradient_checkpointing:
@@ -135,7 +135,6 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
             config=resolved,
             wandb=config.wandb,
             tensorboard=config.tensorboard,
-            position=None if resume is None else resume.state["metrics"],
         ) as tracker:
             answer = answering(config, model, tokenizer, answered, prompts, tracker) if answered else None
             module = SFTModule(reader, config.model_params, total_steps, answer)
@@ -169,10 +168,12 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
     return run_dir
 
 
-def load_model(config: SFTConfig, train_rows: Sequence[SFTRecord]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    config: SFTConfig, train_rows: Sequence[SFTRecord], resume: ResumePoint | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model to train and its tokenizer: from a directory or the hub, or built with a tokenizer trained on `train_rows`.
 
-    `trainer.ckpt_path` replaces where the weights come from.
+    `trainer.ckpt_path` replaces where the weights come from. A run that goes on keeps its tokenizer.
     """
     name = config.trainer.ckpt_path or config.model_name
     if name is not None:
@@ -181,9 +182,11 @@ def load_model(config: SFTConfig, train_rows: Sequence[SFTRecord]) -> tuple[PreT
     else:
         assert config.model_init is not None  # the config holds one of the two
         texts = (text for row in train_rows for text in (render_prompt(row.prompt), answer_text(row.answer, "qa")))
-        tokenizer = train_tokenizer(texts, config.model_init.vocab_size)
+        tokenizer = train_tokenizer(texts, config.model_init.vocab_size) if resume is None else load_tokenizer(str(resume.checkpoint))
         model = build_generator(config.model_init, tokenizer, config.data.max_length, config.seed)
         model.to(getattr(torch, config.model_params.model_dtype))
+    if resume is not None:
+        resume.check_tokenizer(tokenizer)
     if config.model_params.dropout is not None:
         set_dropout(model, config.model_params.dropout)
     for note in set_fused(model, config.fused):

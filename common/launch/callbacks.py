@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ from common.launch.checkpointing import CheckpointKeeper
 from common.launch.runtime import peak_memory_gib
 from common.launch.signals import StopSignals
 from common.progress import Progress, duration, format_figure
+from common.resume import remove_leftovers
 from common.tracking import Tracker
 from common.training_state import trained_weights
 
@@ -278,7 +279,7 @@ def _shown(trainer: pl.Trainer) -> dict[str, float]:
 class Checkpoints(pl.Callback):
     """Saves every n optimizer steps or at each validation, at the end, and when a signal asks to stop. Goes last: it may leave.
 
-    `tracked()` is the position of the metrics. `state` is that of an earlier run that goes on.
+    `state` is that of an earlier run that goes on.
     """
 
     def __init__(
@@ -288,7 +289,7 @@ class Checkpoints(pl.Callback):
         total_steps: int,
         stop: StopSignals,
         report: ProgressReport,
-        tracked: Callable[[], int],
+        tracker: Tracker,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         self.keeper = keeper
@@ -296,7 +297,7 @@ class Checkpoints(pl.Callback):
         self.total_steps = total_steps
         self.stop = stop
         self.report = report
-        self.tracked = tracked
+        self.tracker = tracker
         self.state = state
         self.frozen = ""  # digest of the weights that do not train
         self.validated = bool(state and state["validated"])
@@ -305,6 +306,13 @@ class Checkpoints(pl.Callback):
         self._between_steps = False
         self._validates = False  # the state of the last step is still to be validated
         self._due = False
+
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """Make files and metrics what they were when this state was saved; call it once nothing can be refused any more."""
+        if self.tracker.is_main:
+            remove_leftovers(self.keeper.folder)
+            self.keeper.load_state_dict(state["keeper"], state["step"])
+            self.tracker.go_back(state["metrics"])
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.install()  # Lightning has put its own handler of SIGTERM in front
@@ -409,7 +417,7 @@ class Checkpoints(pl.Callback):
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "scaler": None if scaler is None else scaler.state_dict(),
-            "metrics": self.tracked(),
+            "metrics": self.tracker.position,
         }
 
 

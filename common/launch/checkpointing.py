@@ -12,7 +12,7 @@ from typing import Any
 from common.checkpoint import record_metrics
 from common.fault_points import reached
 from common.notes import say
-from common.runs import CHECKPOINTS_FOLDER, checkpoints_in, replace_symlink, step_of
+from common.runs import CHECKPOINTS_FOLDER, SUMMARY_FILE, checkpoints_in, replace_symlink, step_of
 from common.schema import CheckpointSettings, resolve_monitor
 from common.training_state import write_training_state
 
@@ -106,13 +106,15 @@ class CheckpointKeeper:
         return self.best or self.last
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on from the checkpoint of `step`, whose state this is: later checkpoints are set aside."""
-        for path in checkpoints_in(self.folder):
+        """Go on from the checkpoint of `step`, whose state this is: the run is finished no longer, later checkpoints are set aside."""
+        (self.run_dir / SUMMARY_FILE).unlink(missing_ok=True)
+        for path in reversed(checkpoints_in(self.folder)):  # killed in between, the newest one left is what the run goes on from
             if step_of(path) > step:
                 set_aside(path)
         there = {step_of(path) for path in checkpoints_in(self.folder)}
         self._ranked = [(ranked_step, value) for ranked_step, value in state["ranked"] if ranked_step in there]
-        self.best_metrics = dict(state["best_metrics"])
+        best_is_there = bool(self._ranked) and self._ranked[0][0] == state["ranked"][0][0]
+        self.best_metrics = dict(state["best_metrics"]) if best_is_there else {}
         self._named = {kept: list(named) for kept, named in state["named"].items() if kept in there}
         self._named[step] = [ranked_step for ranked_step, _ in self._ranked]
         self.last = self.path(step)

@@ -39,7 +39,7 @@ from common.launch.checkpointing import BEST, CheckpointKeeper, SaveFn
 from common.launch.loopback import meeting_on_loopback
 from common.launch.runtime import peak_memory_gib
 from common.launch.signals import StopSignals
-from common.resume import ResumePoint, remove_leftovers
+from common.resume import ResumePoint
 from common.schema import DataSettings, TrainerSettings
 from common.tracking import Tracker
 from common.training_state import check_start_weights, frozen_weights, load_trained_weights, weights_digest
@@ -240,12 +240,7 @@ def build_trainer(
     report = ProgressReport(metrics, total_steps, shows_progress and followed_run() is None)
     keeper = CheckpointKeeper.from_settings(run_dir, save, settings.checkpoint, choices)
     state = None if resume is None else resume.state
-    if resume is not None and state is not None and tracker.is_main:
-        remove_leftovers(keeper.folder)
-        keeper.load_state_dict(state["keeper"], resume.step)
-    checkpoints = Checkpoints(
-        keeper, settings.checkpoint.every_n_train_steps, total_steps, StopSignals(), report, lambda: tracker.position, state
-    )
+    checkpoints = Checkpoints(keeper, settings.checkpoint.every_n_train_steps, total_steps, StopSignals(), report, tracker, state)
     trainer = lightning_trainer(
         params,
         logger=logger,
@@ -286,7 +281,9 @@ def fit(
         if trainer.world_size != state["processes"]:
             raise UserError(f"--resume: {trainer.world_size} processes now, {state['processes']} when the run began; start as many")
         check_start_weights(checkpoints.frozen, state["frozen"], "frozen weights")
+        trainer.precision_plugin.convert_module(module)  # as Lightning will: under bf16-true what was saved is bfloat16
         load_trained_weights(module, state["weights"])
+        checkpoints.go_back(state)
     leads = trainer.world_size > 1 and followed_run() is None
     with checkpoints.stop, quiet_lightning(), meeting_on_loopback() if leads else contextlib.nullcontext():
         try:

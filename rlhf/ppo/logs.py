@@ -32,12 +32,8 @@ def start_tracker(
     wandb: WandbSettings | None = None,
     tensorboard: bool = False,
     is_main: bool = True,
-    position: int | None = None,
 ) -> Tracker:
-    """Metrics to files in `directory`; by `config.log_with` to wandb (with these settings) or TensorBoard too.
-
-    position: where a run that goes on had got to.
-    """
+    """Metrics to files in `directory`; by `config.log_with` to wandb (with these settings) or TensorBoard too."""
     used: WandbSettings | None = None
     if config.log_with == "wandb":
         used = wandb or WandbSettings()
@@ -52,7 +48,6 @@ def start_tracker(
         directions={MONITOR: "max"},
         is_main=is_main,
         init_arguments=dict(config.tracker_kwargs.get("wandb", config.tracker_kwargs)),
-        position=position,
     )
 
 

@@ -24,11 +24,11 @@ from common.launch.signals import StopSignals
 from common.models.kinds import positions_of
 from common.progress import Progress, format_figure
 from common.prompts import PromptFormat
-from common.resume import ResumePoint, point_in, remove_leftovers
+from common.resume import ResumePoint, point_in, remove_leftovers, say_finished
 from common.run_lock import locked
 from common.runs import write_config
 from common.schema import GenerateParams, WandbSettings
-from common.tracking import Tracker
+from common.tracking import TIME, Tracker, read_metrics
 from common.training_state import check_start_weights, load_trained_weights, trained_weights, weights_digest
 from rlhf.config import PPOGeneration
 from rlhf.inputs import UNLIMITED_PROMPT, with_columns
@@ -138,6 +138,9 @@ def train(
 
     # 3. where it writes, or goes on
     output, point = _output(save_to, config, resume)
+    if point is not None and point.finished:
+        say_finished(point)
+        return read_history(point.run_dir)
     began_with = weights_digest(model.pretrained_model.state_dict()) if output is not None else ""
     state: dict[str, Any] | None = None
     if point is not None:
@@ -168,7 +171,6 @@ def train(
                     wandb=output.wandb,
                     tensorboard=output.tensorboard,
                     is_main=runtime.is_main,
-                    position=None if state is None else state["metrics"],
                 )
             )
             facts = {"prompt_format": prompt_format, "max_prompt_length": limit, "max_length": limit + params.max_new_tokens}
@@ -177,6 +179,8 @@ def train(
             if point is not None and state is not None:
                 remove_leftovers(keeper.folder)
                 keeper.load_state_dict(state["keeper"], point.step)
+                tracker.go_back(state["metrics"])
+                history += read_history(output.directory)
         stop = stack.enter_context(StopSignals())
 
         def log(figures: Mapping[str, float], step: int) -> None:
@@ -303,6 +307,11 @@ def calibrate(
     rollout = collect_rollout(model, tokenizer, [prompt.ids for prompt in prompts], params, seed=seed, **decoding)
     records = [prompt.record for prompt in prompts]
     pipeline.calibrate([record.prompt for record in records], rollout.texts, [record.columns for record in records], rollout.ended)
+
+
+def read_history(run_dir: Path) -> list[dict[str, float]]:
+    """What a run has logged so far, as `train` returns it."""
+    return [{name: value for name, value in line.items() if name != TIME} for line in read_metrics(run_dir)]
 
 
 def shown(figures: Mapping[str, float]) -> str:

@@ -280,3 +280,48 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, 
     with pytest.raises(UserError) as refused:
         main(["--config", str(path), "--resume"])
     assert len(refused.value.problems) == 3 and "no checkpoint is whole" in refused.value.problems[-1]
+
+
+def test_a_finished_run_that_goes_on_from_an_earlier_checkpoint_is_finished_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config(tmp_path, trainer={"checkpoint": {"dirpath": str(tmp_path / "models"), "every_n_train_steps": 1, "keep_last": 4}})
+    run(path)
+    run_dir = tmp_path / "models" / "desc-run,index-0"
+    expected = left_by(run_dir)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 3)
+        main(["--config", str(path), "trainer.checkpoint.keep_last=4", "--resume", str(run_dir / "checkpoints" / "step-000002")])
+    with pytest.raises(UserError, match="aside-step-000004 is no checkpoint of its run any more"):
+        main(["--config", str(path), "--resume", str(run_dir / "checkpoints" / "aside-step-000004")])
+    assert main(["--config", str(path), "--resume"]) == 0
+    assert "is finished" not in capsys.readouterr().out
+    assert left_by(run_dir) == expected
+
+
+def test_a_run_goes_on_though_a_newer_version_has_more_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = config(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 1)
+        main(["--config", str(path)])
+    then = tmp_path / "models" / "desc-run,index-0" / "config.yaml"
+    settings = yaml.safe_load(then.read_text())
+    del settings["model_params"]["weight_decay"], settings["trust_remote_code"]
+    then.write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match=r"model_params\.weight_decay: got 0\.5, but the run began with nothing"):
+        main(["--config", str(path), "--resume", "model_params.weight_decay=0.5"])
+    assert main(["--config", str(path), "--resume"]) == 0
+
+
+def test_a_run_that_goes_on_keeps_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = config(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 1)
+        main(["--config", str(path)])
+    rows = json.loads((tmp_path / "data.json").read_text())
+    for row in rows["train"]:
+        row["Answer"] = "zzz zzz " + row["Answer"]  # another tokenizer of this size would come of it
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    assert main(["--config", str(path), "--resume", "--allow_data_change"]) == 0
+    kept = tmp_path / "models" / "desc-run,index-0" / "checkpoints"
+    assert len({(folder / "tokenizer.json").read_bytes() for folder in kept.glob("step-*")}) == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.launch.checkpointing import CheckpointKeeper
+from common.training_state import read_training_state
 
 Extra = Callable[[Path], None]
 
@@ -87,3 +88,18 @@ def test_a_state_is_written_once(tmp_path: Path) -> None:
     kept = keeper(tmp_path)
     kept.save(1, {"val/loss": 1.0})
     assert kept.save(1) == tmp_path / "checkpoints" / "step-000001"  # save() would fail on an existing directory
+
+
+def test_going_back_keeps_the_newest_until_last_and_forgets_a_best_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = CheckpointKeeper(tmp_path, save, monitor="val/loss", mode="min", keep_last=9, keep_best=2)
+    for step, loss in [(1, 2.0), (2, 1.0), (3, 3.0), (4, 0.5), (5, 0.25)]:
+        kept.save(step, {"val/loss": loss})
+    (tmp_path / "summary.json").touch()
+    state = read_training_state(tmp_path / "checkpoints" / "step-000003")["keeper"]
+    (tmp_path / "checkpoints" / "step-000002").rename(tmp_path / "elsewhere")
+    moved = []
+    monkeypatch.setattr("common.launch.checkpointing.set_aside", lambda path: moved.append(path.name))
+    back = keeper(tmp_path)
+    back.load_state_dict(state, 3)
+    assert moved == ["step-000005", "step-000004"] and not (tmp_path / "summary.json").exists()
+    assert (back.best_value, back.best_metrics, linked(tmp_path, "best")) == (2.0, {}, 1)

@@ -112,7 +112,7 @@ def run(
             extra(staging)
             (staging / "facts.json").write_text(json.dumps({"step": step, "metrics": metrics}))
 
-    with Tracker(directory, stage="sft", position=None if resume is None else resume.state["metrics"]) as tracker:
+    with Tracker(directory, stage="sft") as tracker:
         trainer = build_trainer(
             settings,
             run_dir=directory,
@@ -181,6 +181,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "validation counted over epochs": {"accumulate": 1, "params": {"val_check_interval": 5, "check_val_every_n_epoch": None}},
     "the same batches always": {"accumulate": 1, "params": {"overfit_batches": 4}},
     "an end in mid-epoch": {"accumulate": 1, "every": 3, "params": {"max_steps": 8}},
+    "weights in bfloat16": {"accumulate": 2, "params": {"precision": "bf16-true"}},
 }
 
 
@@ -265,6 +266,27 @@ def test_another_number_of_processes_or_another_model_is_refused(tmp_path: Path,
     point.state["weights"]["other"] = torch.zeros(1)
     with pytest.raises(UserError, match="other is in them alone"):
         run(tmp_path / "run", accumulate=2, resume=point)
+
+
+def test_what_is_refused_loses_neither_metrics_nor_checkpoints(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"accumulate": 2, "every": 1}
+    run(tmp_path / "run", **options)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    earlier = checkpoints_in(tmp_path / "run" / "checkpoints")[-2]
+    point = ResumePoint(tmp_path / "run", earlier, Manifest(stage="sft", tokenizer_fingerprint="", step=step_of(earlier)))
+    point.state["frozen"] = "other"
+    with pytest.raises(UserError, match="the frozen weights are not those that the run began with"):
+        run(tmp_path / "run", resume=point, **options)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != "metrics.csv"}
+    assert after == {path: time for path, time in before.items() if path.name != "metrics.csv"}
+
+
+def test_metrics_that_were_cut_off_are_missed(tmp_path: Path) -> None:
+    interrupted(tmp_path / "run", "step", 4, accumulate=2)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"metrics\.jsonl: holds \d+ bytes, \d+ when the checkpoint was saved"):
+        run(tmp_path / "run", accumulate=2, resume=last(tmp_path / "run"))
 
 
 def test_the_state_holds_all_bits_and_no_pickle(tmp_path: Path) -> None:
