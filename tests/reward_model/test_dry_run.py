@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch._dynamo  # noqa: F401  # makes an empty folder among the temporary files when it is imported, and Lightning imports it
 
 from common.errors import UserError
 from reward_model.classification.train_reward import main as train_pairs

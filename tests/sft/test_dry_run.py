@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch._dynamo  # noqa: F401  # makes an empty folder among the temporary files when it is imported, and Lightning imports it
 import yaml
 
 from common.errors import UserError
