@@ -130,14 +130,15 @@ def test_layers_are_those_of_transformers_and_the_last_is_behind_the_final_norm(
 @pytest.mark.parametrize("token", ["all", "first", "last"])
 def test_a_line_gives_the_states_of_padded_rows(model_type: str, token: Any, tokenizer: Any) -> None:
     model = backbone(model_type, tokenizer)
-    lengths = torch.tensor([4, 11, 1])
-    ids = torch.arange(33).reshape(3, 11) + 20
+    lengths = torch.tensor([4, 11, 1, 10])
+    ids = torch.arange(44).reshape(4, 11) + 20
+    ids[3, :9] = ids[1, :9]  # a beginning that stands in the line once
     mask = torch.arange(11) < lengths[:, None]
     batch = RewardBatch(ids.masked_fill(~mask, 0), mask)
     with torch.no_grad():
         for layers in (1, 3):
             line, padded = (states_of(model, batch, Needs("whole", token, layers)) for states_of in (line_states, backbone_states))
-            assert line.lengths == padded.lengths == (lengths.tolist() if token == "all" else [1, 1, 1])
+            assert line.lengths == padded.lengths == (lengths.tolist() if token == "all" else [1] * 4)
             torch.testing.assert_close(line.values, padded.values, rtol=1e-5, atol=1e-5)
             assert line.values.shape == (sum(line.lengths), layers, 16)
 
