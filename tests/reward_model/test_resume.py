@@ -43,6 +43,7 @@ def left_by(run_dir: Path) -> dict[str, Any]:
     }
 
 
+FROZEN = {f"freeze_{group}": True for group in ("emb", "ln", "attn", "ff")}
 CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "pairs, two data workers": ("pair", {"data": {"num_workers": 2}, "model_params": {"dropout": 0.2}}, (1, 3)),
     "an ensemble by question": (
@@ -51,6 +52,11 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
         (2,),
     ),
     "scores with adapters": ("score", {"model_params": {"lora": {"r": 2}}}, (2, 5)),
+    "pairs above frozen layers": (
+        "pair",
+        {"model_params": {**FROZEN, "layers_not_to_freeze": [-1], "cache_states": "float32"}},
+        (3,),
+    ),
     "scores on cached states": ("score", {"model_params": {"freeze_backbone": True, "readout": {"name": "mean_pool"}}}, (3,)),
 }
 
