@@ -76,7 +76,7 @@ def test_it_says_what_the_run_takes_and_writes_nothing(config: Path, tmp_path: P
 
 
 def test_what_can_be_counted_is_what_the_run_does(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = ["trainer.params.max_steps=7", "trainer.params.val_check_interval=3"]
+    short = ["trainer.params.max_steps=7", "trainer.params.val_check_interval=3", "model_init.config.hidden_size=128"]
     out = reported(config, capsys, *short)
     assert main(["--config_file", str(config), *short]) == 0
     run_dir = tmp_path / "models" / "desc-run,index-0"
@@ -86,7 +86,7 @@ def test_what_can_be_counted_is_what_the_run_does(config: Path, tmp_path: Path, 
     [(total, trained)] = re.findall(r"model: ([\d,]+) parameters, ([\d,]+) of them train", printed)
     assert f"parameters: {total}, of which {trained} train and " in out
     on_disk = sum(path.stat().st_size for path in (run_dir / "last").resolve().rglob("*"))
-    assert float(re.findall(r"disk: ([\d.]+) KiB a checkpoint", out)[0]) * 1024 == pytest.approx(on_disk, rel=0.25)
+    assert float(re.findall(r"disk: ([\d.]+) MiB a checkpoint", out)[0]) * 2**20 == pytest.approx(on_disk, rel=0.05)
 
 
 def test_generated_answers_and_packed_rows_are_measured_too(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
