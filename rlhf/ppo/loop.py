@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from common.checkpoint import new_manifest, save_model_directory
@@ -24,9 +27,9 @@ from common.launch.signals import StopSignals
 from common.models.kinds import positions_of
 from common.progress import Progress, format_figure
 from common.prompts import PromptFormat
-from common.resume import ResumePoint, point_in, remove_leftovers, say_finished
+from common.resume import ResumePoint, differences, point_in, remove_leftovers, say_finished
 from common.run_lock import locked
-from common.runs import write_config
+from common.runs import CONFIG_FILE, write_config
 from common.schema import GenerateParams, WandbSettings
 from common.tracking import TIME, Tracker, read_metrics
 from common.training_state import check_start_weights, load_trained_weights, trained_weights, weights_digest
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
     from rlhf.ppo.config import PPOConfig
     from rlhf.ppo.trainer import PPOTrainer
 
+TRACKING = ("log_with", "tracker_project_name", "tracker_kwargs", "project_kwargs", "exp_name", "task_name")
+"""Settings that say where metrics go: a run that goes on may have others."""
 SHOWN_FIGURES = (MONITOR, "eval/kl", "eval/eos_rate", "eval/length")
 
 
@@ -137,7 +142,7 @@ def train(
     order = PromptOrder(len(training), config.batch_size, seed=config.seed, samples=each, world_size=runtime.world_size, rank=runtime.rank)
 
     # 3. where it writes, or goes on
-    output, point = _output(save_to, config, resume)
+    output, point = _output(save_to, config, resume, _fingerprint([*training, *held_out]))
     if point is not None and point.finished:
         say_finished(point)
         return read_history(point.run_dir)
@@ -363,7 +368,7 @@ def _penalised(scores: Sequence[float], rollout: Rollout, **penalties: Any) -> T
 
 
 def _output(
-    save_to: RunOutput | Path | str | None, config: PPOConfig, resume: ResumePoint | bool
+    save_to: RunOutput | Path | str | None, config: PPOConfig, resume: ResumePoint | bool, fingerprint: str
 ) -> tuple[RunOutput | None, ResumePoint | None]:
     point = resume if isinstance(resume, ResumePoint) else None
     if save_to is None and resume:
@@ -371,13 +376,33 @@ def _output(
     if save_to is None or isinstance(save_to, RunOutput):
         return save_to, point
     directory = Path(save_to)
+    output = RunOutput(directory, {"ppo_config": asdict(config)}, data_fingerprint=fingerprint)
     if resume:
         point = point or point_in(directory, "ppo")
-        return RunOutput(directory, {"ppo_config": asdict(config)}), point
+        _check_same(point, output)
+        return output, point
     if directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"save_to: {directory} is not empty; runs are never mixed or overwritten, give a new folder")
     directory.mkdir(parents=True, exist_ok=True)
-    return RunOutput(directory, {"ppo_config": asdict(config)}), None
+    return output, None
+
+
+def _fingerprint(prompts: Sequence[EncodedPrompt]) -> str:
+    """SHA-256 of the prompts' ids."""
+    return hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()
+
+
+def _check_same(point: ResumePoint, output: RunOutput) -> None:
+    """Refuse to go on with other prompts or under another config than the run began with. Raises UserError."""
+    problems = []
+    if output.data_fingerprint != point.manifest.data_fingerprint:
+        problems.append("resume: the prompts are not those that the run began with")
+    before = yaml.safe_load((point.run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+    for name, (old, new) in differences(before, yaml.safe_load(yaml.safe_dump(output.config))).items():
+        if name.split(".")[1] not in TRACKING:
+            problems.append(f"{name}: got {new}, but the run began with {old}; a resumed run keeps it")
+    if problems:
+        raise UserError(*problems)
 
 
 def _save(

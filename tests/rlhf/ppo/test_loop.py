@@ -215,3 +215,36 @@ def test_a_reward_of_any_kind_becomes_a_pipeline(reward_dir: Path) -> None:
     for directory in (reward_dir, str(reward_dir)):
         [score] = as_pipeline(directory)(["Is water wet?"], ["Yes"])
         assert isinstance(score, float)
+
+
+def test_a_run_goes_on_in_a_new_process_and_a_finished_one_is_left_alone(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments: dict[str, Any] = {"reward": shorter, "generation": SHORT, "steps": 3, "eval_prompts": ["Is water wet?"], "eval_every": 1}
+
+    def train(trainer: PPOTrainer, folder: Path, **changes: Any) -> list[dict[str, float]]:
+        given = {"prompts": QUESTIONS, **arguments, **changes}
+        lines = trainer.train(given.pop("prompts"), save_to=folder, **given)
+        return [{name: value for name, value in line.items() if not name.startswith(("perf/", "time/"))} for line in lines]
+
+    expected = train(build(), tmp_path / "whole")
+    stopped = build()
+    original = stopped.step
+
+    def interrupted(*given: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*given, **options)
+
+    monkeypatch.setattr(stopped, "step", interrupted)
+    with pytest.raises(Stopped):
+        train(stopped, tmp_path / "run")
+    with pytest.raises(UserError, match="the prompts are not those that the run began with"):
+        train(build(), tmp_path / "run", prompts=QUESTIONS[::-1], resume=True)
+    with pytest.raises(UserError, match=r"ppo_config\.cliprange: got 0\.3, but the run began with 0\.2"):
+        train(build(cliprange=0.3), tmp_path / "run", resume=True)
+    assert train(build(), tmp_path / "run", resume=True) == expected
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    capsys.readouterr()
+    assert train(build(), tmp_path / "run", resume=True) == expected
+    assert "is finished (step 3); nothing is left to do, and nothing was written" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
