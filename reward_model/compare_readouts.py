@@ -26,6 +26,7 @@ from common.errors import UserError, both, run_main
 from common.failed_start import removed_if_unused
 from common.notes import say
 from common.run_length import check_training_length
+from common.run_lock import locked
 from common.runs import (
     CONFIG_FILE,
     check_start,
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     from reward_model.comparison_report import markdown
 
     directory = earlier or create_run_directory(root, config.desc, config.index)
-    with removed_if_unused(directory, also=(BACKBONE,)), run_log(directory):
+    with locked(directory), removed_if_unused(directory, also=(BACKBONE,)), run_log(directory):
         write_config(directory, resolved_dict(config))
         print(f"output: {directory}")
         print(f"\n{markdown(compare(config, splits, directory))}")

@@ -135,7 +135,7 @@ class ComparisonConfig(RewardConfig):
 
     def run_desc(self, readout: ReadoutSettings, learning_rate: float) -> str:
         """Name of the runs of one readout and learning rate; their index is the seed."""
-        rate = f"-lr-{learning_rate:g}" if len(self.rates) > 1 else ""
+        rate = "" if self.learning_rates is None else f"-lr-{learning_rate}"  # which may be others when a comparison goes on
         return label(readout).replace(", ", "-").replace(" ", "-").replace("+", "") + rate
 
 

@@ -18,6 +18,7 @@ from common.models.reward import RewardModel
 from common.provenance import GitState
 from common.readout_settings import READS, Needs, ReadoutSettings
 from common.records import PairRecord, Prompt, ScoreRecord
+from common.run_lock import locked
 from common.score_transform import ScoreTransform
 from reward_model import compare_readouts, comparison
 from reward_model.comparison_config import ComparisonConfig, label
@@ -228,6 +229,24 @@ def test_a_comparison_goes_on_with_more_of_the_same_alone(write_config: Any, tmp
     ):
         with pytest.raises(UserError, match=f"compares under other settings: {named}; start a new one without --resume"):
             check(*overrides, rows=rows)
+
+
+def test_another_rate_is_another_training_and_a_rate_that_is_added_leaves_the_others(write_config: Any, trained: list[str]) -> None:
+    config = comparison_config(write_config, readouts=["last_token"], seeds=[1], learning_rates=[1e-3])
+    directory = compare(config, "bootstrap_samples=0")
+    assert compare(config, "bootstrap_samples=0", "--resume", "learning_rates=[1e-2]") == directory
+    assert compare(config, "bootstrap_samples=0", "--resume", "learning_rates=[1e-3,1e-2]") == directory
+    assert trained == ["last_token-lr-0.001 1", "last_token-lr-0.01 1"]
+
+
+def test_one_process_at_a_time_compares_in_a_directory(write_config: Any) -> None:
+    config = comparison_config(write_config)
+    directory = config.parent / "models" / "desc-toy,index-0"
+    directory.mkdir(parents=True)
+    compare_readouts.write_config(directory, compare_readouts.resolved_dict(load_config(ComparisonConfig, config, QUICK)))
+    with locked(directory), pytest.raises(UserError, match="another process writes this run"):
+        compare_readouts.main(["--config_file", str(config), *QUICK, "--resume"])
+    assert directory.is_dir()
 
 
 def test_the_best_checkpoint_scores_what_it_did_not_learn_from(write_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
