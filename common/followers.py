@@ -6,13 +6,16 @@ A follower does the same on its share of each batch; it says nothing and writes 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import UserError
 
 _RUN_VARIABLE = "RLHF_QA_FOLLOWED_RUN"
+_PR_SET_PDEATHSIG = 1
 
 
 def followed_run() -> Path | None:
@@ -34,6 +37,12 @@ def leading(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         del os.environ[_RUN_VARIABLE]
+
+
+def end_with_leader() -> None:
+    """Let the system end this process when the one that started it ends, however that happens (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def refuse_launchers() -> None:

@@ -57,6 +57,7 @@ FREE_SETTINGS = frozenset(
         "trainer.checkpoint.every_n_train_steps",
         "trainer.checkpoint.keep_last",
         "trainer.checkpoint.keep_best",
+        "trainer.process_timeout_s",
         "trainer.params.enable_progress_bar",
         "save_config",
         "on_nan",

@@ -304,6 +304,9 @@ class CheckpointSettings(Section):
 class TrainerSettings(Section):
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings, description="Where and when checkpoints are written.")
     ckpt_path: ModelName | None = Field(None, description="Checkpoint directory whose weights the run starts from.")
+    process_timeout_s: PositiveFloat = Field(
+        600.0, description="Seconds that processes which train together wait for one another before all of them end."
+    )
     params: dict[str, Any] = Field(default_factory=dict, description="Any argument of `pl.Trainer`.")
 
     @field_validator("params")
@@ -351,6 +354,10 @@ class RunSettings(Section):
     fused: bool = Field(
         True,
         description="Tanh-GELU and GPT-Neo's attention in one kernel each, equal to float32 rounding; false: as transformers has them.",
+    )
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A loss or gradient that is not finite: end the run before the optimizer's step, or leave that step out and count it.",
     )
     tensorboard: bool = Field(False, description="Write TensorBoard event files beside the metrics.")
 

@@ -106,6 +106,16 @@ def check_start_weights(now: str, then: str, what: str) -> None:
         raise UserError(f"--resume: the {what} are not those that the run began with; was the model it starts from replaced?")
 
 
+def check_finite(model: nn.Module, step: int) -> None:
+    """Refuse to save weights that are not finite, of a model that trains: nothing can go on from them. Raises UserError."""
+    bad = [name for name, weight in model.named_parameters() if weight.requires_grad and not bool(weight.isfinite().all())]
+    if bad:
+        raise UserError(
+            f"step {step}: {len(bad)} weights are not finite ({bad[0]} …); they are not saved, the checkpoints before them stay; lower the "
+            "learning rate in a new run"
+        )
+
+
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """What training changes of a model: parameters that train, and buffers; a tied weight once."""
     trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -38,6 +38,7 @@ from common.launch.lightning import (
     trainer_params,
     training_device,
 )
+from common.launch.memory import LIGHTNING_REMEDY, telling_out_of_memory
 from common.launch.rehearsal import report_training
 from common.lora import add_lora
 from common.models.answers import Answer
@@ -85,6 +86,7 @@ class Objective(Generic[Record, R]):
     transform: ScoreTransform = field(default_factory=ScoreTransform)
 
 
+@telling_out_of_memory(LIGHTNING_REMEDY)
 def train(
     config: RewardConfig,
     splits: Splits[Record],
@@ -209,6 +211,7 @@ def train(
             save=save,
             choices=config.monitored,
             total_steps=total_steps,
+            on_nan=config.on_nan,
             resume=resume,
         )
 

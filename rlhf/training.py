@@ -13,6 +13,7 @@ from common.config import resolved_dict
 from common.errors import UserError
 from common.freezing import apply_freezing
 from common.launch.checkpointing import BEST
+from common.launch.memory import telling_out_of_memory
 from common.launch.runtime import Runtime
 from common.launch.signals import Stopped
 from common.lora import add_lora
@@ -39,7 +40,13 @@ from rlhf.ppo.trainer import PPOTrainer
 from rlhf.rehearsal import report_ppo
 from rlhf.reward_pipelines.build import build_pipeline
 
+MEMORY_REMEDY = (
+    "lower ppo_config.mini_batch_size, ppo_config.batch_size, generation_config.max_new_tokens or reward_config.batch_size, set "
+    "ppo_config.gradient_checkpointing: true or ppo_config.mixed_precision: bf16, or train ppo_config.lora"
+)
 
+
+@telling_out_of_memory(MEMORY_REMEDY)
 def train(
     config: PPORunConfig, splits: Splits[PromptRecord], sources: Sources, resume: ResumePoint | None = None, *, dry_run: bool = False
 ) -> Path:
@@ -85,7 +92,9 @@ def train(
     critic = start_critic(model, tokenizer, pipeline) if params.critic == "model" else None
     if critic is not None:
         set_fused(critic, config.fused)
-    trainer = PPOTrainer(PPOConfig.from_params(params, seed), model, tokenizer=tokenizer, reward=pipeline, critic=critic, runtime=runtime)
+    trainer = PPOTrainer(
+        PPOConfig.from_params(params, seed, config.on_nan), model, tokenizer=tokenizer, reward=pipeline, critic=critic, runtime=runtime
+    )
     steps = total_steps(config, len(prompts), runtime.world_size)
     if params.lr_schedule != "constant":
         trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lr_lambda(params.lr_schedule, 0, steps))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -26,17 +26,26 @@ class SFTModule(pl.LightningModule):
         params: ModelParams,
         total_steps: int,
         generate: Callable[[int], dict[str, float]] | None = None,
+        where: Sequence[str] = (),
     ) -> None:
-        """`generate(step)` answers the fixed validation questions and returns their metrics; None leaves that out."""
+        """`generate(step)` answers the fixed validation questions and returns their metrics; None leaves that out.
+
+        where: where each training row stands in the data, for errors.
+        """
         super().__init__()
         self.model = reader.model
         self.reader = reader
         self.params = params
         self.total_steps = total_steps
         self.generate = generate
+        self.where = where
         self._validation = torch.zeros(3, dtype=torch.float64)
         self.model.train()  # Lightning keeps the mode it finds
         freeze_eval(self.model)
+
+    def describe_rows(self, batch: dict[str, Any]) -> str:
+        """Where the rows of a batch stand in the data."""
+        return ", ".join(self.where[row] for row in batch["rows"]) if self.where else "unknown"
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = [answer_loss(*predictions, self.reader.head, self.reader.vocab) for predictions in self.reader(batch)]

@@ -32,6 +32,7 @@ from common.launch.lightning import (
     trainer_params,
     training_device,
 )
+from common.launch.memory import LIGHTNING_REMEDY, telling_out_of_memory
 from common.launch.rehearsal import report_training
 from common.lora import add_lora
 from common.models.answers import StartedAnswer
@@ -55,6 +56,7 @@ from sft.module import SFTModule
 from sft.reader import AnswerReader
 
 
+@telling_out_of_memory(LIGHTNING_REMEDY)
 def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | None = None, *, dry_run: bool = False) -> Path:
     """Train on `splits.train`, validate on `splits.val`; returns the run directory. Raises UserError before anything is written.
 
@@ -84,7 +86,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
         truncate_prompt=config.data.truncate_prompt,
         is_encoder_decoder=is_encoder_decoder,
     )
-    train_rows, _ = encode(encoder, splits.train, config, "train")
+    train_rows, train_records = encode(encoder, splits.train, config, "train")
     val_rows, val_records = encode(encoder, splits.val, config, "val")
     root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "sft")
     started = None if dry_run else started_rows(reader, tokenizer, [*train_rows, *val_rows], config, root)
@@ -137,7 +139,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
             tensorboard=config.tensorboard,
         ) as tracker:
             answer = answering(config, model, tokenizer, answered, prompts, tracker) if answered else None
-            module = SFTModule(reader, config.model_params, total_steps, answer)
+            module = SFTModule(reader, config.model_params, total_steps, answer, [record.where for record in train_records])
 
             def save(directory: Path, figures: dict[str, float], step: int, extra: Callable[[Path], None]) -> None:
                 manifest = new_manifest(
@@ -161,6 +163,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
                 save=save,
                 choices=config.monitored,
                 total_steps=total_steps,
+                on_nan=config.on_nan,
                 resume=resume,
             )
             result = fit(trainer, module, train_loader, val_loader)

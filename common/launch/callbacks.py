@@ -20,10 +20,11 @@ from common.errors import UserError
 from common.launch.checkpointing import CheckpointKeeper
 from common.launch.runtime import peak_memory_gib
 from common.launch.signals import StopSignals
+from common.notes import say
 from common.progress import Progress, duration, format_figure
 from common.resume import remove_leftovers
 from common.tracking import Tracker
-from common.training_state import trained_weights
+from common.training_state import check_finite, trained_weights
 
 # Every metric that training itself logs, with one line of definition.
 TRAINING_METRICS = {
@@ -31,6 +32,7 @@ TRAINING_METRICS = {
     "train/lr": "Learning rate of the step.",
     "train/grad_norm": "Euclidean norm of the whole gradient before clipping.",
     "train/epoch": "Passes over the training rows so far (fractional).",
+    "train/skipped_steps": "Steps left out so far because their loss or gradient was not finite; under `on_nan: skip`.",
     "perf/step_seconds": "Seconds per optimizer step since the last line, validation and saving left out.",
     "perf/tokens_per_second": "Tokens (prompt and answer, no padding) per second and process, over the same steps.",
     "perf/memory_gib": "Most memory used so far: of the GPU where there is one, else of the process.",
@@ -99,15 +101,17 @@ def mixed_seed(*parts: int) -> int:
 
 
 class TrainingMetrics(pl.Callback):
-    """Loss, learning rate, gradient norm, speed and memory of each step; refuses to step on a loss or gradient that is not finite.
+    """Loss, learning rate, gradient norm, speed and memory of each step; does not step on a loss or gradient that is not finite.
 
-    A module may name the rows of a batch in errors: `describe_rows(batch) -> str`.
+    A module may name the rows of a batch in errors: `describe_rows(batch) -> str`. `skips`: such a step is left out, else the run ends.
     """
 
-    def __init__(self, tracker: Tracker, total_steps: int, log_every_n_steps: int) -> None:
+    def __init__(self, tracker: Tracker, total_steps: int, log_every_n_steps: int, skips: bool = False) -> None:
         self.tracker = tracker
         self.total_steps = total_steps
         self.log_every_n_steps = log_every_n_steps
+        self.skips = skips
+        self.skipped = 0  # steps left out so far
         self._step = 0
         self._batch: Any = None
         self._window: list[tuple[Tensor, Any]] = []  # (loss, batch) of the micro-batches since the last step
@@ -140,15 +144,22 @@ class TrainingMetrics(pl.Callback):
         self._lr = optimizer.param_groups[0]["lr"]
         window, self._window = self._window, []
         finite = torch.stack([loss.isfinite() for loss, _ in window]).tolist()
-        if not all(finite):
-            bad = [batch for (_, batch), good in zip(window, finite, strict=True) if not good]
-            raise not_finite("loss", trainer.global_step + 1, pl_module, bad)
-        if _shards_gradients(trainer):
+        what, bad = "loss", [batch for (_, batch), good in zip(window, finite, strict=True) if not good]
+        if not bad and not _shards_gradients(trainer):
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self._grad_norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+            if not math.isfinite(self._grad_norm) and not _rescales_loss(trainer):
+                what, bad = "gradient", [batch for _, batch in window]
+        if not _anywhere(trainer, bool(bad)):
             return
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._grad_norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-        if not math.isfinite(self._grad_norm) and not _rescales_loss(trainer):
-            raise not_finite("gradient", trainer.global_step + 1, pl_module, [batch for _, batch in window])
+        problem = f"step {trainer.global_step + 1}: {not_finite(what, pl_module, bad)}"
+        if not self.skips:
+            remedy = "lower the learning rate, set gradient_clip_val, or use precision 32 or bf16-mixed; on_nan: skip leaves such steps out"
+            raise UserError(f"{problem}; training stopped before that step was applied; {remedy}")
+        optimizer.zero_grad(set_to_none=True)  # the optimizer passes over weights without a gradient
+        self.skipped += 1
+        self._grad_norm = None
+        say(f"{problem}; the step is left out ({self.skipped} so far)")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._losses.append(outputs["loss"].detach().float())
@@ -170,6 +181,7 @@ class TrainingMetrics(pl.Callback):
         metrics = {"train/loss": float(trainer.strategy.reduce(self._step_loss, reduce_op="mean")), "train/lr": self._lr}
         if self._grad_norm is not None:
             metrics["train/grad_norm"] = self._grad_norm
+        metrics["train/skipped_steps"] = self.skipped
         metrics["train/epoch"] = trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches
         metrics["perf/step_seconds"] = self._seconds / self._steps
         metrics["perf/tokens_per_second"] = sum(int(count) for count in self._tokens) / max(self._seconds, 1e-9)
@@ -178,12 +190,18 @@ class TrainingMetrics(pl.Callback):
         self._steps, self._seconds, self._tokens = 0, 0.0, []
 
 
-def not_finite(what: str, step: int, module: pl.LightningModule, batches: list[Any]) -> UserError:
-    """The error for a loss or gradient that is NaN or infinite, naming the rows where the module can."""
+def not_finite(what: str, module: pl.LightningModule, batches: list[Any]) -> str:
+    """That a loss or gradient is NaN or infinite, naming the rows where the module can; no batches: it is so in another process."""
+    if not batches:
+        return "a loss or gradient is not finite in another process"
     describe = getattr(module, "describe_rows", None)
     rows = f" (rows: {'; '.join(describe(batch) for batch in batches)})" if describe is not None else ""
-    remedy = "lower the learning rate, set gradient_clip_val, or use precision 32 or bf16-mixed"
-    return UserError(f"step {step}: the {what} is not finite{rows}; training stopped before that step was applied; {remedy}")
+    return f"the {what} is not finite{rows}"
+
+
+def _anywhere(trainer: pl.Trainer, found: bool) -> bool:
+    """Whether any process found it; all of them must agree on what they do then."""
+    return found if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(found, all=False)
 
 
 def count_tokens(batch: Any) -> Tensor | int:
@@ -322,6 +340,7 @@ class Checkpoints(pl.Callback):
         self._step = trainer.global_step
         if self.state is not None:
             load_optimization(trainer, self.state)
+            self.report.metrics.skipped = self.state["skipped"]
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self.state is not None:
@@ -386,18 +405,20 @@ class Checkpoints(pl.Callback):
 
     def _leave(self) -> NoReturn:
         if self.keeper.last is not None:
-            self.report.note(f"saved {self.keeper.last}; stopping")
-            self.report.note("to go on: the same command with --resume")
+            for line in (f"saved {self.keeper.last}; stopping", "to go on: the same command with --resume"):
+                self.report.note(line)
+                if not self.report.enabled:  # its notes are silent then
+                    say(line)
         self.stop.stop()
 
     def _asked_to_stop(self, trainer: pl.Trainer) -> bool:
         """Whether any process got a signal; all of them must agree on the step they leave at."""
-        received = self.stop.received is not None
-        return received if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(received, all=False)
+        return _anywhere(trainer, self.stop.received is not None)
 
     def _save(self, trainer: pl.Trainer, metrics: Mapping[str, float] | None = None) -> None:
         self._due = False
         if trainer.is_global_zero:
+            check_finite(trainer.lightning_module, trainer.global_step)
             self.keeper.save(trainer.global_step, metrics, partial(self._state, trainer))
         trainer.strategy.barrier("checkpoint")
 
@@ -412,6 +433,7 @@ class Checkpoints(pl.Callback):
             "validates": self._validates,
             "validated": self.validated,
             "processes": trainer.world_size,
+            "skipped": self.report.metrics.skipped,
             "frozen": self.frozen,
             "weights": trained_weights(trainer.lightning_module),
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],

@@ -11,15 +11,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from common.batching import limited
@@ -38,7 +42,7 @@ from common.launch.callbacks import (
 from common.launch.checkpointing import BEST, CheckpointKeeper, SaveFn
 from common.launch.loopback import meeting_on_loopback
 from common.launch.runtime import peak_memory_gib
-from common.launch.signals import StopSignals
+from common.launch.signals import Stopped, StopSignals
 from common.resume import ResumePoint
 from common.schema import DataSettings, TrainerSettings
 from common.tracking import Tracker
@@ -226,17 +230,23 @@ def build_trainer(
     save: SaveFn,
     choices: Iterable[str],
     total_steps: int,
+    on_nan: str = "stop",
     resume: ResumePoint | None = None,
 ) -> pl.Trainer:
     """A `pl.Trainer` that logs to `tracker`, saves through `save(directory, metrics, step, extra)` and stops cleanly on signals.
 
-    `choices` are the metrics that validation logs. `resume`: where `fit` goes on. Raises UserError for settings that cannot work.
+    `choices` are the metrics that validation logs. `on_nan`: `stop` or `skip`. `resume`: where `fit` goes on. Raises UserError for settings
+    that cannot work.
     """
     check_trainer(settings)
     params = trainer_params(settings)
     shows_progress = params.pop("enable_progress_bar", True)
+    if processes_here(settings) > 1:
+        params["strategy"] = DDPStrategy(
+            find_unused_parameters=str(params["strategy"]).endswith("_true"), timeout=timedelta(seconds=settings.process_timeout_s)
+        )
     logger = TrackerLogger(tracker)
-    metrics = TrainingMetrics(tracker, total_steps, params["log_every_n_steps"])
+    metrics = TrainingMetrics(tracker, total_steps, params["log_every_n_steps"], skips=on_nan == "skip")
     report = ProgressReport(metrics, total_steps, shows_progress and followed_run() is None)
     keeper = CheckpointKeeper.from_settings(run_dir, save, settings.checkpoint, choices)
     state = None if resume is None else resume.state
@@ -296,6 +306,14 @@ def fit(
                 trainer.fit(module, train_loader, val_loader)
         except MisconfigurationException as error:
             raise UserError(f"trainer.params: {' '.join(str(error).split())}") from error
+        except BaseException as error:
+            end_followers(trainer, at_once=not isinstance(error, Stopped))
+            if isinstance(error, RuntimeError) and trainer.world_size > 1 and _is_of_the_connection(error):
+                raise UserError(
+                    "a process of this training ended, or did not answer within trainer.process_timeout_s; --resume goes on from the last "
+                    f"checkpoint ({' '.join(str(error).split())[:160]})"
+                ) from error
+            raise
     model = keeper.run_dir / BEST
     if trainer.is_global_zero:
         if keeper.last is None:
@@ -311,6 +329,20 @@ def fit(
         seconds=time.monotonic() - started,
         peak_memory_gib=peak_memory_gib(trainer.strategy.root_device),  # the module is back on the CPU by now
     )
+
+
+def _is_of_the_connection(error: RuntimeError) -> bool:
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl", "connection"))
+
+
+def end_followers(trainer: pl.Trainer, *, at_once: bool) -> None:
+    """Before this process leaves: end those it started (`at_once`), or let them end by themselves."""
+    for thread in threading.enumerate():
+        if isinstance(thread, _ChildProcessObserver):
+            thread._child_processes = []  # it would kill this process as soon as it sees one of them gone
+    if at_once:
+        for process in getattr(trainer.strategy.launcher, "procs", ()):
+            process.kill()
 
 
 def _set_progress(trainer: pl.Trainer, state: Mapping[str, Any], train_loader: DataLoader[Any]) -> None:

@@ -80,6 +80,9 @@ class PPOConfig:
     """Launch a decoding step as one CUDA graph; on a GPU, for causal models that can (see `rlhf.ppo.static_decoding`)."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward, a critic's too."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """An update whose loss or gradient is not finite ends the training, or is left out and counted. Scores and log-probabilities that are
+    not finite end it in any case."""
     seed: NonNegativeInt = 0
     """Of the order of minibatches and of sampling."""
     steps: PositiveInt | None = None
@@ -139,10 +142,10 @@ class PPOConfig:
         return self.batch_size // self.samples_per_prompt
 
     @classmethod
-    def from_params(cls, params: PPOParams, seed: int) -> PPOConfig:
+    def from_params(cls, params: PPOParams, seed: int, on_nan: Literal["stop", "skip"] = "stop") -> PPOConfig:
         """The settings of a config file; there, the classic trainer's faults are mended."""
         shared = {own.name: getattr(params, own.name) for own in fields(cls) if own.name in type(params).model_fields}
-        return cls(**{**shared, "mini_batch_size": params.minibatch, "seed": seed, "classic_quirks": False})
+        return cls(**{**shared, "mini_batch_size": params.minibatch, "seed": seed, "on_nan": on_nan, "classic_quirks": False})
 
 
 @cache

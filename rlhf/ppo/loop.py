@@ -32,7 +32,7 @@ from common.run_lock import locked
 from common.runs import CONFIG_FILE, write_config
 from common.schema import GenerateParams, WandbSettings
 from common.tracking import TIME, Tracker, read_metrics
-from common.training_state import check_start_weights, load_trained_weights, trained_weights, weights_digest
+from common.training_state import check_finite, check_start_weights, load_trained_weights, trained_weights, weights_digest
 from rlhf.config import PPOGeneration
 from rlhf.inputs import UNLIMITED_PROMPT, with_columns
 from rlhf.ppo.evaluation import SAMPLE_COLUMNS, Evaluator, score_rollout
@@ -49,8 +49,9 @@ if TYPE_CHECKING:
     from rlhf.ppo.config import PPOConfig
     from rlhf.ppo.trainer import PPOTrainer
 
-TRACKING = ("log_with", "tracker_project_name", "tracker_kwargs", "project_kwargs", "exp_name", "task_name")
-"""Settings that say where metrics go: a run that goes on may have others."""
+_SHOWN_ROWS = 4
+TRACKING = ("log_with", "tracker_project_name", "tracker_kwargs", "project_kwargs", "exp_name", "task_name", "on_nan")
+"""Settings that say where metrics go, and whether bad numbers end a run: one that goes on may have others."""
 SHOWN_FIGURES = (MONITOR, "eval/kl", "eval/eos_rate", "eval/length")
 
 
@@ -201,9 +202,10 @@ def train(
             progress.note(f"step {step}: {shown(evaluation.figures)}{remark}")
             return evaluation.figures
 
-        def position() -> dict[str, Any]:
-            """What the run needs to go on from here."""
+        def position(looks: bool = False) -> dict[str, Any]:
+            """What the run needs to go on from here; `looks`: with the evaluation of this step."""
             return {
+                "looks": looks,
                 "processes": runtime.world_size,
                 "first": first,
                 "steps": steps,
@@ -214,6 +216,13 @@ def train(
                 "reward": pipeline.state_dict(),
                 "metrics": tracker.position,
             }
+
+        def save_now(step: int, evaluated: Mapping[str, float] | None = None, looks: bool = False) -> None:
+            assert keeper is not None
+            for network in (model, trainer.critic):
+                if network is not None:
+                    check_finite(network, step)
+            keeper.save(step, evaluated, partial(position, looks))
 
         for line in opening_lines(
             output.directory if output is not None else None,
@@ -229,6 +238,9 @@ def train(
         progress = Progress(first + steps, done=trainer.steps_done, label="PPO", enabled=runtime.is_main)
         start = state["start"] if state is not None else look(first, "  (the start)") if held_out else {}
 
+        if keeper is not None and state is not None and state["looks"]:
+            save_now(trainer.steps_done, look(trainer.steps_done))
+
         # 4. the loop
         for step in range(trainer.steps_done + 1, first + steps + 1):
             begun = time.perf_counter()
@@ -237,7 +249,12 @@ def train(
             rollout = trainer.rollout([prompt.ids for prompt in batch], params, seed=config.seed, step=step, rows=numbers, **decoding)
             sampled = time.perf_counter()
             cut_before = pipeline.texts_cut
-            result = score_rollout(pipeline, batch, rollout)
+            try:
+                result = score_rollout(pipeline, batch, rollout)
+            except UserError as error:
+                if keeper is not None and step - 1 > first:
+                    save_now(step - 1)
+                raise _of_rows(error, step, batch) from error
             scored = time.perf_counter()
             scores = penalise(result.scores, rollout)
             stats = trainer.step(rollout.queries, rollout.responses, scores, temperature=params.temperature, sampled=rollout)
@@ -265,12 +282,19 @@ def train(
             if stats["ppo/early_stopped"]:
                 moved, limit_of_kl = stats["ppo/policy/last_policykl"], 1.5 * config.target_kl
                 progress.note(f"step {step}: early stop, an update moved {moved:.3g} nats per token (1.5 x target_kl = {limit_of_kl:.3g})")
+            if stats["ppo/not_finite_minibatches"]:
+                progress.note(f"step {step}: {int(stats['ppo/not_finite_minibatches'])} updates left out, not finite in loss or gradient")
             if stats["ppo/skipped_minibatches"]:
                 progress.note(f"step {step}: {int(stats['ppo/skipped_minibatches'])} updates skipped, their ratio exceeded the threshold")
             is_last = step == first + steps
-            evaluated = look(step) if held_out and (step % eval_every == 0 or is_last) else None
+            try:
+                evaluated = look(step) if held_out and (step % eval_every == 0 or is_last) else None
+            except UserError as error:
+                if keeper is not None:
+                    save_now(step, looks=True)
+                raise _of_rows(error, step, held_out) from error
             if keeper is not None and (step % save_every == 0 or is_last or stop.received or (evaluated and keeper.improves(evaluated))):
-                keeper.save(step, evaluated, position)
+                save_now(step, evaluated)
             if stop.received is not None:
                 if keeper is not None:
                     progress.note(f"saved {keeper.last}; stopping")
@@ -329,6 +353,14 @@ def standing(keeper: CheckpointKeeper, figures: Mapping[str, float], start: floa
     if not keeper.improves(figures):
         return ""
     return f"  (best so far{'' if figures[MONITOR] > start else f', but not above the start: {format_figure(start)}'})"
+
+
+def _of_rows(error: UserError, step: int, prompts: Sequence[EncodedPrompt]) -> UserError:
+    """The error of a reward, with the step and where the prompts stand whose answers it was to judge."""
+    row = getattr(error, "row", None)
+    where = [prompt.record.where for prompt in (prompts if row is None else prompts[row : row + 1])]
+    shown = "; ".join(where[:_SHOWN_ROWS]) + (f"; {len(where) - _SHOWN_ROWS} more" if len(where) > _SHOWN_ROWS else "")
+    return UserError(*(f"PPO step {step}: {problem} (prompt: {shown})" for problem in error.problems))
 
 
 def _given(argument: Any, own: Any, name: str) -> Any:

@@ -44,6 +44,7 @@ METRICS: dict[str, str] = {
     "ppo/learning_rate": "Learning rate of the step.",
     "ppo/skipped_minibatches": "Updates skipped because their mean ratio exceeded `ratio_threshold`.",
     "ppo/empty_minibatches": "Updates left out because no token of theirs counts: every answer is empty or masked.",
+    "ppo/not_finite_minibatches": "Updates left out because their loss or gradient was not finite; under `on_nan: skip`.",
     "ppo/early_stopped": "1 where `early_stopping` ended the step's updates early.",
     "tokens/queries_len_mean": "Mean tokens of a prompt.",
     "tokens/responses_len_mean": "Mean tokens of an answer, EOS included.",

@@ -11,7 +11,12 @@ from rlhf.ppo.masked import Reduce, alone, masked_mean, masked_moments, masked_s
 from rlhf.ppo.record import StepRecord
 
 Stats = dict[str, Any]
-COUNTED = {"skipped": "ppo/skipped_minibatches", "empty": "ppo/empty_minibatches", "early_stopped": "ppo/early_stopped"}
+COUNTED = {
+    "skipped": "ppo/skipped_minibatches",
+    "empty": "ppo/empty_minibatches",
+    "not_finite": "ppo/not_finite_minibatches",
+    "early_stopped": "ppo/early_stopped",
+}
 """Figures of an update that are summed over the step's updates; all others are averaged."""
 
 
@@ -45,7 +50,7 @@ def step_statistics(record: StepRecord, updates: Sequence[dict[str, float]], *, 
     for name, lengths in (("queries", query_lengths), ("responses", record.answers.present.sum(1))):
         mean, var = masked_moments(lengths.float(), torch.ones_like(lengths), reduce)
         stats |= {f"tokens/{name}_len_mean": float(mean), f"tokens/{name}_len_std": float(var.sqrt()), f"tokens/{name}_dist": lengths}
-    with_tokens = [update for update in updates if not update["empty"]] or updates
+    with_tokens = [update for update in updates if not (update["empty"] or update["not_finite"])] or updates
     for name in updates[0]:
         if name in COUNTED:
             stats[COUNTED[name]] = sum(update[name] for update in updates)

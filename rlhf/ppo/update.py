@@ -67,22 +67,32 @@ class Update:
                 unusable[chunk] = bad
                 for name, value in figures_of_chunk.items():
                     sums[name] = sums[name] + value if name in sums else value
-        self.refuse("losses", unusable)
+        not_finite = self.not_finite("losses", unusable)
         names = list(sums)
         figures = dict(zip(names, reduce(torch.stack([sums[name] for name in names])).tolist(), strict=True))
         for name, tensor in (("returns", record.returns), ("val", record.values)):
             if tensor is not None:
                 mean, var = masked_moments(tensor[rows], record.mask[rows], reduce)
                 figures |= {f"{name}/mean": float(mean), f"{name}/var": float(var)}
-        figures |= {"skipped": 0.0, "empty": 0.0, "early_stopped": 0.0, "gradient_norm": 0.0}
+        figures |= {"skipped": 0.0, "empty": 0.0, "not_finite": 0.0, "early_stopped": 0.0, "gradient_norm": 0.0}
+        if not_finite:
+            self.optimizer.zero_grad(set_to_none=True)
+            return {**figures, "not_finite": 1.0}
         if float(count) == 0:  # nothing to learn from; a step of Adam would move by its momentum alone
             self.optimizer.zero_grad(set_to_none=True)
             return {**figures, "empty": 1.0}
         if figures["policy/ratio"] > config.ratio_threshold:
             self.optimizer.zero_grad(set_to_none=True)
             return {**figures, "skipped": 1.0, **{name: 0.0 for name in figures if name.startswith("loss/")}}
-        figures["gradient_norm"] = self.apply_gradients(rows)
-        return figures
+        norm = self.apply_gradients(rows)
+        return {**figures, "not_finite": 1.0} if norm is None else {**figures, "gradient_norm": norm}
+
+    def not_finite(self, what: str, bad: Tensor, rows: Tensor | None = None) -> bool:
+        """Whether a row is bad in any process and its update is to be left out; where it is not, raises."""
+        if self.config.on_nan == "skip":
+            return bool(self.runtime.sum(bad.any().float().to(self.networks.device)))
+        self.refuse(what, bad, rows)
+        return False
 
     def backward(self, rows: Tensor, count: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Add the gradient of some rows, unless their loss is not finite.
@@ -149,8 +159,11 @@ class Update:
         values: Tensor = head(states)
         return values
 
-    def apply_gradients(self, rows: Tensor) -> float:
-        """Sum gradients over processes, refuse non-finite ones, clip, and step; returns the norm before clipping."""
+    def apply_gradients(self, rows: Tensor) -> float | None:
+        """Sum gradients over processes, clip, and step; returns the norm before clipping.
+
+        Gradients that are not finite are refused, or change nothing, and the norm is None.
+        """
         if self.runtime.world_size > 1:
             for parameter in self.parameters:
                 if parameter.grad is not None:
@@ -158,7 +171,8 @@ class Update:
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         if not bool(torch.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
-            self.refuse("gradients", torch.ones(len(rows), dtype=torch.bool), rows)
+            if self.not_finite("gradients", torch.ones(len(rows), dtype=torch.bool), rows):
+                return None
         clips = not (self.config.classic_quirks and self.optimizer_steps)
         self.optimizer_steps += 1
         if self.config.max_grad_norm is not None and clips:

@@ -29,6 +29,14 @@ _SHOWN_CHARACTERS = 60
 _ANSWER_NAMES = ("responses", "completions")
 
 
+class AnswerError(UserError):
+    """What is wrong with the value of one answer, number `row` of those given."""
+
+    def __init__(self, problem: str, row: int) -> None:
+        super().__init__(problem)
+        self.row = row
+
+
 class PythonFunction(RewardPart):
     """Values that a user's function returns; whatever it does wrong is a `UserError` of one line that names it."""
 
@@ -166,7 +174,7 @@ def _checked(path: str, result: Any, answers: Answers) -> list[float]:
         number = _number(value)
         if number is None:
             got, question = _shown(repr(value)), _shown(answers.prompts[row].question)
-            raise UserError(f"reward function {path} returned {got}, expected a finite number, for answer {row} (to {question!r})")
+            raise AnswerError(f"reward function {path} returned {got}, expected a finite number, for answer {row} (to {question!r})", row)
         values.append(number)
     return values
 

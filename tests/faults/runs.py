@@ -28,6 +28,10 @@ from common.errors import run_main
 from common.runs import checkpoints_in, step_of
 from common.tracking import read_metrics
 from common.training_state import read_training_state
+from reward_model.classification.module import PairModule
+from reward_model.regression.module import ScoreModule
+from rlhf.ppo.trainer import PPOTrainer
+from sft.module import SFTModule
 
 MAINS: dict[str, Callable[[Sequence[str]], int]] = {
     "sft": sft.train_sft.main,
@@ -207,6 +211,31 @@ def at_point(point: str, count: int, act: Callable[[], object]) -> Callable[[], 
     return prepare
 
 
+_IN_STEP: dict[str, tuple[type, str, Callable[[Any], int]]] = {
+    "sft": (SFTModule, "training_step", lambda module: int(module.trainer.global_step)),
+    "classification": (PairModule, "training_step", lambda module: int(module.trainer.global_step)),
+    "regression": (ScoreModule, "training_step", lambda module: int(module.trainer.global_step)),
+    "ppo": (PPOTrainer, "step", lambda trainer: trainer.steps_done),
+}
+
+
+def in_step(stage: str, step: int, act: Callable[[], object]) -> Callable[[], None]:
+    """A `prepare` that lets `act` happen in the training step after `step` of them."""
+
+    def prepare() -> None:
+        owner, name, done = _IN_STEP[stage]
+        original = getattr(owner, name)
+
+        def acting(subject: Any, *arguments: Any, **options: Any) -> Any:
+            if done(subject) == step:
+                act()
+            return original(subject, *arguments, **options)
+
+        setattr(owner, name, acting)
+
+    return prepare
+
+
 def kill_itself() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -222,7 +251,7 @@ def left_by(config: Path) -> dict[str, Any]:
     summary = json.loads((folder / "summary.json").read_text())
     state = read_training_state(folder / "last")
     best = {name: tensor for file in sorted((folder / "best/").glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    kept = ("step", "epoch", "batches", "weights", "optimizers", "schedulers", "trainer", "reward")
+    kept = ("step", "epoch", "batches", "weights", "optimizers", "schedulers", "trainer", "reward", "skipped")
     return {
         "metrics": lines,
         "summary": {name: summary[name] for name in ("steps", "best_value", "best_metrics")},
@@ -230,6 +259,11 @@ def left_by(config: Path) -> dict[str, Any]:
         "tables": {path.name: path.read_text() for path in sorted((folder / "tables").glob("*"))},
         "state": {name: repr(state[name]) for name in kept if name in state},
     }
+
+
+def steps_there(config: Path) -> list[int]:
+    """Steps whose checkpoints can be seen."""
+    return [step_of(path) for path in checkpoints_in(run_dir(config) / "checkpoints")]
 
 
 def check_what_is_visible(config: Path) -> None:

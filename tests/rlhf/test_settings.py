@@ -26,7 +26,7 @@ def readers(root: Path) -> str:
 def test_every_setting_is_read(section: type, root: Path) -> None:
     text = readers(root)
     read_as = {"mini_batch_size": "minibatch"}
-    shared = {*RowSettings.model_fields, "require_clean_git"}  # read by common/records.py and common/runs.py
+    shared = {*RowSettings.model_fields, "desc", "require_clean_git"}  # read by common/records.py, common/resume.py and common/runs.py
     unread = [
         name
         for name in section.model_fields
