@@ -340,7 +340,7 @@ class Checkpoints(pl.Callback):
         self._step = trainer.global_step
         if self.state is not None:
             load_optimization(trainer, self.state)
-            self.report.metrics.skipped = self.state["skipped"]
+            self.report.metrics.skipped = self.state.get("skipped", 0)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self.state is not None:

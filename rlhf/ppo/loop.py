@@ -238,7 +238,7 @@ def train(
         progress = Progress(first + steps, done=trainer.steps_done, label="PPO", enabled=runtime.is_main)
         start = state["start"] if state is not None else look(first, "  (the start)") if held_out else {}
 
-        if keeper is not None and state is not None and state["looks"]:
+        if keeper is not None and state is not None and state.get("looks"):
             save_now(trainer.steps_done, look(trainer.steps_done))
 
         # 4. the loop
