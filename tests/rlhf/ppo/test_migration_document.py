@@ -94,7 +94,7 @@ def test_the_readmes_script_runs(here: Path, policy_dir: Path) -> None:
     section = readme[readme.index("## Moving from trl's PPOTrainer") :]
     [script] = [code for language, code in blocks(section) if language == "python"]
     exec(compile(script.replace('"sft/models/latest"', repr(str(policy_dir))), "README.md", "exec"), {})
-    AutoModelForCausalLM.from_pretrained(here / "polite")
+    AutoModelForCausalLM.from_pretrained(here / "brief")
 
 
 def test_only_imports_and_what_the_text_names_change() -> None:
