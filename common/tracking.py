@@ -61,6 +61,7 @@ class Sink(Protocol):
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
     def histogram(self, name: str, values: Sequence[float], step: int) -> None: ...
     def artifact(self, directory: Path, name: str) -> None: ...
+    def go_back(self, step: int) -> None: ...
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None: ...
 
 
@@ -114,8 +115,8 @@ class Tracker:
         os.fsync(self._log.fileno())  # a checkpoint will count on them
         return os.fstat(self._log.fileno()).st_size
 
-    def go_back(self, position: int) -> None:
-        """Take back the lines after `position`, where a run that goes on had got to: they are logged again.
+    def go_back(self, position: int, step: int) -> None:
+        """Take back the lines after `position`, where a run that goes on had got to after `step`: they are logged again.
 
         Raises UserError where lines before it are missing.
         """
@@ -125,6 +126,7 @@ class Tracker:
             path = self.run_dir / METRICS_JSONL
             raise UserError(f"{path}: holds {self.position} bytes, {position} when the checkpoint was saved; put back what was cut off")
         self._log.truncate(position)
+        self._each(lambda sink: sink.go_back(step))
 
     def __enter__(self) -> Tracker:
         return self
@@ -355,6 +357,9 @@ class WandbSink:
         artifact.add_dir(str(directory))
         self._run.log_artifact(artifact)
 
+    def go_back(self, step: int) -> None:
+        pass  # its curves are over steps of our own, and what is logged again has the same values
+
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         try:
             for name, value in summary.items():
@@ -386,10 +391,14 @@ class TensorBoardSink:
     """TensorBoard event files; tables become Markdown text."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer = self._open()
+
+    def _open(self, **options: Any) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from torch.utils.tensorboard import SummaryWriter
-        self._writer: Any = SummaryWriter(str(folder))
+        return SummaryWriter(str(self._folder), **options)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -405,6 +414,10 @@ class TensorBoardSink:
 
     def artifact(self, directory: Path, name: str) -> None:
         self._writer.add_text("checkpoint", str(directory))
+
+    def go_back(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._open(purge_step=step + 1)
 
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         self._writer.close()

@@ -330,7 +330,7 @@ class Checkpoints(pl.Callback):
         if self.tracker.is_main:
             remove_leftovers(self.keeper.folder)
             self.keeper.load_state_dict(state["keeper"], state["step"])
-            self.tracker.go_back(state["metrics"])
+            self.tracker.go_back(state["metrics"], state["step"])
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.install()  # Lightning has put its own handler of SIGTERM in front

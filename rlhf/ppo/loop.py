@@ -185,7 +185,7 @@ def train(
             if point is not None and state is not None:
                 remove_leftovers(keeper.folder)
                 keeper.load_state_dict(state["keeper"], point.step)
-                tracker.go_back(state["metrics"])
+                tracker.go_back(state["metrics"], point.step)
                 history += read_history(output.directory)
         stop = stack.enter_context(StopSignals())
 

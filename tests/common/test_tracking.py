@@ -289,3 +289,19 @@ def test_wandb_that_cannot_be_reached_records_offline(
 
 def test_cells_cannot_break_a_markdown_table() -> None:
     assert markdown_table(("a", "b"), [("x|y", "1\n2")]) == "| a | b |\n|---|---|\n| x\\|y | 1<br>2 |"
+
+
+def test_a_run_that_goes_on_takes_back_what_it_logs_again(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Tracker.start(tmp_path, stage="sft", config={}, tensorboard=True) as tracker:
+        tracker.log({"train/loss": 1.0}, 1)
+        position = tracker.position
+        tracker.log({"train/loss": 9.0}, 2)
+    with Tracker.start(tmp_path, stage="sft", config={}, tensorboard=True) as tracker:
+        tracker.go_back(position, 1)
+        tracker.log({"train/loss": 2.0}, 2)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0)]
+    assert [(line["step"], line["train/loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0)]
