@@ -25,6 +25,7 @@ from common.config_yaml import read_marked_yaml
 from common.errors import UserError, both, run_main
 from common.failed_start import removed_if_unused
 from common.notes import say
+from common.resume import differences
 from common.run_length import check_training_length
 from common.run_lock import locked
 from common.runs import (
@@ -99,7 +100,10 @@ def check_the_same(config: ComparisonConfig, fingerprint: str, directory: Path) 
     old = read_marked_yaml(directory / CONFIG_FILE, str(directory / CONFIG_FILE))
     if old.problems:
         raise UserError(*(f"{old.source}:{line}: {problem}" for line, problem in old.problems))
-    different = sorted(name for name, value in resolved_dict(config).items() if name not in FREE and old.data.get(name) != value)
+    changes = differences(old.data, resolved_dict(config))
+    different = [
+        f"{name} {now} (it began with {before})" for name, (before, now) in sorted(changes.items()) if name.split(".")[0] not in FREE
+    ]
     data = directory / "data_fingerprint.txt"
     if data.is_file() and data.read_text(encoding="utf-8").strip() != fingerprint:
         different.append(f"rows of {config.data.data_dir}")

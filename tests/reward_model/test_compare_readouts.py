@@ -99,7 +99,7 @@ def test_readouts_share_a_backbone_and_a_cache_and_none_is_trained_twice(
     assert new["test"]["seeds"][:2] == old["test"]["seeds"] and len(new["test"]["seeds"]) == 3
     assert again["states"][0]["seconds"] == found["states"][0]["seconds"]  # of the first filling
 
-    with pytest.raises(UserError, match=r"compares under other settings: model_params; start a new one"):
+    with pytest.raises(UserError, match=r"compares under other settings: model_params\.\S+ .* \(it began with .*\); start a new one"):
         compare(config, "--resume", "model_params.weight_decay=0.5")
 
 
@@ -224,8 +224,12 @@ def test_a_comparison_goes_on_with_more_of_the_same_alone(write_config: Any, tmp
     check("readouts=[last_token,mean_pool]", "seeds=[1,2,3]", "learning_rates=[1e-3,1e-2]", "keep_models=true", "bootstrap_samples=10")
     for overrides, rows, named in (
         ((), "others", f"rows of {tmp_path / 'pair.json'}"),
-        (("data.batch_size=4",), "some rows", "data"),
-        (("seed=5", "model_params.freeze_backbone=false"), "some rows", "model_params, seed"),
+        (("data.batch_size=4",), "some rows", r"data\.batch_size 4 \(it began with \d+\)"),
+        (
+            ("seed=5", "model_params.freeze_backbone=false"),
+            "some rows",
+            r"model_params\.freeze_backbone False \(it began with True\), seed 5 \(it began with \d+\)",
+        ),
     ):
         with pytest.raises(UserError, match=f"compares under other settings: {named}; start a new one without --resume"):
             check(*overrides, rows=rows)
