@@ -408,9 +408,12 @@ def _output(
     if save_to is None or isinstance(save_to, RunOutput):
         return save_to, point
     directory = Path(save_to)
-    output = RunOutput(directory, {"ppo_config": asdict(config)}, data_fingerprint=fingerprint)
     if resume:
         point = point or point_in(directory, "ppo")
+        directory = point.run_dir  # save_to may name one of its checkpoints
+    settings = json.loads(json.dumps(asdict(config), default=str))  # as files hold them: no paths, no tuples
+    output = RunOutput(directory, {"ppo_config": settings}, data_fingerprint=fingerprint)
+    if point is not None:
         _check_same(point, output)
         return output, point
     if directory.is_dir() and any(directory.iterdir()):
@@ -430,7 +433,7 @@ def _check_same(point: ResumePoint, output: RunOutput) -> None:
     if output.data_fingerprint != point.manifest.data_fingerprint:
         problems.append("resume: the prompts are not those that the run began with")
     before = yaml.safe_load((point.run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
-    for name, (old, new) in differences(before, yaml.safe_load(yaml.safe_dump(output.config))).items():
+    for name, (old, new) in differences(before, dict(output.config)).items():
         if name.split(".")[1] not in TRACKING:
             problems.append(f"{name}: got {new}, but the run began with {old}; a resumed run keeps it")
     if problems:

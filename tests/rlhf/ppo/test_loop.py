@@ -243,6 +243,8 @@ def test_a_run_goes_on_in_a_new_process_and_a_finished_one_is_left_alone(
     with pytest.raises(UserError, match=r"ppo_config\.cliprange: got 0\.3, but the run began with 0\.2"):
         train(build(cliprange=0.3), tmp_path / "run", resume=True)
     assert train(build(), tmp_path / "run", resume=True) == expected
+    earlier = tmp_path / "run" / "checkpoints" / "step-000001"
+    assert train(build(project_kwargs={"logging_dir": tmp_path / "logs"}), earlier, resume=True) == expected
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     capsys.readouterr()
     assert train(build(), tmp_path / "run", resume=True) == expected
