@@ -100,9 +100,13 @@ class ResumePoint:
             if is_free(name) or (old == ABSENT and is_default(config, name)):
                 free.append(f"{name}: {new} from here on, {old} before")
             else:
-                problems.append(f"{name}: got {new}, but the run began with {old}; a resumed run keeps it (a new one: no --resume)")
+                problems.append(f"{name}: got {new}, but the run began with {old}; a resumed run keeps it")
         if problems:
-            raise UserError(*problems)
+            raise UserError(
+                *problems,
+                f"--resume goes on under the settings of {path}: give the same config and overrides as then; to train on under "
+                "others, start a new run from it (trainer.ckpt_path, ppo_config.model_name)",
+            )
         return free
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -243,7 +243,11 @@ def test_what_a_resumed_run_says_and_refuses(tmp_path: Path, monkeypatch: pytest
     run_dir = tmp_path / "models" / "desc-run,index-0"
     with pytest.raises(UserError) as refused:
         main(["--config", str(path), "--resume", "seed=7", "data.batch_size=4", "trainer.checkpoint.keep_last=3"])
-    assert sorted(problem.partition(":")[0] for problem in refused.value.problems) == ["data.batch_size", "seed"]
+    assert sorted(problem.partition(":")[0] for problem in refused.value.problems) == [
+        "--resume goes on under the settings of " + str(run_dir / "config.yaml"),
+        "data.batch_size",
+        "seed",
+    ]
     rows = json.loads((tmp_path / "data.json").read_text())
     rows["train"][0]["Answer"] += "!"
     (tmp_path / "data.json").write_text(json.dumps(rows))
