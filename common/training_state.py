@@ -28,6 +28,12 @@ def write_training_state(folder: Path, state: Mapping[str, Any]) -> None:
 
     tensors: dict[str, Tensor] = {}
     values = _packed(dict(state), tensors)
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        if place in places:
+            tensors[name] = tensor.clone()  # safetensors refuses tensors that share memory
+        places.add(place)
     save_file(tensors, folder / TENSORS_FILE)
     (folder / VALUES_FILE).write_text(json.dumps(values), encoding="utf-8")
 
@@ -59,7 +65,7 @@ def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
 
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous().clone()  # safetensors refuses tensors that share memory
+        tensors[name] = value.detach().cpu().contiguous()
         return {_TENSOR: name}
     if isinstance(value, Mapping):
         return {_ITEMS: [[_packed(key, tensors), _packed(item, tensors)] for key, item in value.items()]}

@@ -153,11 +153,13 @@ def train(
         state = point.state
         if state["processes"] != runtime.world_size:
             raise UserError(f"--resume: {runtime.world_size} processes now, {state['processes']} when the run began; start as many")
+        if steps != state["steps"]:
+            raise UserError(f"steps: got {steps}, but the run began with {state['steps']}; a resumed run keeps them")
         check_start_weights(began_with, state["began_with"], "policy's weights")
         load_trained_weights(model.pretrained_model, state["weights"])
         trainer.load_state_dict(state["trainer"])
         pipeline.load_state_dict(state["reward"])
-        first, steps = state["first"], state["steps"]
+        first = state["first"]
     history: list[dict[str, float]] = []
     with contextlib.ExitStack() as stack:
         tracker = trainer.tracker if output is None and trainer.tracker is not None else Tracker(Path(), is_main=False)  # writes nothing

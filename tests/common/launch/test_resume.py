@@ -292,12 +292,14 @@ def test_metrics_that_were_cut_off_are_missed(tmp_path: Path) -> None:
 def test_the_state_holds_all_bits_and_no_pickle(tmp_path: Path) -> None:
     from common.training_state import write_training_state
 
+    whole = torch.arange(3.0)
     state = {
         "tensor": torch.tensor([0.1, float("nan"), -0.0]).double(),
         3: {"tuple": (1, 0.1 + 0.2, None), "list": [True, "x"]},
         "infinity": float("inf"),
         "bfloat16": torch.tensor([1.5], dtype=torch.bfloat16),
         "scalar": torch.tensor(7),
+        "views": [whole, whole[1:]],
     }
     write_training_state(tmp_path, state)
     back = read_training_state(tmp_path)

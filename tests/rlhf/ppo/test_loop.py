@@ -242,6 +242,8 @@ def test_a_run_goes_on_in_a_new_process_and_a_finished_one_is_left_alone(
         train(build(), tmp_path / "run", prompts=QUESTIONS[::-1], resume=True)
     with pytest.raises(UserError, match=r"ppo_config\.cliprange: got 0\.3, but the run began with 0\.2"):
         train(build(cliprange=0.3), tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match="steps: got 5, but the run began with 3"):
+        train(build(), tmp_path / "run", steps=5, resume=True)
     assert train(build(), tmp_path / "run", resume=True) == expected
     earlier = tmp_path / "run" / "checkpoints" / "step-000001"
     assert train(build(project_kwargs={"logging_dir": tmp_path / "logs"}), earlier, resume=True) == expected
