@@ -65,7 +65,7 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
             raise
         print(f"error: {error.filename or 'output'}: {error.strerror}; make room, then --resume", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:  # raised with a text where something is kept
+        print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         sys.exit(130)
     sys.exit(code or 0)

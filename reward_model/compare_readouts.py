@@ -77,11 +77,16 @@ def main(argv: Sequence[str]) -> int:
     from reward_model.comparison_report import markdown
 
     directory = earlier or create_run_directory(root, config.desc, config.index)
-    with locked(directory), removed_if_unused(directory, also=(BACKBONE,)), run_log(directory):
-        write_config(directory, resolved_dict(config))
-        print(f"output: {directory}")
-        print(f"\n{markdown(compare(config, splits, directory))}")
-        print(f"table:   {directory / 'comparison.md'}, comparison.csv, comparison.json\npicture: {directory / 'comparison.png'}")
+    try:
+        with locked(directory), removed_if_unused(directory, also=(BACKBONE,)), run_log(directory):
+            write_config(directory, resolved_dict(config))
+            print(f"output: {directory}")
+            print(f"\n{markdown(compare(config, splits, directory))}")
+            print(f"table:   {directory / 'comparison.md'}, comparison.csv, comparison.json\npicture: {directory / 'comparison.png'}")
+    except KeyboardInterrupt:
+        if not directory.exists():  # nothing was trained yet: what caching has to say holds
+            raise
+        raise KeyboardInterrupt(f"what is computed and trained so far is kept; --resume {directory} goes on with it") from None
     return 0
 
 

@@ -149,7 +149,11 @@ def cached_rows(
         model.to(device)
         lengths = np.array([answer.length for answer in answers])
         with evaluating(model), torch.inference_mode(), prepacked(model), _autocast(device, autocast):
-            fill(cache, digests, lengths, compute_rows, in_order=in_order, device=device, show_progress=show_progress)
+            try:
+                fill(cache, digests, lengths, compute_rows, in_order=in_order, device=device, show_progress=show_progress)
+            except KeyboardInterrupt:
+                kept = f"the states computed so far are kept in {cache.folder}"
+                raise KeyboardInterrupt(f"{kept}; the same command (with --resume only if it had it) goes on from them") from None
     return cache.rows(digests)
 
 

@@ -103,6 +103,20 @@ def test_readouts_share_a_backbone_and_a_cache_and_none_is_trained_twice(
         compare(config, "--resume", "model_params.weight_decay=0.5")
 
 
+def test_ctrl_c_between_trainings_names_the_directory_that_goes_on(write_config: Any, trained: list[str], monkeypatch: Any) -> None:
+    config = comparison_config(write_config, readouts=["last_token"])
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(comparison, "train_and_score", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=r"is kept; --resume .*desc-.* goes on with it"):
+            compare(config)
+    compare(config, "--resume")
+    assert trained == ["last_token 1", "last_token 2"]
+
+
 def test_scores_a_rate_for_each_readout_and_those_that_make_no_sense(write_config: Any, trained: list[str]) -> None:
     readouts = [{"name": "decoder_output"}, {"name": "mean_pool", "hidden_sizes": [4]}]
     config = comparison_config(write_config, "score", "t5", readouts=readouts, seeds=[1], learning_rates=[1e-3, 1e-2])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.checkpoint import read_manifest, verify_directory
-from common.errors import UserError
+from common.errors import UserError, run_main
 from common.models.frozen_states import cached_answers
 from common.models.reward import RewardModel
 from reward_model.classification import train_reward as train_pairs
@@ -97,6 +97,30 @@ def test_a_readout_of_fewer_layers_reads_what_a_wider_one_left(write_config, tmp
     [folder] = (tmp_path / "shared").iterdir()
     facts = json.loads((folder / "cache.json").read_text())
     assert (facts["layers"], facts["token"], facts["dtype"]) == (2, "last", "bfloat16")
+
+
+def test_ctrl_c_while_states_are_computed_says_what_is_kept_and_what_goes_on(
+    write_config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config("pair", model_params={"freeze_backbone": True})
+    arguments = ["--config_file", str(config), *QUICK]
+    rows, calls = RewardModel.state_rows, iter(range(9))
+
+    def twice(model: RewardModel, batch: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return rows(model, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RewardModel, "state_rows", twice)
+        patched.setattr("common.models.frozen_states.CHUNK_TOKENS", {"cpu": 50, "cuda": 50})
+        patched.setattr("sys.argv", ["train_reward.py", *arguments])
+        with pytest.raises(SystemExit) as left:
+            run_main(train_pairs.main)
+    assert left.value.code == 130
+    assert "interrupted: the states computed so far are kept in " in (err := capsys.readouterr().err) and "Traceback" not in err
+    run("pair", config, *QUICK)  # the same command
+    assert "answers are there already" in capsys.readouterr().out
 
 
 def test_workers_read_the_cache_themselves(write_config) -> None:
