@@ -259,8 +259,10 @@ class ShardWriter:
 
 
 def gib(size: int) -> str:
-    """A size in words: `1.50 GiB`, `12.0 MiB`."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    """A size in words: `1.50 GiB`, `12.0 MiB`, `0.5 KiB`."""
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
 def wider(root: Path, facts: StateFacts, digests: Digests) -> StateCache:
