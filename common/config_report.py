@@ -210,10 +210,14 @@ def _refused(path: KeyPath, value: Any, schema: type[BaseModel]) -> str:
     expected = type_words(annotation) if annotation is not None else "another value"
     if isinstance(value, float) and not math.isfinite(value):
         expected = expected.replace("a number", "a finite number")
-    return f"got {shown_value(value, path)}, expected {expected}{_hint(value, expected, choices_of(annotation))}"
+    hint = "" if may_hold_secret(path) else _hint(value, expected, choices_of(annotation))
+    return f"got {shown_value(value, path)}, expected {expected}{hint}"
 
 
 def _hint(value: Any, expected: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(value.lower(), choices, n=1) if isinstance(value, str) else []
+    if re.match(r"a list of (?!\d)", expected) and isinstance(value, str | int | float) and not isinstance(value, bool) and not close:
+        return f" (a list of one: [{value}])" if len(str(value)) <= _SHOWN_CHARACTERS else ""
     if not isinstance(value, str):
         return ""
     if "true, false" in expected or "true or false" in expected:
@@ -222,7 +226,6 @@ def _hint(value: Any, expected: str, choices: list[str]) -> str:
             return f" (write {word}, without quotes)"
     if "number" in expected and re.fullmatch(r"[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?", value):
         return " (remove the quotes)"
-    close = difflib.get_close_matches(value.lower(), choices, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
