@@ -17,7 +17,7 @@ from sft.config import SFTConfig
 def invocation(params: dict[str, Any], every: int | None = None, overridden: tuple[tuple[str, ...], ...] = ()) -> Invocation[SFTConfig]:
     trainer = {"params": params, "checkpoint": {"every_n_train_steps": every}}
     config = SFTConfig.model_validate({"data": {"data_dir": "a"}, "model_name": "m", "trainer": trainer})
-    return Invocation(config, Path("c"), Path(), None, False, argparse.Namespace(), (), overridden)
+    return Invocation(config, Path("c"), Path(), None, validate_only=False, options=argparse.Namespace(), overridden=overridden)
 
 
 @pytest.mark.parametrize(

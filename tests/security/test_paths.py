@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_links_in_the_place_of_what_is_written_are_not_followed(tmp_path: Path, 
     for name in ("best", "last"):
         (run / name).symlink_to(elsewhere)
 
-    def save(directory: Path, metrics: dict[str, float], step: int) -> None:
+    def save(directory: Path, metrics: dict[str, float], step: int, extra: Callable[[Path], None]) -> None:
         directory.mkdir(parents=True)
 
     keeper = CheckpointKeeper(run, save, monitor="val/loss", mode="min", keep_last=1)

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 
@@ -209,7 +210,7 @@ def test_a_training_in_several_processes_meets_there(tmp_path: Path, monkeypatch
         )
         monkeypatch.setattr(trainer, "fit", lambda *_: met.append((os.environ.get("MASTER_ADDR"), listening())))
         with pytest.raises(UserError, match="ended before its first step"):
-            fit(trainer, None, [])  # type: ignore[arg-type]
+            fit(trainer, pl.LightningModule(), [])  # type: ignore[arg-type]
     assert met == [("127.0.0.1", {"127.0.0.1"})]
 
 
