@@ -14,6 +14,7 @@ from typing import Literal
 from torch import nn
 
 from common.errors import UserError
+from common.model_source import check_layer_indices
 from common.schema import FreezeSettings
 
 Group = Literal["emb", "ln", "attn", "ff", "other"]
@@ -133,7 +134,7 @@ def apply_freezing(
     blocks = find_blocks(model)
     frozen_groups: set[Group] = set()
     kept: list[str] = []
-    _check_layers(settings.layers_not_to_freeze, blocks)
+    check_layer_indices(settings.layers_not_to_freeze, max((block.count for block in blocks), default=0), "layers_not_to_freeze")
     if settings.active:
         frozen_groups = {group for group in GROUPS if getattr(settings, f"freeze_{group}")}
         kept = [block.prefix for block in blocks if block.index in layer_indices(settings.layers_not_to_freeze, block.count)]
@@ -155,16 +156,6 @@ def apply_freezing(
     if unread:
         notes += (f"{len(unread)} tensors stay as they are: no score is read out of them",)
     return FreezingTable(rows, notes)
-
-
-def _check_layers(requested: Sequence[int], blocks: Sequence[Block]) -> None:
-    count = max((block.count for block in blocks), default=0)
-    outside = [index for index in requested if not -count <= index < count]
-    if outside:
-        range_text = f"0 to {count - 1}, or -{count} to -1" if count else "none"
-        raise UserError(
-            f"layers_not_to_freeze: {', '.join(map(str, outside))} out of range, the model has {count} layers (indices {range_text})"
-        )
 
 
 def _notes(settings: FreezeSettings, frozen_groups: set[Group], blocks: Sequence[Block], has_head: bool) -> tuple[str, ...]:

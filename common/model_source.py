@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from common.checkpoint import Manifest, read_manifest
 from common.errors import UserError
-from common.schema import HUB_NAME
+from common.schema import HUB_NAME, TrainingSettings
 
 HUB_TIMEOUT_S = 3.0
 
@@ -115,6 +115,15 @@ def config_in(name: str) -> dict[str, Any] | None:
     except (OSError, ValueError, RuntimeError):
         return None
     return config if isinstance(config, dict) else None
+
+
+def start_config(config: TrainingSettings) -> dict[str, Any]:
+    """What is known here of the configuration of the model that a run starts from: a directory's, or that of `model_init`."""
+    name = config.trainer.ckpt_path or config.model_name
+    if name is not None:
+        return config_in(name) or {}
+    assert config.model_init is not None, "the config has one of model_name and model_init"
+    return {**config.model_init.config, "model_type": config.model_init.model_type}
 
 
 def check_model_source(name: str, *, setting: str = "model_name", role: Role = "generator", trust_remote_code: bool = False) -> ModelSource:
@@ -317,6 +326,21 @@ def check_length(source: ModelSource, length: int, what: str) -> None:
     """Refuse `length` tokens (`what` says which settings make it up) that exceed the model's positions."""
     if source.positions is not None and length > source.positions:
         raise UserError(f"{what} exceeds the {source.positions} positions of {source.setting} {source.name}")
+
+
+def check_layers(requested: Sequence[int], model: Mapping[str, Any], section: str) -> None:
+    """Refuse a `layers_not_to_freeze` of that section beyond the layers (of the larger stack) that a model's configuration tells."""
+    counts = [layers_in(model, part) for part in ("whole", "encoder", "decoder")]
+    if count := max((count for count in counts if count is not None), default=0):
+        check_layer_indices(requested, count, f"{section}.layers_not_to_freeze")
+
+
+def check_layer_indices(requested: Sequence[int], count: int, setting: str) -> None:
+    """Refuse indices (negative: from the end) beyond `count` layers."""
+    outside = [index for index in requested if not -count <= index < count]
+    if outside:
+        range_text = f"0 to {count - 1}, or -{count} to -1" if count else "none"
+        raise UserError(f"{setting}: {', '.join(map(str, outside))} out of range, the model has {count} layers (indices {range_text})")
 
 
 def check_joinable(policy: ModelSource, judges: list[ModelSource], *, prompt_format: str | None = None) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.model_source import BackboneKind, config_in, kind_in, layers_in
+from common.model_source import BackboneKind, kind_in, layers_in, start_config
 from common.readout_settings import PARTS, Part, ReadoutSettings, readout_problems
 from common.schema import (
     CSVPath,
@@ -74,12 +74,7 @@ class RewardConfig(TrainingSettings):
 
     def known_model(self) -> tuple[BackboneKind | None, dict[Part, int]]:
         """Kind of the model and layers of its parts, as far as they are known here: built here, or a directory."""
-        name = self.trainer.ckpt_path or self.model_name
-        if name is not None:
-            model = config_in(name) or {}
-        else:
-            assert self.model_init is not None
-            model = {**self.model_init.config, "model_type": self.model_init.model_type}
+        model = start_config(self)
         kind = kind_in(model)
         return kind, {part: count for part in (PARTS[kind] if kind else ()) if (count := layers_in(model, part))}
 

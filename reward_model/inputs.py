@@ -8,7 +8,7 @@ from typing import Literal
 from common.devices import check_cuda, check_trainer_devices
 from common.errors import UserError, both
 from common.model_init import check_buildable, check_fresh_length, check_room
-from common.model_source import ModelSource, check_length, check_model_source, check_prompt_format
+from common.model_source import ModelSource, check_layers, check_length, check_model_source, check_prompt_format, start_config
 from common.records import PairRecord, Prompt, ScoreRecord, Splits, read_rows
 from reward_model.config import RewardConfig, RewardTestConfig
 
@@ -28,6 +28,7 @@ def check_models(config: RewardConfig) -> None:
         check_room(source, config.data.max_length, config.data.prompt_format, "data.max_length")
         if config.data.max_prompt_length is not None:
             check_room(source, config.data.max_prompt_length, config.data.prompt_format, "data.max_prompt_length", answer=False)
+    check_layers(config.model_params.layers_not_to_freeze, start_config(config), "model_params")
     if config.model_init is not None and config.trainer.ckpt_path is None:
         check_fresh_length(config.model_init, config.data.max_length, "data.max_length")
 

@@ -9,7 +9,7 @@ from typing import Literal
 from common.devices import check_bfloat16
 from common.errors import UserError
 from common.model_init import check_room
-from common.model_source import ModelSource, check_joinable, check_length, check_model_source, check_same_vocabulary
+from common.model_source import ModelSource, check_joinable, check_layers, check_length, check_model_source, check_same_vocabulary
 from common.record_types import PromptRecord, question_key
 from common.records import Splits, read_rows
 from rlhf.config import PPOData, PPORunConfig
@@ -58,6 +58,7 @@ def check_models(config: PPORunConfig) -> Sources:
             config.ppo_config.model_name, setting="ppo_config.model_name", role="generator", trust_remote_code=config.trust_remote_code
         )
         prompt_limit(config, policy.positions, policy.is_encoder_decoder)
+        check_layers(config.freeze_config.layers_not_to_freeze, policy.config or {}, "freeze_config")
     except UserError as error:
         collect(error)
     try:

@@ -20,7 +20,7 @@ from common.devices import check_trainer_devices
 from common.errors import UserError, both, run_main
 from common.evaluation.generation_options import generation_options
 from common.model_init import check_buildable, check_fresh_length, check_room
-from common.model_source import check_length, check_model_source, check_prompt_format
+from common.model_source import check_layers, check_length, check_model_source, check_prompt_format, start_config
 from common.notes import say
 from common.records import read_rows
 from common.resume import begin, check_data, say_finished
@@ -43,6 +43,7 @@ def check_models(config: SFTConfig) -> None:
             check_room(source, config.data.max_length, config.data.prompt_format, "data.max_length")
             if setting == "trainer.ckpt_path":
                 check_prompt_format(source, config.data.prompt_format, "data.prompt_format")
+    check_layers(config.model_params.layers_not_to_freeze, start_config(config), "model_params")
     if config.model_init is not None and config.trainer.ckpt_path is None:
         check_fresh_length(config.model_init, config.data.max_length, "data.max_length")
 
