@@ -306,10 +306,12 @@ def _in_section(section: str, key: str) -> str:
 
 def _check_columns(columns: Mapping[str, str], section: str = "") -> None:
     problems = []
-    for ours in columns:
+    for ours, theirs in columns.items():
         if ours not in KNOWN_KEYS:
             close = difflib.get_close_matches(ours, KNOWN_KEYS, n=1)
             meant = f" (did you mean {close[0]}?)" if close else ""
+            if theirs in KNOWN_KEYS:
+                meant = f" (our name stands first, the file's second: {{{theirs}: {readable(ours)}}})"
             problems.append(f"{_in_section(section, 'columns')}.{ours}: unknown name, expected one of {', '.join(KNOWN_KEYS)}{meant}")
     if problems:
         raise UserError(*problems)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,6 +175,11 @@ def _expected(kind: RecordKind) -> str:
     return " or ".join(names)
 
 
+def _swap_hint(ours: str, theirs: str, there: Collection[str]) -> str:
+    """Where the entry `ours: theirs` of `columns` would make sense the other way round: `there` has the one, and we know the other."""
+    return f" (the other way round? columns: {{{theirs}: {ours}}})" if ours in there and theirs in KNOWN_KEYS else ""
+
+
 @dataclass(frozen=True)
 class RowReader:
     """Reads the rows of one file as records of one kind; `columns` maps our names to the file's."""
@@ -196,8 +201,9 @@ class RowReader:
     def check_keys(self, value: dict[str, Any], row: dict[str, Any]) -> tuple[RowFormat | None, list[str]]:
         """The format of a row (`value` under the file's names, `row` under ours), and what is wrong with its keys."""
         may_lack = (CONTEXT, *MARGIN)
+        has = ", ".join(shown(key) for key in list(value)[:8]) or "nothing"
         lacking = [
-            f"{readable(theirs)}: missing, expected as columns.{ours} says"
+            f"{readable(theirs)}: missing, expected as columns.{ours} says; the row has {has}{_swap_hint(ours, theirs, value)}"
             for ours, theirs in self.columns.items()
             if theirs not in value and ours not in may_lack
         ]

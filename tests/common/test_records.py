@@ -372,6 +372,17 @@ def test_all_problems_are_told_at_once_up_to_twenty(tmp_path: Path) -> None:
     assert problems_of(tmp_path, rows[:-4], "sft")[20] == "... and 1 more problem"
 
 
+def test_the_same_problem_of_several_splits_is_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.json", {"train": [{"a": 1}] * 5, "val": [{"a": 1}], "test": [{"a": 1}, {"b": 1}]})
+    with pytest.raises(UserError) as raised:
+        read_splits(path, "sft")
+    expected = "expected Question/Answer or instruction/response (data.columns renames)"
+    assert raised.value.problems == (
+        f'{path}: train rows 1, 2, 3 and 2 more, val row 1 (line 1), test row 1 (line 1): keys: got "a", {expected}',
+        f'{path}: test row 2 (line 1): keys: got "b", {expected}',
+    )
+
+
 def test_the_same_problem_of_many_rows_is_one_line(tmp_path: Path) -> None:
     problems = problems_of(tmp_path, [{"a": 1}] * 50, "sft")
     assert len(problems) == 1 and problems[0].startswith("train rows 1, 2, 3 and 47 more: keys: got")
@@ -428,8 +439,14 @@ def test_columns_that_name_nothing(tmp_path: Path) -> None:
         "columns.Qestion: unknown name, expected one of"
     )
     assert problems_of(tmp_path, [GOOD["sft"]], "sft", columns={"Question": "title"}) == [
-        "train row 1 (line 1): title: missing, expected as columns.Question says"
+        'train row 1 (line 1): title: missing, expected as columns.Question says; the row has "Question", "Answer"'
     ]
+    assert problems_of(tmp_path, [GOOD["sft"]], "sft", columns={"Answer": "response"})[0].endswith(
+        'the row has "Question", "Answer" (the other way round? columns: {response: Answer})'
+    )
+    assert problems_of(tmp_path, [GOOD["sft"]], "sft", columns={"title": "Question"})[0].endswith(
+        "(our name stands first, the file's second: {Question: title})"
+    )
     assert problems_of(tmp_path, [GOOD["sft"]], "sft", columns={"context": "passage"}) == [
         "passage: in no row, expected as columns.context says"
     ]
