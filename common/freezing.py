@@ -168,7 +168,7 @@ def _notes(settings: FreezeSettings, frozen_groups: set[Group], blocks: Sequence
         layers = ", ".join(map(str, sorted(layer_indices(settings.layers_not_to_freeze, count))))
         notes.append(f"layers {layers} of {count} train whatever the flags say")
     if has_head:
-        notes.append("the fresh head trains whatever freeze_other says")
+        notes.append("the fresh head trains, whatever is frozen")
     return tuple(notes)
 
 

@@ -13,12 +13,14 @@ LOG_LINES = 20
 
 
 class Progress:
-    """Steps done of `total`, with the latest figures, rate and time left."""
+    """Steps (or what `unit` says) done of `total`, with the latest figures, rate and time left."""
 
-    def __init__(self, total: int, *, done: int = 0, enabled: bool = True, stream: TextIO | None = None, label: str = "") -> None:
+    def __init__(
+        self, total: int, *, done: int = 0, enabled: bool = True, stream: TextIO | None = None, label: str = "", unit: str = "step"
+    ) -> None:
         """`done` steps were made before (a resumed run); a disabled one still prints notes."""
         self.total = total
-        self.label = label
+        self.label, self.unit = label, unit
         self._stream = stream or sys.stderr
         self._enabled = enabled and total > 0
         self._terminal = self._enabled and _is_terminal(self._stream)
@@ -61,7 +63,8 @@ class Progress:
             rate = (done - self._first) / elapsed if elapsed > 0 else 0.0
             left = f", {duration((self.total - done) / rate)} left" if 0 < done < self.total and rate > 0 else ""
             shown = "  ".join(f"{name} {value}" for name, value in figures.items())
-            self._write(f"{self.label + ' ' if self.label else ''}step {done}/{self.total}  {shown}  ({rate:.3g} steps/s{left})")
+            place = f"{self.label} {self.unit}".lstrip()
+            self._write(f"{place} {done}/{self.total}  {shown}  ({rate:.3g} {self.unit}s/s{left})")
         self._done = done
 
     def note(self, text: str) -> None:

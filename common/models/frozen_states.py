@@ -143,7 +143,9 @@ def cached_rows(
     if len(missing):
         size = cache.needed_bytes(int(tokens[missing].sum()))
         cache.check_room(size)
-        say(f"states of {len(missing):,} answers take {gib(size)} in {cache.folder}, which may be deleted at any time")
+        again = len(answers) - rows
+        once = f"; equal texts are computed once ({again:,} of {len(answers):,} answers repeat another one)" if again else ""
+        say(f"states of {len(missing):,} answers take {gib(size)} in {cache.folder}, which may be deleted at any time{once}")
         if facts.token == "all":
             say(f"{reads}: {gib(size // len(missing))} of an answer's {tokens[missing].mean():.0f} tokens are kept; {remedy}")
         model.to(device)
@@ -178,7 +180,7 @@ def fill(
     with cache.writing() as writer:
         missing = cache.missing(digests)
         order = missing if in_order else missing[np.argsort(lengths[missing], kind="stable")]
-        progress = Progress(len(order), enabled=show_progress, label="states")
+        progress = Progress(len(order), enabled=show_progress, label="caching", unit="answer")
         done = 0
         for places in _chunks(order, lengths, most):
             rows = compute(places)

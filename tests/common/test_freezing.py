@@ -143,7 +143,7 @@ def test_heads_always_train_and_the_table_says_so() -> None:
     table = apply_freezing(model, settings, always_train=("v_head",))
     assert trained_names(model) == {"v_head.weight", "v_head.bias"}
     assert (table.trained, table.rows[-1].group, table.rows[-1].parameters) == (9, "head", 9)
-    assert "the fresh head trains whatever freeze_other says" in str(table)
+    assert "the fresh head trains, whatever is frozen" in str(table)
     assert table.frozen == sum(parameter.numel() for parameter in model.backbone.parameters())
 
 

@@ -33,6 +33,12 @@ def test_rate_and_time_left_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream.getvalue() == "step 150/200  loss 1  (2 steps/s, 25 s left)\n"
 
 
+def test_what_is_counted_has_its_own_name() -> None:
+    stream = io.StringIO()
+    Progress(3, stream=stream, label="caching", unit="answer").update(3, {})
+    assert stream.getvalue().startswith("caching answer 3/3 ") and " answers/s)" in stream.getvalue()
+
+
 def test_disabled_it_shows_notes_alone() -> None:
     stream = io.StringIO()
     bar = Progress(10, enabled=False, stream=stream)

@@ -108,6 +108,15 @@ def test_states_are_those_of_the_model_at_rest_and_its_modes_stay(tokenizer: Any
     torch.testing.assert_close(found[:, 0], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_it_is_said_that_equal_texts_are_computed_once(tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make(tokenizer).eval()
+    facts = state_facts(model, tokenizer, "float32")
+    cached_answers(model, [*ROWS, ROWS[0]], tmp_path, facts, pad_id=0, show_progress=False)
+    assert f"; equal texts are computed once (1 of {len(ROWS) + 1} answers repeat another one)" in capsys.readouterr().out
+    cached_answers(model, ROWS, tmp_path / "other", facts, pad_id=0, show_progress=False)
+    assert "equal texts" not in capsys.readouterr().out
+
+
 def test_states_of_mixed_precision_are_computed_under_it(tokenizer: Any, tmp_path: Path) -> None:
     model = make(tokenizer).eval()
     found = []
