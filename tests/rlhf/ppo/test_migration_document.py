@@ -82,7 +82,7 @@ def test_the_scripts_run_as_they_stand_there(here: Path, policy_dir: Path, t5_di
         for model, folder in (("gpt2", policy_dir), ("google/flan-t5-small", t5_dir)):
             script = script.replace(f'"{model}"', repr(str(folder)))
         exec(compile(script, str(DOCUMENT), "exec"), names)
-    for folder in ("kind-gpt2", "kind-gpt2-lora", "polite-gpt2/best"):
+    for folder in ("kind-gpt2", "kind-gpt2-lora", "brief-gpt2/best"):
         AutoModelForCausalLM.from_pretrained(here / folder)
     AutoModelForSeq2SeqLM.from_pretrained(here / "longer-t5")
     lines = read_metrics(here / "logs" / "desc-ppo,index-0")
