@@ -325,7 +325,8 @@ def check_prompt_format(source: ModelSource, prompt_format: str, setting: str) -
 def check_length(source: ModelSource, length: int, what: str) -> None:
     """Refuse `length` tokens (`what` says which settings make it up) that exceed the model's positions."""
     if source.positions is not None and length > source.positions:
-        raise UserError(f"{what} exceeds the {source.positions} positions of {source.setting} {source.name}")
+        too_few = f"{what} exceeds the {source.positions} positions of {source.setting} {source.name}"
+        raise UserError(f"{too_few}; ask for fewer tokens, or name a model with as many positions")
 
 
 def check_layers(requested: Sequence[int], model: Mapping[str, Any], section: str) -> None:
