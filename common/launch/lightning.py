@@ -332,7 +332,8 @@ def fit(
 
 
 def _is_of_the_connection(error: RuntimeError) -> bool:
-    return isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl", "connection"))
+    words = ("gloo", "nccl", "connection", "timeout", "timed out")
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in words)
 
 
 def end_followers(trainer: pl.Trainer, *, at_once: bool) -> None:
