@@ -109,6 +109,9 @@ def check_the_same(config: ComparisonConfig, fingerprint: str, directory: Path) 
     different = [
         f"{name} {now} (it began with {before})" for name, (before, now) in sorted(changes.items()) if name.split(".")[0] not in FREE
     ]
+    if dropped := sorted(set(old.data.get("seeds") or ()) - set(config.seeds)):
+        # Of each readout one seed's model is kept, which may be theirs.
+        different.append(f"seeds without {', '.join(map(str, dropped))}, which it has trained (more can be added)")
     data = directory / "data_fingerprint.txt"
     if data.is_file() and data.read_text(encoding="utf-8").strip() != fingerprint:
         different.append(f"rows of {config.data.data_dir}")

@@ -238,6 +238,7 @@ def test_a_comparison_goes_on_with_more_of_the_same_alone(write_config: Any, tmp
     check("readouts=[last_token,mean_pool]", "seeds=[1,2,3]", "learning_rates=[1e-3,1e-2]", "keep_models=true", "bootstrap_samples=10")
     for overrides, rows, named in (
         ((), "others", f"rows of {tmp_path / 'pair.json'}"),
+        (("seeds=[2,3]",), "some rows", r"seeds without 1, which it has trained \(more can be added\)"),
         (("data.batch_size=4",), "some rows", r"data\.batch_size 4 \(it began with \d+\)"),
         (
             ("seed=5", "model_params.freeze_backbone=false"),
