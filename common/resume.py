@@ -28,6 +28,7 @@ from common.runs import (
     check_start,
     checkpoints_in,
     create_run_directory,
+    is_run_name,
     next_free_index,
     run_log,
     run_name,
@@ -245,7 +246,7 @@ def _named(wish: Path) -> tuple[Path, Path | None]:
         if path not in checkpoints_in(path.parent):
             raise UserError(f"--resume: {wish} is no checkpoint of its run any more; rename it to step-N first, N as it was")
         return path.parent.parent, path
-    if not (path / CONFIG_FILE).is_file():
+    if not (path / CONFIG_FILE).is_file() and not is_run_name(path.name):  # a run that was killed at once has none yet
         raise UserError(
             f"--resume: {wish} is neither a run (it has no {CONFIG_FILE}) nor a checkpoint in a run's {CHECKPOINTS_FOLDER} folder"
         )

@@ -74,6 +74,11 @@ def run_name(desc: str, index: int) -> str:
     return f"desc-{desc},index-{index}"
 
 
+def is_run_name(name: str) -> bool:
+    """Whether a folder of this name was made for a run."""
+    return _RUN_NAME.fullmatch(name) is not None
+
+
 def next_free_index(root: Path, desc: str) -> int:
     """One more than the largest index any run of this `desc` has, whatever state that run is in; 0 in an empty root."""
     matches = (_RUN_NAME.fullmatch(path.name) for path in root.iterdir()) if root.is_dir() else ()

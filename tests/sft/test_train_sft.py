@@ -237,6 +237,9 @@ def test_what_a_resumed_run_says_and_refuses(tmp_path: Path, monkeypatch: pytest
     path = config(tmp_path)
     with pytest.raises(UserError, match="no run of desc 'run' there to go on with"):
         main(["--config", str(path), "--resume"])
+    (tmp_path / "models" / "desc-killed_at_once,index-0").mkdir(parents=True)
+    with pytest.raises(UserError, match="the run has no checkpoint to go on from yet; start it anew"):
+        main(["--config", str(path), "desc=killed_at_once", "--resume"])
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_after(patch, 1)
         main(["--config", str(path)])
