@@ -1,4 +1,4 @@
-"""One process at a time writes a run directory."""
+"""One process at a time writes a run directory, or another file that a lock stands for."""
 
 from __future__ import annotations
 
@@ -25,47 +25,53 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
-@contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold a run directory for this process. The system lets go of it when the process ends, however that happens.
+def hold(path: Path) -> int:
+    """A descriptor that holds a file's lock until `release`, or the end of the process, however that comes; the file is made.
 
-    Raises UserError where another process holds it. On a file system without locks nothing is held.
+    Raises BlockingIOError where another process holds it. On a file system without locks nothing is held.
     """
-    descriptor = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     _held.add(descriptor)
     try:
-        _hold(descriptor, run_dir)
-        yield
-    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        release(descriptor)
+        raise
+    except OSError:
+        pass
+    return descriptor
+
+
+def release(descriptor: int) -> None:
+    """Let go of what `hold` gave; in a forked child it is gone already."""
+    if descriptor in _held:
         _held.discard(descriptor)
         os.close(descriptor)
 
 
-def refuse_locked(run_dir: Path) -> None:
-    """Raise UserError where another process holds the directory now; this one holds nothing afterwards."""
-    with contextlib.suppress(FileNotFoundError):
-        descriptor = os.open(run_dir / LOCK_FILE, os.O_RDWR)
-        try:
-            _take(descriptor, run_dir)
-        finally:
-            os.close(descriptor)
-
-
-def _hold(descriptor: int, run_dir: Path) -> None:
-    if _take(descriptor, run_dir):
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold a run directory for this process. Raises UserError where another process holds it."""
+    descriptor = _hold_run(run_dir)
+    try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        release(descriptor)
 
 
-def _take(descriptor: int, run_dir: Path) -> bool:
-    """Take the lock; False on a file system without locks. Raises UserError where another process holds it."""
+def refuse_locked(run_dir: Path) -> None:
+    """Raise UserError where another process holds the directory now; this one holds nothing afterwards."""
+    if (run_dir / LOCK_FILE).exists():
+        release(_hold_run(run_dir))
+
+
+def _hold_run(run_dir: Path) -> int:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return hold(run_dir / LOCK_FILE)
     except BlockingIOError:
-        holder = os.read(descriptor, 64).decode(errors="replace").strip()
+        holder = (run_dir / LOCK_FILE).read_text(errors="replace").strip()
         raise UserError(
             f"{run_dir}: another process writes this run{f' (process {holder})' if holder else ''}; wait for its end or stop it"
         ) from None
-    except OSError:
-        return False
-    return True

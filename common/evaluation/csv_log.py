@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import fcntl
 import io
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.run_lock import hold, release
 
 # Answers of any length must come back; the module's default stops at 128 kB per field.
 csv.field_size_limit(2**31 - 1)
@@ -42,12 +42,12 @@ class CsvLog:
         self._state_path = self.path.with_name(self.path.name + ".state.json")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = _locked(self.path.with_name(self.path.name + ".lock"))
+            lock = hold(self.path.with_name(self.path.name + ".lock"))
         except BlockingIOError:
             raise UserError(f"{self.path}: another evaluation is writing it; wait for its end or set another log_file") from None
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror or error}") from None
-        self._release = weakref.finalize(self, os.close, lock)
+        self._release = weakref.finalize(self, release, lock)
         try:
             if not self._continue(only_resume):
                 self._begin()
@@ -124,19 +124,6 @@ class CsvLog:
 def add_resume_option(parser: argparse.ArgumentParser) -> None:
     """`--resume` of an evaluation, which goes on by itself where it can: as `options.only_resume`."""
     parser.add_argument("--resume", dest="only_resume", action="store_true", help="only go on with the rows in log_file, never begin anew")
-
-
-def _locked(path: Path) -> int:
-    """A descriptor that holds the file's lock until it is closed. Raises BlockingIOError where another one does."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise
-    except OSError:  # a file system without locks
-        pass
-    return descriptor
 
 
 def _line(values: Sequence[str]) -> str:
