@@ -28,7 +28,7 @@ if __name__ == "__main__":
 from benchmarks import reward as pair_rows
 from benchmarks import sft as sft_rows
 from benchmarks.processes import run_contender
-from benchmarks.readouts import Epochs, table
+from benchmarks.readouts import Epochs, both_ways, print_measured, table
 from benchmarks.training import run_script
 
 STAGES = ("sft", "pairs")
@@ -37,25 +37,17 @@ STAGES = ("sft", "pairs")
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if options.measure is not None:
-        import torch
-
-        from benchmarks.synthetic import print_result
-
-        torch.set_num_threads(options.threads)
-        print_result(measure(options, options.measure))
-        return 0
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for number in range(options.rounds):
-        for stage in options.stages.split(","):
-            for way, epochs, kept in (("cached", options.epochs, "float32"), ("never", 1, "never")):
-                command = [sys.executable, __file__, "--measure", stage, "--n", str(options.n), "--epochs", str(epochs)]
-                command += ["--batch", str(options.batch), "--top", str(options.top), "--threads", str(options.threads)]
-                command += ["--set", *options.set, f"model_params.cache_states={kept}"]
-                found.setdefault(stage, {}).setdefault(way, []).append(run_contender(command))
-            print(f"round {number + 1}: {table({stage: found[stage]}).splitlines()[-1]}", file=sys.stderr, flush=True)
+        return print_measured(options, measure)
+    found = both_ways(options, options.stages.split(","), lambda stage, way, epochs: in_process(options, stage, way, epochs))
     print(table(found, "stage"))
     print("RESULT " + json.dumps({"n": options.n, "batch": options.batch, "top": options.top, "stages": found}))
     return 0
+
+
+def in_process(options: argparse.Namespace, stage: str, way: str, epochs: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--measure", stage, "--n", str(options.n), "--epochs", str(epochs)]
+    command += ["--batch", str(options.batch), "--top", str(options.top), "--threads", str(options.threads)]
+    return run_contender([*command, "--set", *options.set, f"model_params.cache_states={'never' if way == 'never' else 'float32'}"])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -27,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,27 +56,39 @@ READOUTS = {
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if options.measure is not None:
-        import torch
-
-        from benchmarks.synthetic import print_result
-
-        torch.set_num_threads(options.threads)
-        print_result(measure(options, options.measure))
-        return 0
+        return print_measured(options, measure)
     chosen = options.readouts.split(",")
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for number in range(options.rounds):
-        for readout in chosen:
-            for way in ("cached", "never"):
-                figures = in_process(options, readout, way, options.n, options.epochs if way == "cached" else 1)
-                found.setdefault(readout, {}).setdefault(way, []).append(figures)
-            print(f"round {number + 1}: {table({readout: found[readout]}).splitlines()[-1]}", file=sys.stderr, flush=True)
+    found = both_ways(options, chosen, lambda readout, way, epochs: in_process(options, readout, way, options.n, epochs))
     print(table(found))
     growth = {int(n): in_process(options, chosen[-1], "cached", int(n), 1) for n in filter(None, options.growth.split(","))}
     if growth:
         print("\n" + growth_table(chosen[-1], growth))
     print("RESULT " + json.dumps({"n": options.n, "batch": options.batch, "readouts": found, "growth": growth}))
     return 0
+
+
+def print_measured(options: argparse.Namespace, measure: Callable[[argparse.Namespace, str], dict[str, Any]]) -> int:
+    """Measure `options.measure` in this process and print its figures."""
+    import torch
+
+    from benchmarks.synthetic import print_result
+
+    torch.set_num_threads(options.threads)
+    print_result(measure(options, options.measure))
+    return 0
+
+
+def both_ways(
+    options: argparse.Namespace, names: Sequence[str], figures: Callable[[str, str, int], dict[str, Any]]
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Name -> way -> figures of each round; `figures(name, way, epochs)`, with `options.epochs` from the cache and one without."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for number in range(options.rounds):
+        for name in names:
+            for way, epochs in (("cached", options.epochs), ("never", 1)):
+                found.setdefault(name, {}).setdefault(way, []).append(figures(name, way, epochs))
+            print(f"round {number + 1}: {table({name: found[name]}).splitlines()[-1]}", file=sys.stderr, flush=True)
+    return found
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -30,7 +30,7 @@ def check_room(folder: Path, one: int, kept: int, resumed: Path | None = None) -
     folder: where the run will lie. one: bytes of a checkpoint. kept: `keep_last` + `keep_best`. resumed: the run that goes on, whose
     checkpoints are there already. Raises UserError.
     """
-    need, free = one * (kept + 1), shutil.disk_usage(_nearest(folder)).free
+    need, free = one * (kept + 1), shutil.disk_usage(nearest(folder)).free
     if resumed is not None:
         need -= size_of(resumed / CHECKPOINTS_FOLDER)
     if need > free:
@@ -42,9 +42,9 @@ def check_room(folder: Path, one: int, kept: int, resumed: Path | None = None) -
 
 def check_writable(folder: Path) -> None:
     """Refuse a folder in which nothing can be made, whether it is there yet or not. Raises UserError."""
-    nearest = _nearest(folder)
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: cannot be written: {nearest} is read-only for this user; choose another folder")
+    place = nearest(folder)
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be written: {place} is read-only for this user; choose another folder")
 
 
 def is_out_of_space(error: BaseException) -> bool:
@@ -64,6 +64,6 @@ def mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
-def _nearest(path: Path) -> Path:
+def nearest(path: Path) -> Path:
     """The path, or the first of its parents that is there."""
     return next(place for place in (path, *path.parents) if place.exists())

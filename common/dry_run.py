@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from common.config import resolved_dict
+from common.disk import nearest
 from common.errors import UserError
 from common.model_source import ModelSource, positions_in
 from common.progress import duration, format_figure
@@ -77,7 +78,7 @@ def report(
     total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     at_once = keep_last + keep_best + 1
     needed = at_once * forecast.checkpoint_bytes
-    folder = existing_parent(root)
+    folder = nearest(root)
     free = shutil.disk_usage(folder).free
     lines = [
         "config:",
@@ -121,11 +122,6 @@ def disk_problems(folder: Path, root: Path, needed: int, free: int) -> list[str]
     if needed > free:
         problems.append(f"{root}: checkpoints need {amount(needed)}, {amount(free)} are free; make room, or lower keep_last or keep_best")
     return problems
-
-
-def existing_parent(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def model_bytes(model: nn.Module, tokenizer: Any) -> int:

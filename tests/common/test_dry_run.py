@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.dry_run import Cost, amount, disk_problems, existing_parent, length_lines, model_bytes, seconds_of
+from common.disk import nearest
+from common.dry_run import Cost, amount, disk_problems, length_lines, model_bytes, seconds_of
 from common.tokenization import TextLengths
 
 
@@ -52,7 +53,7 @@ def test_a_weight_with_two_names_is_saved_once() -> None:
 
 def test_a_place_that_is_too_small_or_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "models" / "sft"
-    assert existing_parent(root) == tmp_path
+    assert nearest(root) == tmp_path
     assert disk_problems(tmp_path, root, 2048, 2048) == []
     [problem] = disk_problems(tmp_path, root, 4096, 2048)
     assert str(root) in problem and "need 4 KiB, 2 KiB are free" in problem and "keep_last" in problem
