@@ -75,6 +75,8 @@ class ResumePoint:
     manifest: Manifest
     finished: bool = False
     notes: tuple[str, ...] = field(default=())
+    found: tuple[Path, ...] = field(default=())
+    """The run's checkpoints when this one was chosen."""
 
     @cached_property
     def state(self) -> dict[str, Any]:
@@ -85,6 +87,11 @@ class ResumePoint:
     def step(self) -> int:
         assert self.manifest.step is not None, "checkpoints of a run know their step"
         return self.manifest.step
+
+    def check_unmoved(self) -> None:
+        """Raise UserError where another process has taken the run further since this point was chosen; call it holding the run's lock."""
+        if tuple(checkpoints_in(self.run_dir / CHECKPOINTS_FOLDER)) != self.found:
+            raise UserError(f"{self.run_dir}: another process has taken the run further in between; start this command again")
 
     def check_config(self, config: BaseModel) -> list[str]:
         """Refuse a config under which the run would be another one; returns a line for each other setting that differs.
@@ -173,7 +180,8 @@ def point_in(path: Path, stage: Stage) -> ResumePoint:
     run_dir, wanted = _named(path)
     if followed_run() is None:
         refuse_locked(run_dir)  # a process that is about to end may still save a newer checkpoint
-    candidates = [wanted] if wanted is not None else checkpoints_in(run_dir / CHECKPOINTS_FOLDER)[::-1]
+    found = tuple(checkpoints_in(run_dir / CHECKPOINTS_FOLDER))
+    candidates = [wanted] if wanted is not None else found[::-1]
     if not candidates:
         raise UserError(f"{run_dir}: the run has no checkpoint to go on from yet; start it anew, without --resume")
     damaged: list[str] = []
@@ -186,7 +194,7 @@ def point_in(path: Path, stage: Stage) -> ResumePoint:
                 raise UserError(f"{checkpoint}: is a checkpoint of stage {manifest.stage}, expected one of {stage}")
             finished = wanted is None and (run_dir / SUMMARY_FILE).is_file()
             notes = tuple(f"damaged, so passed over: {problem}" for problem in damaged)
-            return ResumePoint(run_dir, checkpoint, manifest, finished, notes)
+            return ResumePoint(run_dir, checkpoint, manifest, finished, notes, found)
         damaged += problems
     raise UserError(*damaged, f"{run_dir}: no checkpoint is whole, so there is nothing to go on from; start a new run, without --resume")
 
@@ -220,9 +228,19 @@ def run_directory(point: ResumePoint | None, root: Path, settings: RunSettings) 
 
 
 @contextlib.contextmanager
-def writing(run_dir: Path) -> Iterator[None]:
-    """Write a run inside: no other process may, what is printed goes into its log, and a run that never began leaves nothing."""
-    with locked(run_dir), removed_if_unused(run_dir), run_log(run_dir):
+def holding(run_dir: Path, point: ResumePoint | None) -> Iterator[None]:
+    """Write a run inside, which goes on at `point` or is new: no other process may, and a run that never began leaves nothing."""
+    with locked(run_dir):
+        if point is not None:
+            point.check_unmoved()
+        with removed_if_unused(run_dir):
+            yield
+
+
+@contextlib.contextmanager
+def writing(run_dir: Path, point: ResumePoint | None) -> Iterator[None]:
+    """As `holding`, and what is printed goes into the run's log."""
+    with holding(run_dir, point), run_log(run_dir):
         yield
 
 

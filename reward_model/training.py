@@ -181,7 +181,7 @@ def train(
     run_dir = followed or run_directory(resume, runs_root, config)
     with contextlib.ExitStack() as stack:
         if followed is None:
-            stack.enter_context(writing(run_dir))
+            stack.enter_context(writing(run_dir, resume))
             stack.enter_context(leading(run_dir))
             if resume is None:
                 write_config(run_dir, resolved)

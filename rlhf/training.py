@@ -24,8 +24,8 @@ from common.notes import say
 from common.optim import lr_lambda
 from common.record_types import PromptRecord
 from common.records import Splits
-from common.resume import ResumePoint, run_directory
-from common.runs import run_log, stage_runs_root
+from common.resume import ResumePoint, run_directory, writing
+from common.runs import stage_runs_root
 from common.tokenization import Encoder
 from common.training_state import STATE_FILES
 from rlhf.config import PPORunConfig
@@ -122,8 +122,9 @@ def train(
         publish_in=root,
         wandb=config.wandb,
         tensorboard=config.tensorboard,
+        is_held=True,
     )
-    with run_log(run_dir):
+    with writing(run_dir, resume):
         if table is not None:
             print(table)
         try:

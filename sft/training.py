@@ -117,7 +117,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
     check_room(root, checkpoint_bytes(model), config.trainer.checkpoint.kept, None if resume is None else resume.run_dir)
     run_dir = run_directory(resume, root, config)
     resolved = resolved_dict(config)
-    with writing(run_dir):
+    with writing(run_dir, resume):
         if resume is None:
             write_config(run_dir, resolved)
         print(freezing)

@@ -20,15 +20,13 @@ from common.checkpoint import new_manifest, save_model_directory
 from common.closing import RunResult, cost_line, finish_run, opening_lines
 from common.disk import check_room, checkpoint_bytes
 from common.errors import UserError
-from common.failed_start import removed_if_unused
 from common.launch.checkpointing import CheckpointKeeper
 from common.launch.runtime import peak_memory_gib
 from common.launch.signals import StopSignals
 from common.models.kinds import positions_of
 from common.progress import Progress, format_figure
 from common.prompts import PromptFormat
-from common.resume import ResumePoint, differences, point_in, remove_leftovers, say_finished
-from common.run_lock import locked
+from common.resume import ResumePoint, differences, holding, point_in, remove_leftovers, say_finished
 from common.runs import CONFIG_FILE, write_config
 from common.schema import GenerateParams, WandbSettings
 from common.tracking import TIME, Tracker, read_metrics
@@ -68,6 +66,8 @@ class RunOutput:
     """Folder whose link `latest` shall name the best model."""
     wandb: WandbSettings = field(default_factory=WandbSettings)
     tensorboard: bool = False
+    is_held: bool = False
+    """Whether the caller holds the directory's lock already."""
 
 
 def train(
@@ -165,8 +165,8 @@ def train(
         tracker = trainer.tracker if output is None and trainer.tracker is not None else Tracker(Path(), is_main=False)  # writes nothing
         keeper = None
         if output is not None:
-            stack.enter_context(locked(output.directory))
-            stack.enter_context(removed_if_unused(output.directory))
+            if not output.is_held:
+                stack.enter_context(holding(output.directory, point))
             one = checkpoint_bytes(model, *([trainer.critic] if trainer.critic is not None else []))
             check_room(output.directory, one, keep_last + keep_best, None if point is None else point.run_dir)
             if point is None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
+import common.resume
+from common.run_lock import LOCK_FILE, locked
 from tests.faults.runs import (
     INTERVAL,
     Models,
@@ -18,6 +22,7 @@ from tests.faults.runs import (
     ended,
     goes_on,
     in_step,
+    kill_itself,
     run,
     run_dir,
     start,
@@ -87,3 +92,31 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: P
         os.kill(first, signal.SIGKILL)
         ended(first, config)
     goes_on("sft", config, whole("sft").left)
+
+
+@pytest.mark.parametrize(("stage", "what"), [("sft", "held"), ("ppo", "held"), ("regression", "further"), ("ppo", "further")])
+def test_a_run_that_another_process_takes_up_in_between_is_left_alone(tmp_path: Path, models: Models, stage: str, what: str) -> None:
+    """While a model loads, after the choice of the checkpoint, another process may take up the run, and may even have ended again."""
+    config = write_config(stage, tmp_path, models)
+    assert run(stage, config, prepare=in_step(stage, 3, kill_itself)).code == -signal.SIGKILL
+    folder = run_dir(config)
+
+    def content() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != LOCK_FILE}
+
+    def saved_by_another(run_dir: Path) -> AbstractContextManager[None]:
+        shutil.copytree(folder / "checkpoints" / "step-000002", folder / "checkpoints" / "step-000004")
+        return locked(run_dir)
+
+    before = content()
+    if what == "held":
+        with locked(folder):
+            outcome = run(stage, config, "--resume", prepare=lambda: setattr(common.resume, "refuse_locked", lambda run_dir: None))
+        problem = f"another process writes this run (process {os.getpid()}); wait for its end or stop it"
+    else:
+        outcome = run(stage, config, "--resume", prepare=lambda: setattr(common.resume, "locked", saved_by_another))
+        before |= {path.replace("step-000002", "step-000004"): held for path, held in before.items()}
+        problem = "another process has taken the run further in between; start this command again"
+    assert outcome.code == 2, outcome
+    assert outcome.problems == [f"{folder}: {problem}"]
+    assert content() == before
