@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing
 
+from common.errors import UserError
 from common.launch.runtime import Runtime
 
 
@@ -15,26 +18,65 @@ def test_alone_every_operation_is_the_identity() -> None:
     values = torch.tensor([1.0, 2.0])
     assert torch.equal(runtime.sum(values), values)
     assert runtime.gather(("a", 1)) == ["a", 1]
+    assert runtime.broadcast("a") == "a" and runtime.any(True) and not runtime.any(False)
     runtime.barrier()
 
 
+def test_a_process_that_nobody_started_with_others_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for world_size in (None, "1"):
+        if world_size is not None:
+            monkeypatch.setenv("WORLD_SIZE", world_size)
+        with Runtime.start() as runtime:
+            assert (runtime.rank, runtime.world_size) == (0, 1)
+            assert not torch.distributed.is_initialized()
+
+
+def test_what_a_launcher_left_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but RANK and MASTER_PORT is not set"), Runtime.start():
+        pass
+
+
 def two_processes(rank: int, port: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        runtime = Runtime(device=torch.device("cpu"), rank=rank, world_size=2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    with Runtime.start(timeout_s=60) as runtime:
+        with Runtime.start() as joined:  # the group is there already, and stays
+            assert joined == runtime
         mine = torch.tensor([1.0, 10.0]) * (rank + 1)
         total = runtime.sum(mine)
         runtime.barrier()
         rows = runtime.gather([f"{rank}.{number}" for number in range(3 * rank)])  # none on rank 0
-        (Path(folder) / str(rank)).write_text(f"{total.tolist()} {mine.tolist()} {rows} {runtime.is_main}")
-    finally:
-        torch.distributed.destroy_process_group()
+        shared = (runtime.broadcast({"rank": rank}), runtime.any(rank == 1), runtime.any(rank == 2))
+        told = f"{total.tolist()} {mine.tolist()} {rows} {runtime.is_main} {shared}"
+    assert not torch.distributed.is_initialized()
+    (Path(folder) / str(rank)).write_text(told)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def test_two_processes_add_up_and_gather_in_rank_order(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(two_processes, args=(port, str(tmp_path)), nprocs=2)
-    assert (tmp_path / "0").read_text() == "[3.0, 30.0] [1.0, 10.0] ['1.0', '1.1', '1.2'] True"
-    assert (tmp_path / "1").read_text() == "[3.0, 30.0] [2.0, 20.0] ['1.0', '1.1', '1.2'] False"
+    torch.multiprocessing.spawn(two_processes, args=(free_port(), str(tmp_path)), nprocs=2)
+    same = "({'rank': 0}, True, False)"
+    assert (tmp_path / "0").read_text() == f"[3.0, 30.0] [1.0, 10.0] ['1.0', '1.1', '1.2'] True {same}"
+    assert (tmp_path / "1").read_text() == f"[3.0, 30.0] [2.0, 20.0] ['1.0', '1.1', '1.2'] False {same}"
+
+
+def one_leaves(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    try:
+        with Runtime.start(timeout_s=60) as runtime:
+            runtime.barrier()
+            if rank == 1:
+                os._exit(0)
+            runtime.sum(torch.ones(1))
+    except UserError as error:
+        (Path(folder) / str(rank)).write_text(str(error))
+
+
+def test_a_process_that_ended_is_told_as_what_it_is(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_leaves, args=(free_port(), str(tmp_path)), nprocs=2)
+    assert "a process of this training ended, or did not answer within 60 seconds" in (tmp_path / "0").read_text()
