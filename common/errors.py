@@ -48,12 +48,12 @@ def locate_problems(located: Callable[[str], str]) -> None:
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Run a script's `main(argv)` and exit with its code; a `UserError` becomes lines on stderr and exit code 2."""
     from common.disk import is_out_of_space  # they raise errors of this module
-    from common.followers import end_with_leader, followed_run
+    from common.followers import end_with_leader, follows, launched
 
-    if followed_run():
+    if follows() or launched():
         end_with_leader()
     try:
-        with contextlib.redirect_stdout(open(os.devnull, "w")) if followed_run() else contextlib.nullcontext():
+        with contextlib.redirect_stdout(open(os.devnull, "w")) if follows() else contextlib.nullcontext():
             code = main(sys.argv[1:])
     except UserError as error:
         sys.stdout.flush()

@@ -1,6 +1,8 @@
-"""Training on several devices: the first process starts the others with its own command line, and they follow it.
+"""Who is who among the processes of one training: one leads, the others follow it. No torch: it is known from the start.
 
-A follower does the same on its share of each batch; it says nothing and writes nothing. No torch: who follows is known from the start.
+They come from one of two places. The first process starts the others with its own command line (`trainer.params.devices`), and tells them
+its run through the environment; or something else started all of them (`torchrun`, `accelerate launch`, Ray) and said in RANK, LOCAL_RANK,
+WORLD_SIZE and LOCAL_WORLD_SIZE who they are. A follower does the same on its share of each batch; it says nothing and writes nothing.
 """
 
 from __future__ import annotations
@@ -18,15 +20,40 @@ _RUN_VARIABLE = "RLHF_QA_FOLLOWED_RUN"
 _PR_SET_PDEATHSIG = 1
 
 
-def followed_run() -> Path | None:
-    """The run directory of the process that this one follows; None in a process that leads, or is alone."""
-    run = os.environ.get(_RUN_VARIABLE)
-    return Path(run) if run and local_rank() > 0 else None
+def rank() -> int:
+    """This process's number in the whole training, on all machines; 0 leads."""
+    return int(os.environ.get("RANK") or local_rank())
+
+
+def world_size() -> int:
+    """Processes of the whole training, on all machines; 1 in a process that has not started the others yet."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def local_rank() -> int:
-    """This process's number on its machine, 0 for the one that leads."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+def local_world_size() -> int:
+    """Processes on this machine, as what started them says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+
+
+def launched() -> bool:
+    """Whether something else than this project's own scripts started this process and gave it its rank."""
+    return bool(os.environ.get("RANK") and os.environ.get("WORLD_SIZE"))
+
+
+def follows() -> bool:
+    """Whether another process leads this one: what all of them would say or write is its business."""
+    return rank() > 0
+
+
+def followed_run() -> Path | None:
+    """The run directory of the process that started this one to follow it; None in any other process."""
+    run = os.environ.get(_RUN_VARIABLE)
+    return Path(run) if run and follows() and not launched() else None
 
 
 @contextlib.contextmanager
@@ -46,10 +73,9 @@ def end_with_leader() -> None:
 
 
 def refuse_launchers() -> None:
-    """Raise UserError in a process of several that something else than this project's own scripts started."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started > 1 and followed_run() is None:
+    """Raise UserError in one of several processes that something else than this project's own scripts started."""
+    if launched() and world_size() > 1:
         raise UserError(
-            f"WORLD_SIZE is {started}, but the script starts its processes itself (use_multi_gpu_if_available, trainer.params.devices); "
-            "start it with python"
+            f"WORLD_SIZE is {world_size()}, but the script starts its processes itself (use_multi_gpu_if_available, "
+            "trainer.params.devices); start it with python"
         )

@@ -18,7 +18,7 @@ from common.config import Invocation, resolved_dict
 from common.disk import check_writable
 from common.errors import UserError
 from common.failed_start import removed_if_unused
-from common.followers import followed_run
+from common.followers import followed_run, follows
 from common.notes import say
 from common.run_lock import locked, refuse_locked
 from common.runs import (
@@ -178,7 +178,7 @@ def resume_point(wish: str | None, root: Path, settings: RunSettings, stage: Sta
 def point_in(path: Path, stage: Stage) -> ResumePoint:
     """Where a run goes on, given its directory (the last good checkpoint is taken) or one of its checkpoints. Raises UserError."""
     run_dir, wanted = _named(path)
-    if followed_run() is None:
+    if not follows():
         refuse_locked(run_dir)  # a process that is about to end may still save a newer checkpoint
     found = tuple(checkpoints_in(run_dir / CHECKPOINTS_FOLDER))
     candidates = [wanted] if wanted is not None else found[::-1]

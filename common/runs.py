@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import yaml
 
 from common.errors import UserError
-from common.followers import followed_run
+from common.followers import follows
 from common.notes import take_notes
 from common.provenance import check_clean, code_state
 from common.schema import RunSettings
@@ -44,7 +44,7 @@ def check_start(settings: RunSettings, root: Path | None) -> None:
     root: where `stage_runs_root` says that the runs lie; None: the run goes on in a directory that is there. Raises UserError with every
     problem.
     """
-    if followed_run() is not None:
+    if follows():
         return
     state = code_state()  # now, since what manifests record is the code that was loaded
     problems: list[str] = []

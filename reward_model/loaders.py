@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch.utils.data import DataLoader, Dataset
 
 from common.batching import Batch, BatchPlan, PlanSampler
-from common.followers import local_rank
+from common.followers import rank
 from common.models.answers import Answer
 from reward_model.config import RewardData
 
@@ -69,7 +69,7 @@ def training_loader(
         questions=[row.question for row in rows],
         limit=limit,
         world_size=processes,
-        rank=local_rank(),
+        rank=rank(),
     )
     return _loader(rows, plan, data, pad_id, collate)
 
@@ -84,7 +84,7 @@ def validation_loader(
         mode="bucketed",
         seed=0,
         world_size=processes,
-        rank=local_rank(),
+        rank=rank(),
     )
     return _loader(rows, plan, data, pad_id, collate)
 

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import UserError
-from common.followers import followed_run, leading
 from common.tracking import read_metrics
 from reward_model.classification.train_reward import main
 
@@ -49,14 +48,6 @@ def test_two_processes_train_what_one_does(write_config: Any, tmp_path: Path) ->
     for name in ("train/loss", "train/grad_norm", "val/loss"):
         figures = [[line[name] for line in read_metrics(run) if name in line] for run in (one, two)]
         assert len(figures[0]) == 3 and figures[0] == pytest.approx(figures[1], rel=1e-4), name
-
-
-def test_who_follows_is_known_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with leading(tmp_path):
-        assert followed_run() is None
-        monkeypatch.setenv("LOCAL_RANK", "1")
-        assert followed_run() == tmp_path
-    assert followed_run() is None  # another launcher's process
 
 
 def test_devices_are_chosen_in_one_place(write_config: Any) -> None:

@@ -534,6 +534,7 @@ def test_several_processes_on_one_machine_each_hold_the_whole_model(monkeypatch:
     with pytest.raises(UserError, match="strategy: got 'fsdp', under which no process has the whole model to save"):
         check_one_machine(settings(devices=2, strategy="fsdp"))
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="WORLD_SIZE is 2, but the script starts its processes itself"):
         check_one_machine(settings())
 
