@@ -93,27 +93,36 @@ class ResumePoint:
         if tuple(checkpoints_in(self.run_dir / CHECKPOINTS_FOLDER)) != self.found:
             raise UserError(f"{self.run_dir}: another process has taken the run further in between; start this command again")
 
+    def read_config(self) -> dict[str, Any]:
+        """The settings that the run began with. Raises UserError where they cannot be read."""
+        path = self.run_dir / CONFIG_FILE
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{path}: cannot be read, and what goes on is compared with it: {' '.join(str(error).split())}") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{path}: got {type(config).__name__}, expected the settings that the run began with")
+        return config
+
     def check_config(self, config: BaseModel) -> list[str]:
         """Refuse a config under which the run would be another one; returns a line for each other setting that differs.
 
-        A setting that is newer than the run may be at its default. Raises UserError with a line per setting.
+        A setting that is newer than the run may be at its default, one that is no more may have had any value. Raises UserError with a line
+        per setting.
         """
-        path = self.run_dir / CONFIG_FILE
-        try:
-            before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"{path}: cannot be read, and --resume compares the config with it: {error}") from None
         free, problems = [], []
-        for name, (old, new) in differences(before, resolved_dict(config)).items():
-            if is_free(name) or (old == ABSENT and is_default(config, name)):
+        for name, (old, new) in differences(self.read_config(), resolved_dict(config)).items():
+            if is_of_another_version(config, name, old, new):
+                free.append(f"{name}: {f'this version has none, {old} before' if new == ABSENT else f'{new} from here on, {old} before'}")
+            elif is_free(name):
                 free.append(f"{name}: {new} from here on, {old} before")
             else:
                 problems.append(f"{name}: got {new}, but the run began with {old}; a resumed run keeps it")
         if problems:
             raise UserError(
                 *problems,
-                f"--resume goes on under the settings of {path}: give the same config and overrides as then; to train on under "
-                "others, start a new run from it (trainer.ckpt_path, ppo_config.model_name)",
+                f"--resume goes on under the settings of {self.run_dir / CONFIG_FILE}: give the same config and overrides as then; to "
+                "train on under others, start a new run from it (trainer.ckpt_path, ppo_config.model_name)",
             )
         return free
 
@@ -140,15 +149,21 @@ def is_free(setting: str) -> bool:
     return any(".".join(parts[:count]) in FREE_SETTINGS for count in range(1, len(parts) + 1))
 
 
-def is_default(config: BaseModel, setting: str) -> bool:
-    """Whether nobody set this setting (`section.key`)."""
+def is_of_another_version(config: BaseModel, setting: str, old: Any, new: Any) -> bool:
+    """Whether a setting (`section.key`) differs as versions do: it is new and nobody has set it, or there is none of that name any more."""
+    if ABSENT not in (old, new):
+        return False
     *sections, key = setting.split(".")
     for section in sections:
-        if section not in config.model_fields_set:
+        if section not in type(config).model_fields:
+            return True
+        if old == ABSENT and section not in config.model_fields_set:
             return True
         config = getattr(config, section)
         if not isinstance(config, BaseModel):
-            return False
+            return False  # a mapping of the user's, say
+    if new == ABSENT:
+        return key not in type(config).model_fields
     return key in type(config).model_fields and key not in config.model_fields_set
 
 

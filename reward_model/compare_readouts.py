@@ -25,7 +25,7 @@ from common.config_yaml import read_marked_yaml
 from common.errors import UserError, both, run_main
 from common.failed_start import removed_if_unused
 from common.notes import say
-from common.resume import differences
+from common.resume import differences, is_of_another_version
 from common.run_length import check_training_length
 from common.run_lock import locked
 from common.runs import (
@@ -107,7 +107,9 @@ def check_the_same(config: ComparisonConfig, fingerprint: str, directory: Path) 
         raise UserError(*(f"{old.source}:{line}: {problem}" for line, problem in old.problems))
     changes = differences(old.data, resolved_dict(config))
     different = [
-        f"{name} {now} (it began with {before})" for name, (before, now) in sorted(changes.items()) if name.split(".")[0] not in FREE
+        f"{name} {now} (it began with {before})"
+        for name, (before, now) in sorted(changes.items())
+        if name.split(".")[0] not in FREE and not is_of_another_version(config, name, before, now)
     ]
     if dropped := sorted(set(old.data.get("seeds") or ()) - set(config.seeds)):
         # Of each readout one seed's model is kept, which may be theirs.

@@ -7,13 +7,12 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from common.checkpoint import new_manifest, save_model_directory
@@ -26,8 +25,8 @@ from common.launch.signals import StopSignals
 from common.models.kinds import positions_of
 from common.progress import Progress, format_figure
 from common.prompts import PromptFormat
-from common.resume import ResumePoint, differences, holding, point_in, remove_leftovers, say_finished
-from common.runs import CONFIG_FILE, write_config
+from common.resume import ABSENT, ResumePoint, differences, holding, point_in, remove_leftovers, say_finished
+from common.runs import write_config
 from common.schema import GenerateParams, WandbSettings
 from common.tracking import TIME, Tracker, read_metrics
 from common.training_state import check_finite, check_start_weights, load_trained_weights, trained_weights, weights_digest
@@ -416,7 +415,7 @@ def _output(
     settings = json.loads(json.dumps(asdict(config), default=str))  # as files hold them: no paths, no tuples
     output = RunOutput(directory, {"ppo_config": settings}, data_fingerprint=fingerprint)
     if point is not None:
-        _check_same(point, output)
+        _check_same(point, output, config)
         return output, point
     if directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"save_to: {directory} is not empty; runs are never mixed or overwritten, give a new folder")
@@ -429,14 +428,19 @@ def _fingerprint(prompts: Sequence[EncodedPrompt]) -> str:
     return hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()
 
 
-def _check_same(point: ResumePoint, output: RunOutput) -> None:
+def _check_same(point: ResumePoint, output: RunOutput, config: PPOConfig) -> None:
     """Refuse to go on with other prompts or under another config than the run began with. Raises UserError."""
     problems = []
     if output.data_fingerprint != point.manifest.data_fingerprint:
         problems.append("resume: the prompts are not those that the run began with")
-    before = yaml.safe_load((point.run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+    before = point.read_config()
+    if list(before) != ["ppo_config"]:
+        raise UserError(f"resume: {point.run_dir} was not begun by PPOTrainer.train; train_ppo.py --resume {point.run_dir} goes on with it")
+    defaults = {setting.name: setting.default for setting in fields(type(config))}
     for name, (old, new) in differences(before, dict(output.config)).items():
-        if name.split(".")[1] not in TRACKING:
+        key = name.split(".")[1]
+        is_of_another_version = new == ABSENT or (old == ABSENT and new == defaults.get(key))
+        if key not in TRACKING and not is_of_another_version:
             problems.append(f"{name}: got {new}, but the run began with {old}; a resumed run keeps it")
     if problems:
         raise UserError(*problems)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from common.config import load_config
 from common.errors import UserError
@@ -248,6 +249,12 @@ def test_a_comparison_goes_on_with_more_of_the_same_alone(write_config: Any, tmp
     ):
         with pytest.raises(UserError, match=f"compares under other settings: {named}; start a new one without --resume"):
             check(*overrides, rows=rows)
+    then = yaml.safe_load((directory / "config.yaml").read_text())
+    del then["data"]["padding_free"]
+    (directory / "config.yaml").write_text(yaml.safe_dump({**then, "oven": 1}))
+    check()  # this version has other settings
+    with pytest.raises(UserError, match="padding_free False"):
+        check("data.padding_free=false")
 
 
 def test_another_rate_is_another_training_and_a_rate_that_is_added_leaves_the_others(write_config: Any, trained: list[str]) -> None:

@@ -306,7 +306,9 @@ def test_a_finished_run_that_goes_on_from_an_earlier_checkpoint_is_finished_no_l
     assert left_by(run_dir) == expected
 
 
-def test_a_run_goes_on_though_a_newer_version_has_more_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_though_a_newer_version_has_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = config(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_after(patch, 1)
@@ -314,10 +316,23 @@ def test_a_run_goes_on_though_a_newer_version_has_more_settings(tmp_path: Path, 
     then = tmp_path / "models" / "desc-run,index-0" / "config.yaml"
     settings = yaml.safe_load(then.read_text())
     del settings["model_params"]["weight_decay"], settings["trust_remote_code"]
+    settings["model_params"]["warmth"], settings["oven"] = 3, {"rack": 1}
+    settings["trainer"]["params"]["max_steps"] = 7
     then.write_text(yaml.safe_dump(settings))
-    with pytest.raises(UserError, match=r"model_params\.weight_decay: got 0\.5, but the run began with nothing"):
+    with pytest.raises(UserError) as refused:
         main(["--config", str(path), "--resume", "model_params.weight_decay=0.5"])
+    assert [problem.partition(";")[0] for problem in refused.value.problems[:-1]] == [
+        "model_params.weight_decay: got 0.5, but the run began with nothing",
+        "trainer.params.max_steps: got nothing, but the run began with 7",
+    ]
+    del settings["trainer"]["params"]["max_steps"]
+    then.write_text(yaml.safe_dump(settings))
+    capsys.readouterr()
     assert main(["--config", str(path), "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "note: model_params.warmth: this version has none, 3 before" in said
+    assert "note: oven: this version has none, {'rack': 1} before" in said
+    assert "note: trust_remote_code: False from here on, nothing before" in said
 
 
 def test_a_run_that_goes_on_keeps_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

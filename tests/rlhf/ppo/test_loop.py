@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from common.checkpoint import read_manifest, verify_directory
@@ -244,6 +245,21 @@ def test_a_run_goes_on_in_a_new_process_and_a_finished_one_is_left_alone(
         train(build(cliprange=0.3), tmp_path / "run", resume=True)
     with pytest.raises(UserError, match="steps: got 5, but the run began with 3"):
         train(build(), tmp_path / "run", steps=5, resume=True)
+    began = tmp_path / "run" / "config.yaml"
+    settings = yaml.safe_load(began.read_text())
+    for broken, problem in (
+        ("- 1\n", "got list, expected"),
+        ("a: [\n", "cannot be read"),
+        ("seed: 1\n", "not begun by PPOTr"),
+    ):
+        began.write_text(broken)
+        with pytest.raises(UserError, match=problem):
+            train(build(), tmp_path / "run", resume=True)
+    del settings["ppo_config"]["cliprange"]  # as of another version, which had this one besides
+    settings["ppo_config"]["warmth"] = 3
+    began.write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match=r"ppo_config\.cliprange: got 0\.3, but the run began with nothing"):
+        train(build(cliprange=0.3), tmp_path / "run", resume=True)
     assert train(build(), tmp_path / "run", resume=True) == expected
     earlier = tmp_path / "run" / "checkpoints" / "step-000001"
     assert train(build(project_kwargs={"logging_dir": tmp_path / "logs"}), earlier, resume=True) == expected
