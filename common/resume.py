@@ -19,6 +19,7 @@ from common.disk import check_writable
 from common.errors import UserError
 from common.failed_start import removed_if_unused
 from common.followers import followed_run, follows
+from common.launch.workers import idle_launch_settings
 from common.notes import say
 from common.run_lock import locked, refuse_locked
 from common.runs import (
@@ -53,6 +54,7 @@ FREE_SETTINGS = frozenset(
         "tensorboard",
         "wandb",
         "hf_hub_name",
+        "launch",
         "data.num_workers",
         "trainer.checkpoint.dirpath",
         "trainer.checkpoint.every_n_train_steps",
@@ -219,6 +221,8 @@ def begin(invocation: Invocation[C], root: Path, stage: Stage) -> ResumePoint | 
 
     root: where `stage_runs_root` says that the runs lie.
     """
+    for note in idle_launch_settings(invocation.config.launch):
+        say(note)
     point = resume_point(invocation.resume, root, invocation.config, stage)
     check_start(invocation.config, root if point is None else None)
     if point is None or not point.finished:

@@ -340,6 +340,44 @@ class WandbSettings(Section):
         return self.project_name or self.args.project_name or "rlhf-qa"
 
 
+class WorkerResources(Section):
+    """What each Ray worker gets; Ray starts a worker where that much is free."""
+
+    CPU: PositiveInt = Field(1, description="Cores of a worker, and threads that it computes with.")
+    GPU: Annotated[int, Field(ge=0, le=1), BeforeValidator(_whole_number)] = Field(
+        0, description="GPUs of a worker: 1, or 0 to train on CPUs."
+    )
+
+
+class LaunchSettings(Section):
+    """Where the processes of a training run."""
+
+    engine: Literal["local", "ray"] = Field(
+        "local", description="`local`: this process and those that it or torchrun starts; `ray`: workers of a Ray cluster."
+    )
+    num_training_workers: PositiveInt | None = Field(
+        None,
+        description="Processes that train together, on all machines; `ray` starts as many, `local` refuses another number. Null: as many "
+        "as were started (`ray` needs a number).",
+    )
+    resources_per_worker: WorkerResources = Field(default_factory=WorkerResources, description="ray: what each worker gets.")
+    address: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="ray: `HOST:PORT` of the cluster to join, or `auto`; null: a cluster on this machine, for this run alone."
+    )
+    storage_path: StagePath | None = Field(
+        None, description="Root for runs (`ROOT/STAGE/desc-…`) that every worker reaches under this path; null: the runs folder."
+    )
+    max_failures: NonNegativeInt = Field(
+        0, description="ray: how often the workers start again from the last checkpoint after one of them was lost."
+    )
+
+    @model_validator(mode="after")
+    def _ray_knows_its_workers(self) -> Self:
+        if self.engine == "ray" and self.num_training_workers is None:
+            raise KeyedProblems({("num_training_workers",): "got null, and engine is ray; expected how many workers train"})
+        return self
+
+
 class RunSettings(Section):
     """What names a run and makes it repeatable; every stage's config starts with these keys."""
 
@@ -360,6 +398,20 @@ class RunSettings(Section):
         description="A loss or gradient that is not finite: end the run before the optimizer's step, or leave that step out and count it.",
     )
     tensorboard: bool = Field(False, description="Write TensorBoard event files beside the metrics.")
+    launch: LaunchSettings = Field(default_factory=LaunchSettings, description="One process, several, or workers of a Ray cluster.")
+
+    @property
+    def runs_root(self) -> str | None:
+        """Root for runs that the config names; None: the checkpoint folder holds them."""
+        return self.launch.storage_path or self.results_root
+
+    @model_validator(mode="after")
+    def _one_root(self) -> Self:
+        if self.launch.storage_path is not None and self.results_root is not None:
+            raise ValueError(
+                f"results_root is {self.results_root}, and launch.storage_path is {self.launch.storage_path}; remove one of them"
+            )
+        return self
 
 
 class TrainingSettings(RunSettings):

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(ComparisonConfig, STAGE_DIR, argv, description=__doc__ or "", resumable=True)
     config = invocation.config
     invocation.print_notes()
-    root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "reward_comparison")
+    root = stage_runs_root(config.trainer.checkpoint.dirpath, config.runs_root, "reward_comparison")
     earlier = None if invocation.resume is None else earlier_directory(config, root, invocation.resume)
     check_start(config, root if earlier is None else None)
     for note in idle_settings(config):

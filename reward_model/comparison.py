@@ -136,7 +136,7 @@ def compare(config: ComparisonConfig, splits: Splitted, directory: Path) -> Comp
 
 def runs_root(config: ComparisonConfig) -> Path:
     """Where the directories of comparisons lie."""
-    return stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "reward_comparison")
+    return stage_runs_root(config.trainer.checkpoint.dirpath, config.runs_root, "reward_comparison")
 
 
 def one_backbone(config: ComparisonConfig, splits: Splitted, directory: Path) -> tuple[str, RewardModel]:

@@ -77,6 +77,8 @@ class ComparisonConfig(RewardConfig):
         if self.use_multi_gpu_if_available or self.trainer.params.get("devices", 1) != 1:
             key = ("use_multi_gpu_if_available",) if self.use_multi_gpu_if_available else ("trainer", "params", "devices")
             problems[key] = "expected nothing here: the runs of a comparison follow one another in one process"
+        if self.launch.engine != "local" or (self.launch.num_training_workers or 1) > 1:
+            problems["launch",] = "expected nothing here: the runs of a comparison follow one another in one process"
         for name in ("readouts", "seeds", "learning_rates"):
             values = getattr(self, name) or []
             for number, value in enumerate(values):
@@ -129,6 +131,7 @@ class ComparisonConfig(RewardConfig):
                 "desc": self.run_desc(readout, learning_rate),
                 "index": seed,
                 "results_root": str(folder),
+                "launch": {},
                 "require_clean_git": False,
             }
         )

@@ -122,7 +122,7 @@ def train(
         say(note)
     if not train_rows or not val_rows:
         raise UserError(f"{data.data_dir}: no usable row is left in {'val' if train_rows else 'train'}")
-    runs_root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, objective.stage)
+    runs_root = stage_runs_root(config.trainer.checkpoint.dirpath, config.runs_root, objective.stage)
     if config.model_params.kept_states is not None and not dry_run:
         train_rows, val_rows = read_from_cache(model, tokenizer, (train_rows, val_rows), config, runs_root)
     accumulate = trainer_params(config.trainer).get("accumulate_grad_batches", 1)

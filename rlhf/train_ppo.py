@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(PPORunConfig, STAGE_DIR, argv, description=__doc__, resumable=True, measurable=True)
     config = invocation.config
     invocation.print_notes()
-    resume = begin(invocation, stage_runs_root(config.save_config.checkpoint_dir, config.results_root, "rlhf"), "ppo")
+    resume = begin(invocation, stage_runs_root(config.save_config.checkpoint_dir, config.runs_root, "rlhf"), "ppo")
     if resume is not None and resume.finished:
         say_finished(resume)
         return 0

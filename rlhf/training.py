@@ -108,7 +108,7 @@ def train(
         "length_penalty": params.length_penalty,
         "decoding": decoding,
     }
-    root = stage_runs_root(config.save_config.checkpoint_dir, config.results_root, "rlhf")
+    root = stage_runs_root(config.save_config.checkpoint_dir, config.runs_root, "rlhf")
     if dry_run:
         report_ppo(config, trainer, encoder, prompts, eval_prompts, arguments, steps=steps, sources=sources, root=root)
         return root

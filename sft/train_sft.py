@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(SFTConfig, STAGE_DIR, argv, description=__doc__, resumable=True, measurable=True)
     config, data = invocation.config, invocation.config.data
     invocation.print_notes()
-    resume = begin(invocation, stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "sft"), "sft")
+    resume = begin(invocation, stage_runs_root(config.trainer.checkpoint.dirpath, config.runs_root, "sft"), "sft")
     if resume is not None and resume.finished:
         say_finished(resume)
         return 0

@@ -88,7 +88,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
     )
     train_rows, train_records = encode(encoder, splits.train, config, "train")
     val_rows, val_records = encode(encoder, splits.val, config, "val")
-    root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "sft")
+    root = stage_runs_root(config.trainer.checkpoint.dirpath, config.runs_root, "sft")
     started = None if dry_run else started_rows(reader, tokenizer, [*train_rows, *val_rows], config, root)
     train_loader, val_loader = loaders(config, train_rows, val_rows, tokenizer.pad_token_id, reader, started)
     answered = val_records[: config.evaluation.num_generated] if config.model_params.do_compute_metrics else []

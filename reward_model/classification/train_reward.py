@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(ClassificationConfig, STAGE_DIR, argv, description=__doc__ or "", resumable=True, measurable=True)
     config = invocation.config
     invocation.print_notes()
-    root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "reward_classification")
+    root = stage_runs_root(config.trainer.checkpoint.dirpath, config.runs_root, "reward_classification")
     resume = begin(invocation, root, "reward_classification")
     if resume is not None and resume.finished:
         say_finished(resume)

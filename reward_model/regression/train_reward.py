@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(RegressionConfig, STAGE_DIR, argv, description=__doc__ or "", resumable=True, measurable=True)
     config = invocation.config
     invocation.print_notes()
-    root = stage_runs_root(config.trainer.checkpoint.dirpath, config.results_root, "reward_regression")
+    root = stage_runs_root(config.trainer.checkpoint.dirpath, config.runs_root, "reward_regression")
     resume = begin(invocation, root, "reward_regression")
     if resume is not None and resume.finished:
         say_finished(resume)

@@ -142,7 +142,7 @@ def test_keys_with_line_breaks_stay_on_one_line(stage: Path) -> None:
     known = len(SFTConfig.model_fields)
     assert problems(SFTConfig, stage, SFT + '"a\\nb": 1\n', 'wandb."c\nd"=1') == [
         "override 'wandb.\"c\\nd\"': 'wandb.c\\nd': unknown key; expected one of api, args, project_name, mode, log_model",
-        f"C:4: 'a\\nb': unknown key; the nearest of the {known} known ones: wandb, data, on_nan, trainer, model_name",
+        f"C:4: 'a\\nb': unknown key; the nearest of the {known} known ones: wandb, data, on_nan, launch, trainer",
     ]
 
 

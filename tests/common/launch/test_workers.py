@@ -1,0 +1,92 @@
+"""The `launch` section: what it accepts, where a run then lies, and that as many processes run as it asks for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import load_config
+from common.errors import UserError
+from common.launch.workers import check_number_of_workers, idle_launch_settings
+from common.resume import is_free
+from common.schema import LaunchSettings, Section
+from reward_model.config import ClassificationConfig, RegressionConfig
+from rlhf.config import PPORunConfig
+from sft.config import SFTConfig
+
+ROOT = Path(__file__).resolve().parents[3]
+STAGES = {
+    "sft": SFTConfig,
+    "reward_model/classification": ClassificationConfig,
+    "reward_model/regression": RegressionConfig,
+    "rlhf": PPORunConfig,
+}
+
+
+def load(stage: str, *overrides: str) -> Any:
+    schema: type[Section] = STAGES[stage]
+    return load_config(schema, ROOT / stage / "configs/trainer_config.yaml", overrides)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_the_section(stage: str) -> None:
+    assert load(stage).launch == LaunchSettings()
+    resources = "launch.resources_per_worker={CPU: 32, GPU: 1}"
+    launch = load(stage, "launch.engine=ray", "launch.num_training_workers=4", resources, "launch.address=head:6379").launch
+    assert (launch.engine, launch.num_training_workers, launch.address, launch.max_failures) == ("ray", 4, "head:6379", 0)
+    assert (launch.resources_per_worker.CPU, launch.resources_per_worker.GPU) == (32, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("launch.engine=ray", "launch.num_training_workers: got null, and engine is ray; expected how many workers train"),
+        ("launch.engine=slurm", "launch.engine: got 'slurm', expected local or ray"),
+        ("launch.num_training_workers=0", "launch.num_training_workers: got 0, expected a whole number >= 1"),
+        ("launch.resources_per_worker={CPU: 1, GPU: 2}", "launch.resources_per_worker.GPU: got 2, expected a whole number >= 0 and <= 1"),
+        ("launch.resources_per_worker={cpu: 2}", "launch.resources_per_worker.cpu: unknown key"),
+    ],
+)
+def test_what_the_section_refuses(override: str, problem: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load("sft", override)
+    assert problem in str(caught.value)
+
+
+def test_storage_path_is_the_root_of_runs(tmp_path: Path) -> None:
+    config = load("sft", f"launch.storage_path={tmp_path}")
+    assert config.runs_root == str(tmp_path)
+    with pytest.raises(UserError, match=r"results_root is .*launch\.storage_path is .*remove one"):
+        load("sft", f"launch.storage_path={tmp_path}", f"results_root={tmp_path}")
+
+
+def test_a_comparison_of_readouts_runs_in_one_process() -> None:
+    from reward_model.comparison_config import ComparisonConfig
+
+    path = ROOT / "reward_model/configs/compare_readouts.yaml"
+    with pytest.raises(UserError, match="launch: expected nothing here"):
+        load_config(
+            ComparisonConfig, path, ["launch.engine=ray", "launch.num_training_workers=2"], base_dir=Path(os.path.dirname(path.parent))
+        )
+
+
+def test_another_number_of_processes_than_asked_for_is_an_error() -> None:
+    check_number_of_workers(LaunchSettings(), 3)
+    check_number_of_workers(LaunchSettings(num_training_workers=2), 2)
+    with pytest.raises(UserError, match=r"launch\.num_training_workers: got 2, but 1 process trains; start as many"):
+        check_number_of_workers(LaunchSettings(num_training_workers=2), 1)
+
+
+def test_settings_of_ray_are_named_where_nothing_reads_them() -> None:
+    assert idle_launch_settings(LaunchSettings()) == []
+    assert idle_launch_settings(LaunchSettings(engine="ray", num_training_workers=1, max_failures=3)) == []
+    assert idle_launch_settings(LaunchSettings(max_failures=3, address="auto")) == [
+        "launch.address, launch.max_failures: without effect, since launch.engine is local"
+    ]
+
+
+def test_a_run_may_go_on_under_another_engine() -> None:
+    assert is_free("launch.engine") and is_free("launch.resources_per_worker.CPU")
