@@ -439,12 +439,20 @@ class Checkpoints(pl.Callback):
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "scaler": None if scaler is None else scaler.state_dict(),
+            "timers": [timer.state_dict() for timer in _timers(trainer)],
             "metrics": self.tracker.position,
         }
 
 
+def _timers(trainer: pl.Trainer) -> list[pl.callbacks.Timer]:
+    """What ends the training after `max_time`, where that is set."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, pl.callbacks.Timer)]  # type: ignore[attr-defined]
+
+
 def load_optimization(trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
-    """Put back optimizers and schedules, which Lightning has made by now."""
+    """Put back optimizers and schedules, which Lightning has made by now, and the time that has been spent."""
+    for timer, spent in zip(_timers(trainer), state.get("timers", ()), strict=False):
+        timer.load_state_dict(spent)
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):

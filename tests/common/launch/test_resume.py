@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,6 +244,26 @@ def test_a_run_that_was_killed_goes_on_from_its_last_save(tmp_path: Path) -> Non
     assert point.step == 6
     run(tmp_path / "killed", resume=point, **options)
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_the_time_that_may_be_spent_counts_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour a step: three steps before the stop, which saves, leave one of four hours."""
+    clock = SimpleNamespace(monotonic=lambda: 3600.0 * hours, time=time.time)
+    monkeypatch.setattr("pytorch_lightning.callbacks.timer.time", clock)
+    hours = 0
+
+    def hook(place: str, step: int) -> None:
+        nonlocal hours
+        hours += place == "step"
+        if step == 2 and place == "step":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options: dict[str, Any] = {"accumulate": 1, "params": {"max_time": "00:04:00:00"}}
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", hook=hook, **options)
+    assert last(tmp_path / "run").step == 3
+    _, result = run(tmp_path / "run", resume=last(tmp_path / "run"), hook=hook, **options)
+    assert result is not None and result.steps == 4
 
 
 def test_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path: Path) -> None:
