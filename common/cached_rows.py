@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.errors import UserError
 from common.state_facts import STORED, TORCH_DTYPES, Digests, StateFacts
 
 RESIDENT_BYTES = 64 * 2**20
@@ -76,8 +77,14 @@ class CachedRows:
             while len(self._maps) >= OPEN_SHARDS:  # each is an open file
                 self._maps.pop(next(iter(self._maps)))
             facts = self.facts
-            with self.paths[number].open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                with self.paths[number].open("rb") as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:  # mmap: an empty file
+                raise UserError(
+                    f"{self.paths[number]}: states that were there can be read no more ({getattr(error, 'strerror', None) or error}); "
+                    "they are computed anew when the run goes on"
+                ) from None
             # The last tokens of a shard are followed by digests and counts, which no place points to.
             whole = len(mapped) // facts.bytes_per_token
             flat = np.frombuffer(mapped, dtype=STORED[facts.dtype], count=whole * facts.layers * facts.hidden_size)

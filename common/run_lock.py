@@ -7,6 +7,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from common.errors import UserError
 
@@ -25,40 +26,47 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
-def hold(path: Path) -> int:
-    """A descriptor that holds a file's lock until `release`, or the end of the process, however that comes; the file is made.
+class Held(NamedTuple):
+    """A lock's open file. `alone`: nobody else can hold it, which is not so on a file system without locks."""
 
-    Raises BlockingIOError where another process holds it. On a file system without locks nothing is held.
+    descriptor: int
+    alone: bool
+
+
+def hold(path: Path, *, wait: bool = False) -> Held:
+    """Hold a file's lock until `release`, or the end of the process, however that comes; the file is made.
+
+    Another process that holds it is waited for, or, without `wait`, raises BlockingIOError. OSError where the file cannot be made.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     _held.add(descriptor)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        release(descriptor)
+        release(Held(descriptor, False))
         raise
     except OSError:
-        pass
-    return descriptor
+        return Held(descriptor, False)
+    return Held(descriptor, True)
 
 
-def release(descriptor: int) -> None:
+def release(held: Held) -> None:
     """Let go of what `hold` gave; in a forked child it is gone already."""
-    if descriptor in _held:
-        _held.discard(descriptor)
-        os.close(descriptor)
+    if held.descriptor in _held:
+        _held.discard(held.descriptor)
+        os.close(held.descriptor)
 
 
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold a run directory for this process. Raises UserError where another process holds it."""
-    descriptor = _hold_run(run_dir)
+    held = _hold_run(run_dir)
     try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
+        os.ftruncate(held.descriptor, 0)
+        os.write(held.descriptor, f"{os.getpid()}\n".encode())
         yield
     finally:
-        release(descriptor)
+        release(held)
 
 
 def refuse_locked(run_dir: Path) -> None:
@@ -67,7 +75,7 @@ def refuse_locked(run_dir: Path) -> None:
         release(_hold_run(run_dir))
 
 
-def _hold_run(run_dir: Path) -> int:
+def _hold_run(run_dir: Path) -> Held:
     try:
         return hold(run_dir / LOCK_FILE)
     except BlockingIOError:

@@ -31,15 +31,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.cached_rows import CachedRows, Integers
+from common.disk import is_out_of_space
 from common.errors import UserError
 from common.notes import say
+from common.run_lock import Held, hold, release
 from common.runs import write_text_atomically
 from common.state_facts import DIGEST_BYTES, TORCH_DTYPES, Digests, StateFacts
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs that fill one cache at once may compute the same rows twice
-    fcntl = None  # type: ignore[assignment]
 
 FACTS_FILE = "cache.json"
 SHARD_BYTES = 256 * 2**20
@@ -104,20 +101,30 @@ class StateCache:
 
         Rows that the other run has added are there afterwards: ask `missing` inside.
         """
-        try:
+        with telling(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be made ({error.strerror or error}); name another model_params.cache_dir") from None
-        with _alone(self.folder) as alone:
-            if alone:
-                self._clean()
-            if not (self.folder / FACTS_FILE).exists():
-                write_text_atomically(self.folder / FACTS_FILE, json.dumps(asdict(self.facts), indent=2) + "\n")
+            held = self._hold()
+        try:
+            with telling(self.folder):
+                if held.alone:
+                    self._clean()
+                if not (self.folder / FACTS_FILE).exists():
+                    write_text_atomically(self.folder / FACTS_FILE, json.dumps(asdict(self.facts), indent=2) + "\n")
             writer = ShardWriter(self)
             try:
                 yield writer
             finally:  # after an error, too: whole rows are whole rows
                 writer.close()
+        finally:
+            release(held)
+
+    def _hold(self) -> Held:
+        lock = self.folder / "lock"
+        try:
+            return hold(lock)
+        except BlockingIOError:
+            say(f"{self.folder}: another run is writing states; waiting for it")
+            return hold(lock, wait=True)
 
     def _clean(self) -> None:
         for shard, problem in self._look().items():
@@ -169,21 +176,16 @@ class _Damaged(Exception):
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock, which ends with the process; False where the file system has no locks."""
-    with (folder / "lock").open("w") as lock:
-        try:
-            if fcntl is None:
-                raise OSError
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"{folder}: another run is writing states; waiting for it")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
-        yield True
+def telling(folder: Path) -> Iterator[None]:
+    """Raise UserError where the system refuses to write or read the states in this folder."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "make room" if is_out_of_space(error) else "let this user write there"
+        raise UserError(
+            f"{folder}: states cannot be kept there ({error.strerror or error}); {remedy}, or name another model_params.cache_dir; whole "
+            "shards stay, and the same command goes on from them"
+        ) from None
 
 
 class ShardWriter:
@@ -196,20 +198,15 @@ class ShardWriter:
     def add(self, digests: Digests, tokens: Sequence[int], states: Tensor) -> None:
         """Rows by their digests, with the number of tokens of each, and their states (all tokens, layers, D), row after row.
 
-        Raises UserError where the disk is full.
+        Raises UserError where the system refuses to write them.
         """
         facts = self.cache.facts
         assert states.shape == (sum(tokens), facts.layers, facts.hidden_size) and len(digests) == len(tokens)
         assert states.dtype == TORCH_DTYPES[facts.dtype]
-        if self._file is None:
-            self._begin()
-        try:
+        with self._dropping():
+            if self._file is None:
+                self._begin()
             self._write(states.detach().cpu().contiguous().view(torch.uint8).numpy())
-        except OSError as error:
-            self._drop()
-            raise UserError(
-                f"{self.cache.folder}: {error.strerror or error}; whole shards stay, the same command goes on from them"
-            ) from None
         self._digests.append(digests)
         self._tokens += tokens
         if self._bytes >= SHARD_BYTES or time.monotonic() - self._begun >= SHARD_SECONDS:
@@ -236,26 +233,37 @@ class ShardWriter:
             self._drop()
             return
         digests, tokens = np.concatenate(self._digests), np.array(self._tokens, dtype="<i8")
-        try:
+        with self._dropping():
             for part in (digests, tokens):
                 self._write(part.view(np.uint8))
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            self._drop()
-            raise UserError(f"{self.cache.folder}: {error.strerror or error}") from None
-        self._file.close()
+            self._file.close()
+            self._path.rename(self.cache.path(self._name))
+            shard = Shard(len(digests), int(tokens.sum()), self._bytes, self._crc)
+            write_text_atomically(self.cache.folder / f"{self._name}.json", json.dumps(asdict(shard)) + "\n")
         self._file = None
-        self._path.rename(self.cache.path(self._name))
-        shard = Shard(len(digests), int(tokens.sum()), self._bytes, self._crc)
-        write_text_atomically(self.cache.folder / f"{self._name}.json", json.dumps(asdict(shard)) + "\n")
         self.cache._shards[self._name] = digests, tokens
 
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """Leave nothing of a shard that the system refuses to write. Raises UserError then."""
+        try:
+            with telling(self.cache.folder):
+                yield
+        except UserError:
+            self._drop()
+            raise
+
     def _drop(self) -> None:
+        if self._file is None:
+            return
         with contextlib.suppress(OSError):  # what is in the buffer may not fit either
             self._file.close()
         self._file = None
-        self._path.unlink(missing_ok=True)
+        for path in (self._path, self.cache.path(self._name)):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def gib(size: int) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.run_lock import hold, release
+from common.runs import write_text_atomically
 
 # Answers of any length must come back; the module's default stops at 128 kB per field.
 csv.field_size_limit(2**31 - 1)
@@ -109,9 +110,7 @@ class CsvLog:
 
     def _save_state(self) -> None:
         state = {"identity": self._identity, "rows": len(self.rows), "bytes": self.path.stat().st_size}
-        staging = self._state_path.with_name(self._state_path.name + ".tmp")
-        staging.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        staging.replace(self._state_path)
+        write_text_atomically(self._state_path, json.dumps(state, indent=2) + "\n")
 
     def _read_state(self) -> dict[str, Any] | None:
         try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common import cached_rows, state_cache
+from common import cached_rows, run_lock, state_cache
 from common.cached_rows import CachedRows
 from common.errors import UserError
 from common.models.backbone import RewardInput
@@ -251,19 +253,49 @@ def test_states_that_do_not_fit_onto_the_disk_are_refused_in_one_line(tmp_path: 
     assert not (tmp_path / "not").exists()
 
 
+def refusing(number: int) -> Callable[..., None]:
+    """A call of the system that fails."""
+
+    def call(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
 def test_a_full_disk_is_an_error_and_what_was_whole_stays(tmp_path: Path, row_to_a_shard: None, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = StateCache(tmp_path, FACTS)
     digests = row_digests(ROWS)
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match="No space left on device"), cache.writing() as writer:
+    with pytest.raises(UserError, match=r"No space left on device.*; make room, or name another"), cache.writing() as writer:
         writer.add(digests[:1], [3], states_of(ROWS[0]))
-        monkeypatch.setattr(writer, "_write", full)
+        monkeypatch.setattr(writer, "_write", refusing(errno.ENOSPC))
         writer.add(digests[1:2], [1], states_of(ROWS[1]))
     assert StateCache(tmp_path, FACTS).missing(digests[:2]).tolist() == [1]
     assert not list((tmp_path / FACTS.key).glob(".shard-*"))
+
+
+@pytest.mark.parametrize("call", ["hold", "write_text_atomically", "os.fsync", "Path.mkdir", "Path.rename"])
+def test_whatever_the_system_refuses_is_a_line_and_leaves_whole_shards_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_to_a_shard: None, call: str
+) -> None:
+    Computer(tmp_path).fill(ROWS[:1])
+    with monkeypatch.context() as patch:
+        patch.setattr(f"common.state_cache.{call}", refusing(errno.EACCES))
+        with pytest.raises(UserError) as refused:
+            Computer(tmp_path).fill(ROWS[:2])
+    assert list(refused.value.problems) == [
+        f"{tmp_path / FACTS.key}: states cannot be kept there (Permission denied); let this user write there, or name another "
+        "model_params.cache_dir; whole shards stay, and the same command goes on from them"
+    ]
+    again = Computer(tmp_path)
+    again.fill(ROWS[:2])
+    assert again.computed == [ROWS[1].length]
+
+
+def test_states_that_went_during_a_run_are_told(tmp_path: Path) -> None:
+    found = Computer(tmp_path).fill()
+    shards(tmp_path)[0].unlink()
+    with pytest.raises(UserError, match=r"\.states: states that were there can be read no more \(No such file or directory\)"):
+        found.gather([0])
 
 
 def test_a_second_run_waits_for_the_first_and_finds_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +314,7 @@ def test_a_second_run_waits_for_the_first_and_finds_its_rows(tmp_path: Path, mon
 
 
 def test_without_locks_both_write_and_either_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state_cache, "fcntl", None)
+    monkeypatch.setattr(run_lock.fcntl, "flock", refusing(errno.ENOLCK))
     first, second = Computer(tmp_path), Computer(tmp_path)
     with first.cache.writing() as writer:
         second.fill()
