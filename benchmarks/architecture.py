@@ -27,7 +27,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from common.models.fused import set_fused
 from common.models.load import alternating_attention
-from common.optim import adamw
+from common.optim import make_optimizer
 
 VOCABULARY = 4096
 WINDOW = 64
@@ -150,7 +150,7 @@ def measure(shape: str, batch: int, tokens: int, rounds: int) -> None:
     forward_backward(model, ids, mask)
     looped = torch.optim.AdamW(model.parameters(), lr=1e-9, foreach=False)
     together = torch.optim.AdamW(model.parameters(), lr=1e-9, foreach=True)
-    fused = adamw(model, learning_rate=1e-9)
+    fused = make_optimizer(model, learning_rate=1e-9)
     report("AdamW step", quickest({"loop": looped.step, "foreach": together.step, "fused": fused.step}, rounds))
 
 

@@ -207,17 +207,78 @@ class LoraSettings(Section):
     target_modules: list[str] | Literal["all-linear"] = Field("all-linear", description="Module names that get an adapter.")
 
 
+OptimizerName = Literal["AdamW", "Adam", "Adafactor", "SGD"]
+ScheduleName = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+_READ_BY_OPTIMIZER: dict[str, tuple[OptimizerName, ...]] = {
+    "adam_betas": ("AdamW", "Adam"),
+    "adam_eps": ("AdamW", "Adam"),
+    "momentum": ("SGD",),
+}
+_READ_BY_SCHEDULE: dict[str, ScheduleName] = {
+    "num_cycles": "cosine_with_restarts",
+    "min_lr_rate": "cosine_with_min_lr",
+    "power": "polynomial",
+    "lr_end": "polynomial",
+    "timescale": "inverse_sqrt",
+    "num_decay_steps": "warmup_stable_decay",
+}
+
+
+class ScheduleSettings(Section):
+    """What single learning-rate schedules read, under transformers' names."""
+
+    num_cycles: PositiveInt | None = Field(None, description="cosine_with_restarts: cycles; null: 1.")
+    min_lr_rate: Fraction | None = Field(None, description="cosine_with_min_lr: its end as a share of the peak; null: 0.1.")
+    power: PositiveFloat | None = Field(None, description="polynomial: its power; null: 1.")
+    lr_end: NonNegativeFloat | None = Field(None, description="polynomial: learning rate at the end; null: 1e-7.")
+    timescale: PositiveInt | None = Field(None, description="inverse_sqrt: its steps; null: those of the warm-up, or 10,000 without one.")
+    num_decay_steps: PositiveInt | None = Field(None, description="warmup_stable_decay: last steps, that fall to 0; null: a tenth of all.")
+
+
+def idle_optimizer_settings(params: BaseModel, optimizer: str, schedule: str, schedule_key: str) -> dict[tuple[str, ...], str]:
+    """Settings of an optimizer or schedule other than the chosen ones, by key: they would have no effect."""
+    problems: dict[tuple[str, ...], str] = {}
+    for name, readers in _READ_BY_OPTIMIZER.items():
+        field = type(params).model_fields.get(name)
+        if field is not None and optimizer not in readers and (value := getattr(params, name)) != field.default:
+            belongs = f"got {value}, which belongs to {' and '.join(readers)}"
+            problems[(name,)] = f"{belongs}, but optimizer is {optimizer}; remove one of them"
+    for name, reader in _READ_BY_SCHEDULE.items():
+        if schedule != reader and (value := getattr(params.lr_scheduler_kwargs, name)) is not None:  # type: ignore[attr-defined]
+            problems["lr_scheduler_kwargs", name] = f"got {value:g}, which belongs to {reader}, but {schedule_key} is {schedule}; remove it"
+    return problems
+
+
 class ModelParams(FreezeSettings):
     """Optimizer, freezing and memory settings of SFT and reward models."""
 
-    learning_rate: PositiveFloat = Field(2e-5, description="Peak learning rate of AdamW.")
-    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.95), strict=False, description="AdamW betas."
+    optimizer: OptimizerName = Field(
+        "AdamW", description="`Adam` couples its weight decay with the gradient; `Adafactor` is transformers', at the rate given here."
     )
-    adam_eps: PositiveFloat = Field(1e-8, description="AdamW epsilon.")
-    weight_decay: NonNegativeFloat = Field(0.001, description="Decoupled weight decay on matrices (not on norms, biases).")
+    learning_rate: PositiveFloat = Field(2e-5, description="Peak learning rate.")
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), strict=False, description="Betas of AdamW and Adam."
+    )
+    adam_eps: PositiveFloat = Field(1e-8, description="Epsilon of AdamW and Adam.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Momentum of SGD.")
+    weight_decay: NonNegativeFloat = Field(
+        0.001, description="Weight decay on matrices, not on norms and biases; decoupled but for Adam, SGD."
+    )
     warmup_steps_per_cent: Fraction = Field(0.01, description="Share of all optimizer steps (0-1) that warms up linearly.")
-    lr_scheduler: Literal["linear", "cosine", "constant"] = Field("constant", description="What follows the warm-up.")
+    lr_scheduler: ScheduleName = Field(
+        "constant", description="What follows the warm-up, by transformers' names; `constant` warms up as well, as all of them do."
+    )
+    lr_scheduler_kwargs: ScheduleSettings = Field(default_factory=ScheduleSettings, description="What single schedules read.")
     use_cache: bool = Field(False, description="Keep keys and values in generation during training-time evaluation.")
     do_compute_metrics: bool = Field(False, description="Metrics that cost extra (SFT: BLEU/ROUGE of generated answers) in validation.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward: less memory, about a third more time.")
@@ -260,6 +321,12 @@ class ModelParams(FreezeSettings):
     @model_validator(mode="after")
     def _frozen_part_is_frozen(self) -> Self:
         if problems := self.frozen_part_problems():
+            raise KeyedProblems(problems)
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_reads_its_settings(self) -> Self:
+        if problems := idle_optimizer_settings(self, self.optimizer, self.lr_scheduler, "lr_scheduler"):
             raise KeyedProblems(problems)
         return self
 

@@ -17,13 +17,17 @@ from common.schema import (
     ModelName,
     NonNegativeFloat,
     NonNegativeInt,
+    OptimizerName,
     PositiveFloat,
     PositiveInt,
     RowSettings,
     RunSettings,
+    ScheduleName,
+    ScheduleSettings,
     Section,
     StagePath,
     WandbSettings,
+    idle_optimizer_settings,
 )
 from common.schema_types import Words
 from common.tracking import init_argument_problems
@@ -59,10 +63,16 @@ class PPOParams(Section):
     mini_batch_size: PositiveInt | None = Field(None, description="Answers per forward in the update; null: `batch_size`.")
     gradient_accumulation_steps: PositiveInt = Field(1, description="Minibatches per optimizer step.")
     ppo_epochs: PositiveInt = Field(4, description="Passes over a batch.")
-    learning_rate: PositiveFloat = Field(1.41e-5, description="Learning rate of AdamW.")
-    lr_schedule: Literal["constant", "linear"] = Field("constant", description="`linear` falls to 0 over all steps.")
-    adam_eps: PositiveFloat = Field(1e-8, description="Adam's epsilon (the 2019 original: 1e-5).")
-    weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay.")
+    optimizer: OptimizerName = Field(
+        "AdamW", description="`Adam` couples its weight decay with the gradient; `Adafactor` is transformers', at the rate given here."
+    )
+    learning_rate: PositiveFloat = Field(1.41e-5, description="Peak learning rate.")
+    lr_schedule: ScheduleName = Field("constant", description="Learning rate over the PPO steps, by transformers' names.")
+    lr_scheduler_kwargs: ScheduleSettings = Field(default_factory=ScheduleSettings, description="What single schedules read.")
+    warmup_steps_per_cent: Fraction = Field(0.0, description="Share of all PPO steps (0-1) that warms up linearly.")
+    adam_eps: PositiveFloat = Field(1e-8, description="Epsilon of AdamW and Adam (the 2019 original: 1e-5).")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Momentum of SGD.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="Weight decay on matrices; decoupled but for Adam, SGD.")
     max_grad_norm: PositiveFloat | None = Field(None, description="Clip the gradient's norm to this; null: never.")
     init_kl_coef: NonNegativeFloat = Field(0.2, description="KL coefficient at the start.")
     adap_kl_ctrl: bool = Field(True, description="Adapt the coefficient to `target`; false: fixed.")
@@ -142,6 +152,8 @@ class PPOParams(Section):
     @model_validator(mode="after")
     def _consistent(self) -> PPOParams:
         check_settings(self, self.minibatch)
+        if problems := idle_optimizer_settings(self, self.optimizer, self.lr_schedule, "lr_schedule"):
+            raise KeyedProblems(problems)
         if self.model_dtype != "float32" and self.lora is None:
             raise ValueError(
                 f"model_dtype: got {self.model_dtype}, in which small updates of the weights are lost to rounding; use float32, or "

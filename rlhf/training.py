@@ -21,7 +21,7 @@ from common.models.fused import set_fused
 from common.models.kinds import positions_of
 from common.models.load import check_vocabulary, load_generator, load_tokenizer
 from common.notes import say
-from common.optim import lr_lambda
+from common.optim import lr_lambda, warmup_steps
 from common.record_types import PromptRecord
 from common.records import Splits
 from common.resume import ResumePoint, run_directory, writing
@@ -96,8 +96,10 @@ def train(
         PPOConfig.from_params(params, seed, config.on_nan), model, tokenizer=tokenizer, reward=pipeline, critic=critic, runtime=runtime
     )
     steps = total_steps(config, len(prompts), runtime.world_size)
-    if params.lr_schedule != "constant":
-        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lr_lambda(params.lr_schedule, 0, steps))
+    warmup = warmup_steps(params.warmup_steps_per_cent, steps)
+    if warmup or params.lr_schedule not in ("constant", "constant_with_warmup"):
+        schedule = lr_lambda(params.lr_schedule, warmup, steps, params.lr_scheduler_kwargs, peak=params.learning_rate)
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, schedule)
 
     arguments: dict[str, Any] = {
         "generation": generation,

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from common.config_report import shown_value
 from common.errors import UserError
-from common.schema import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from common.schema import Fraction, NonNegativeFloat, NonNegativeInt, OptimizerName, PositiveFloat, PositiveInt
 from common.schema_types import type_words
 from rlhf.ppo.classic_names import CONFIG_METHODS, ELSEWHERE, unknown_lines
 from rlhf.ppo.kl import KLPenalty
@@ -27,8 +27,11 @@ class PPOConfig:
     """What the trainer itself needs; `rlhf.config.PPOParams`, the section of a config file, maps into it."""
 
     learning_rate: NonNegativeFloat = 1.41e-5
-    """Of the Adam that the trainer makes where none is passed."""
+    """Of the optimizer that the trainer makes where none is passed."""
+    optimizer: OptimizerName = "AdamW"
     adam_eps: PositiveFloat = 1e-8
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of SGD."""
     weight_decay: NonNegativeFloat = 0.0
     batch_size: PositiveInt = 128
     """Answers per step and process."""

@@ -20,7 +20,7 @@ from common.models.load import set_dropout
 from common.models.parts import without_adapters
 from common.models.recompute import recompute_activations
 from common.notes import say
-from common.optim import adamw
+from common.optim import make_optimizer
 from common.schema import GenerateParams
 from common.tracking import Tracker
 from rlhf.ppo import logs, loop
@@ -55,7 +55,7 @@ class PPOTrainer(ClassicAttributes):
     """Trains a policy with a value head (`model`) against its reference.
 
     The arguments have the classic order. `ref_model`: None for a frozen copy of `model` as it is now (LoRA: adapters included).
-    `optimizer`: None for Adam (AdamW with `config.weight_decay`). `dataset`, `data_collator` make `dataloader`, and `train` takes its
+    `optimizer`: None for the one that `config` describes. `dataset`, `data_collator` make `dataloader`, and `train` takes its
     prompts from the dataset. `num_shared_layers`: embeddings and this many layers from below are frozen and shared with the reference.
     `lr_scheduler` steps once per PPO step. `reward`: what judges answers in `train`. `critic`: a value model of its own instead of the
     value head. `runtime`: this process among others; without it a model that lies on the CPU moves to the GPU where there is one.
@@ -128,8 +128,13 @@ class PPOTrainer(ClassicAttributes):
                 f"the weights to train are {', '.join(rounded)}, where updates as small as Adam's are lost in rounding; load them as "
                 "float32, train LoRA adapters (float32) over them, or pass an optimizer that keeps float32 copies"
             )
-        self.optimizer = optimizer or adamw(
-            trained, learning_rate=self.config.learning_rate, eps=self.config.adam_eps, weight_decay=self.config.weight_decay
+        self.optimizer = optimizer or make_optimizer(
+            trained,
+            self.config.optimizer,
+            learning_rate=self.config.learning_rate,
+            eps=self.config.adam_eps,
+            momentum=self.config.momentum,
+            weight_decay=self.config.weight_decay,
         )
         self.lr_scheduler = lr_scheduler
         self.dataset = dataset

@@ -604,6 +604,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"ppo_config__lora": {"r": 2}},
     "critic": {"ppo_config__critic": "model", "ppo_config__critic_warmup_steps": 1},
     "grpo": {"ppo_config__advantage_estimator": "grpo", "ppo_config__samples_per_prompt": 2},
+    "adafactor": {"ppo_config__optimizer": "Adafactor", "ppo_config__lr_schedule": "cosine", "ppo_config__warmup_steps_per_cent": 0.5},
+    "sgd": {"ppo_config__optimizer": "SGD", "ppo_config__momentum": 0.9},
 }
 
 

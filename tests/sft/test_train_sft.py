@@ -211,8 +211,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 @pytest.mark.parametrize(
     ("params", "steps"),
-    [({}, range(8)), ({"lora": {"r": 2}}, (3,)), ({"freeze_emb": True, "freeze_ff": True}, (5,))],
-    ids=["whole", "lora", "frozen"],
+    [
+        ({}, range(8)),
+        ({"lora": {"r": 2}}, (3,)),
+        ({"freeze_emb": True, "freeze_ff": True}, (5,)),
+        ({"optimizer": "Adafactor", "lr_scheduler": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}}, (3,)),
+        ({"optimizer": "SGD", "momentum": 0.9, "lr_scheduler": "inverse_sqrt"}, (2,)),
+    ],
+    ids=["whole", "lora", "frozen", "adafactor", "sgd"],
 )
 def test_a_stopped_run_goes_on_with_the_same_bits(
     tmp_path: Path, params: dict[str, Any], steps: Iterable[int], monkeypatch: pytest.MonkeyPatch

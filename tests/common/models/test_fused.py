@@ -34,7 +34,7 @@ from common.models.fused import FusedGPTNeoSelfAttention, FusedNewGELU, set_fuse
 from common.models.load import build_backbone, build_generator, load_backbone, load_generator, train_tokenizer
 from common.models.prepacked import prepacked
 from common.models.recompute import recompute_activations
-from common.optim import adamw
+from common.optim import make_optimizer
 from common.schema import LoraSettings, ModelInit
 from common.tokenization import Encoded
 from reward_model.config import ClassificationConfig
@@ -408,7 +408,7 @@ def test_packing_is_still_recognised(model: GPTNeoForCausalLM) -> None:
 def test_fused_adamw_is_adamw(model: GPTNeoForCausalLM) -> None:
     """Five steps of the project's optimizer and of torch's loop over tensors lead to the same weights."""
     other, inputs = copy.deepcopy(model), batch("right")
-    ours = adamw(model, learning_rate=1e-3, weight_decay=0.1)
+    ours = make_optimizer(model, learning_rate=1e-3, weight_decay=0.1)
     assert ours.defaults["fused"]
     matrices = [parameter for parameter in other.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in other.parameters() if parameter.ndim < 2]
