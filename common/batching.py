@@ -2,20 +2,28 @@
 
 The order is a pure function of (seed, epoch) and does not depend on the number of ranks: N ranks with batches of B rows work through
 the same rows, optimizer step by optimizer step, as one process with batches of N * B. Every row is used exactly once an epoch.
+A plan holds a few bytes per row, and batches are made one by one.
 """
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import islice, repeat
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.lazy import Lazy
+
 T = TypeVar("T")
+Integers = NDArray[Any]
 Mode = Literal["random", "bucketed", "packed", "by_question", "sequential"]
 
 # Rows that are sorted by length or packed together come from stretches of this many batches of the shuffled rows.
@@ -49,6 +57,7 @@ class BatchPlan:
             which are made once by `seed` and stand in a new order in each epoch;
             `by_question`: rows with the same question together; `sequential`: rows as they are, the same in each epoch.
         questions: what each row asks, for `by_question`; rows with equal ones need not be neighbours.
+            Lengths, weights and questions that are arrays are kept as they are, mapped files for instance.
         accumulate: micro-batches per optimizer step.
         limit: batches of an epoch that are used, a number or a share of all, as Lightning's `limit_train_batches`; those after them are
             still listed. A step that the limit cuts short is a mean over what is left of it.
@@ -72,76 +81,150 @@ class BatchPlan:
         assert 0 <= rank < world_size and batch_size > 0 and accumulate > 0
         assert mode != "packed" or capacity is not None, "packing needs a capacity"
         assert mode != "by_question" or (questions is not None and len(questions) == len(lengths)), "each row needs its question"
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.weights = np.ones(len(self.lengths)) if weights is None else np.asarray(weights, dtype=np.float64)
+        self.lengths = _numbers(lengths, np.int64)
+        self.weights = np.broadcast_to(1.0, len(self.lengths)) if weights is None else _numbers(weights, np.float64)
         assert len(self.weights) == len(self.lengths) and bool((self.weights > 0).all()), "each row needs a weight above 0"
         self.batch_size, self.seed, self.mode, self.capacity = batch_size, seed, mode, capacity
         self.accumulate, self.world_size, self.rank = accumulate, world_size, rank
         self.questions, self.limit = questions, limit
-        self._made: tuple[int, list[Batch]] | None = None
+        self._made: tuple[int, Sequence[Batch]] | None = None
 
-    def batches(self, epoch: int) -> list[Batch]:
-        """This rank's micro-batches of an epoch, in order."""
+    def batches(self, epoch: int) -> Sequence[Batch]:
+        """This rank's micro-batches of an epoch, in order; each is made where it is asked for."""
         if self._made is None or self._made[0] != epoch:
-            self._made = epoch, self._make(epoch)
+            order = self._order(epoch)
+            self._made = epoch, Lazy(partial(self._batch, order), range(len(order.starts)))
         return self._made[1]
 
     def steps(self, epoch: int) -> int:
         """Optimizer steps of an epoch."""
         return -(-limited(len(self.batches(epoch)), self.limit) // self.accumulate)
 
-    def _make(self, epoch: int) -> list[Batch]:
-        together = self._global_batches(epoch)
-        used = limited(len(together), self.limit)
-        batches = []
-        for window in (*_chunks(together[:used], self.accumulate), *_chunks(together[used:], self.accumulate)):
-            total = float(sum(self.weights[row] for units in window for unit in units for row in unit))
-            denominator = total / (self.world_size * self.accumulate)
-            for units in window:
-                mine = _share(units, self.world_size, self.rank)
-                rows = [row for unit in mine for row in unit]
-                batches.append(Batch(rows or list(units[0][:1]), denominator, filler=not rows))
-        return batches
+    def _batch(self, order: _Order, number: int) -> Batch:
+        count = len(order.starts)
+        used = limited(count, self.limit)
+        begin, end = (0, used) if number < used else (used, count)
+        first = number - (number - begin) % self.accumulate
+        window = [order.batch(place) for place in range(first, min(first + self.accumulate, end))]
+        total = float(sum(self.weights[unit].sum() for units in window for unit in units))
+        units = window[number - first]
+        rows = [row for unit in _share(units, self.world_size, self.rank) for row in unit.tolist()]
+        return Batch(rows or units[0][:1].tolist(), total / (self.world_size * self.accumulate), filler=not rows)
 
-    def _global_batches(self, epoch: int) -> list[list[list[int]]]:
-        """Batches over all ranks; each is a list of units that stay on one rank: rows, packed lines or a rank's part."""
-        size = self.batch_size * self.world_size
+    def _order(self, epoch: int) -> _Order:
+        """The batches of an epoch over all ranks; units that stay on one rank are rows, packed lines or a rank's part."""
+        size, count = self.batch_size * self.world_size, len(self.lengths)
         if self.mode == "sequential":
-            return _chunks([[row] for row in range(len(self.lengths))], size)
+            return _Order.chunks(_short(np.arange(count)), size)
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
-        order = generator.permutation(len(self.lengths)).tolist()
+        order = _short(generator.permutation(count))
         if self.mode == "random":
-            return _chunks([[row] for row in order], size)
+            return _Order.chunks(order, size)
         if self.mode == "bucketed":
-            batches = []
-            for pool in _chunks(order, POOL_BATCHES * size):
-                by_length = sorted(pool, key=lambda row: int(self.lengths[row]))
-                batches += _chunks([[row] for row in by_length], size)
-            return [batches[place] for place in generator.permutation(len(batches))]
+            for start in range(0, count, POOL_BATCHES * size):
+                pool = order[start : start + POOL_BATCHES * size]
+                pool[:] = pool[np.argsort(self.lengths[pool], kind="stable")]
+            return _Order.chunks(order, size).shuffled(generator)
         if self.mode == "by_question":
-            assert self.questions is not None
-            rows_of: dict[Hashable, list[int]] = {question: [] for question in self.questions}
-            for row in order:
-                rows_of[self.questions[row]].append(row)
-            groups = list(rows_of.values())
-            shuffled = [groups[place] for place in generator.permutation(len(groups))]
-            return [
-                [[row for group in part for row in group] for part in fill(batch, _part_sizes(sum(map(len, batch)), self.world_size))]
-                for batch in fill(shuffled, [size] * -(-len(order) // size))
-            ]
+            groups = self._groups
+            by_group = order[np.argsort(groups[order], kind="stable")]
+            ends = np.cumsum(np.bincount(groups)) if count else np.zeros(0, dtype=np.int64)
+            drawn = (by_group[ends[place - 1] if place else 0 : ends[place]].tolist() for place in generator.permutation(len(ends)))
+            batches = fill(drawn, repeat(size, -(-count // size)))
+            parts = (fill(batch, _part_sizes(sum(map(len, batch)), self.world_size)) for batch in batches)
+            return _Order.of([[row for group in part for row in group] for part in batch] for batch in parts)
         assert self.mode == "packed"
-        return _chunks([self._lines[place] for place in generator.permutation(len(self._lines))], size)
+        rows, ends = self._lines
+        return _Order.chunks(rows, size, ends, generator.permutation(len(ends)))
 
     @cached_property
-    def _lines(self) -> list[list[int]]:
-        """Packed lines, the same in every epoch: rows packed anew may take one line more or less, and the trainer counts batches once."""
+    def _groups(self) -> Integers:
+        """(N,): number of each row's question, in order of appearance."""
+        assert self.questions is not None
+        if isinstance(self.questions, np.ndarray):
+            _, first, which = np.unique(self.questions, return_index=True, return_inverse=True)
+            return _short(np.argsort(np.argsort(first)))[which]
+        seen: dict[Hashable, int] = {}
+        return np.array([seen.setdefault(question, len(seen)) for question in self.questions], dtype=np.int64)
+
+    @cached_property
+    def _lines(self) -> tuple[Integers, Integers]:
+        """Packed lines, one behind the other, and where each ends.
+
+        They are the same in every epoch: rows packed anew may take one line more or less, and the trainer counts batches once.
+        """
         assert self.capacity is not None
         size = self.batch_size * self.world_size
         mean = max(1.0, float(self.lengths.mean())) if len(self.lengths) else 1.0
         pool_rows = max(1, round(POOL_BATCHES * size * self.capacity / mean))
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(0,))))  # no epoch's stream
-        order = generator.permutation(len(self.lengths)).tolist()
-        return [line for pool in _chunks(order, pool_rows) for line in pack(pool, self.lengths, self.capacity)]
+        order = _short(generator.permutation(len(self.lengths)))
+        rows, counts = array("I"), array("I")
+        for start in range(0, len(order), pool_rows):
+            for line in pack(order[start : start + pool_rows].tolist(), self.lengths, self.capacity):
+                rows.extend(line)
+                counts.append(len(line))
+        return _short(rows), np.cumsum(_short(counts), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Batches as few numbers per row: batch n is the units `starts[n]` up to `stops[n]`, unit u the rows `begins[u]` up to `ends[u]`.
+
+    Without `begins` and `ends` each row is a unit.
+    """
+
+    rows: Integers
+    starts: Integers
+    stops: Integers
+    begins: Integers | None = None
+    ends: Integers | None = None
+
+    @classmethod
+    def chunks(cls, rows: Integers, size: int, ends: Integers | None = None, order: Integers | None = None) -> _Order:
+        """`size` units a batch; units end at `ends` and are taken in this order."""
+        starts = np.arange(0, len(rows) if ends is None else len(ends), size)
+        stops = np.minimum(starts + size, len(rows) if ends is None else len(ends))
+        if ends is None:
+            return cls(rows, starts, stops)
+        begins = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+        return cls(rows, starts, stops, begins[order], ends[order])
+
+    @classmethod
+    def of(cls, batches: Iterable[Sequence[Sequence[int]]]) -> _Order:
+        """Batches of units of rows."""
+        rows, counts, sizes = array("I"), array("I"), array("I")
+        for batch in batches:
+            sizes.append(len(batch))
+            for unit in batch:
+                counts.append(len(unit))
+                rows.extend(unit)
+        ends, stops = (np.cumsum(_short(each), dtype=np.int64) for each in (counts, sizes))
+        return cls(_short(rows), stops - _short(sizes), stops, ends - _short(counts), ends)
+
+    def shuffled(self, generator: np.random.Generator) -> _Order:
+        """The same batches in another order."""
+        order = generator.permutation(len(self.starts))
+        return replace(self, starts=self.starts[order], stops=self.stops[order])
+
+    def batch(self, number: int) -> list[Integers]:
+        """The rows of each unit of a batch."""
+        start, stop = int(self.starts[number]), int(self.stops[number])
+        if self.begins is None or self.ends is None:
+            return [self.rows[place : place + 1] for place in range(start, stop)]
+        return [self.rows[self.begins[unit] : self.ends[unit]] for unit in range(start, stop)]
+
+
+def _numbers(values: Any, dtype: Any) -> NDArray[Any]:
+    """Numbers of a data set's rows: an array stays as it is, mapped from a file, say."""
+    return values if isinstance(values, np.ndarray) else np.asarray(values, dtype=dtype)
+
+
+def _short(places: Any) -> Integers:
+    """Places of rows in four bytes each, as far as they fit."""
+    places = np.asarray(places)
+    short: Integers = places.astype(np.uint32 if len(places) < 2**32 else np.int64)
+    return short
 
 
 def limited(count: int, limit: int | float | None) -> int:
@@ -169,32 +252,31 @@ def pack(rows: Sequence[int], lengths: Sequence[int] | np.ndarray[Any, Any], cap
     return lines
 
 
-def fill(groups: Sequence[list[int]], sizes: Sequence[int]) -> list[list[list[int]]]:
+def fill(groups: Iterable[list[int]], sizes: Iterable[int]) -> Iterator[list[list[int]]]:
     """Groups of rows in batches of at most `sizes` rows: the next group that fits whole, else as many rows of the next one as fit.
 
     So every batch but the last is full, and a group is divided only where a batch is full. Batches without rows are left out.
     """
-    waiting = [list(group) for group in reversed(groups)]  # the next one last
-    batches = []
+    coming = iter(groups)
+    waiting: deque[list[int]] = deque()
     for size in sizes:
         batch: list[list[int]] = []
         room = size
-        while room and waiting:
+        while room:
+            waiting.extend(islice(coming, LOOKAHEAD - len(waiting)) if len(waiting) < LOOKAHEAD else ())
+            if not waiting:
+                break
             # a batch starts with the next group, however large, so that none waits for ever
-            near = range(1, min(LOOKAHEAD, len(waiting)) + 1) if batch else ()
-            place = next((place for place in near if len(waiting[-place]) <= room), 1)
-            group = waiting.pop(-place)
+            near = range(min(LOOKAHEAD, len(waiting))) if batch else ()
+            place = next((place for place in near if len(waiting[place]) <= room), 0)
+            group = waiting[place]
+            del waiting[place]
             if group[room:]:
-                waiting.append(group[room:])
+                waiting.appendleft(group[room:])
             batch.append(group[:room])
             room -= len(batch[-1])
         if batch:
-            batches.append(batch)
-    return batches
-
-
-def _chunks(items: Sequence[T], size: int) -> list[list[T]]:
-    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+            yield batch
 
 
 def _share(units: Sequence[T], world_size: int, rank: int) -> Sequence[T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 from typing import Any
@@ -140,6 +141,25 @@ def test_every_epoch_has_the_same_number_of_batches(mode: Any, world_size: int, 
     assert total_optimizer_steps(trainer, len(PlanSampler(ranks[0]))) == sum(ranks[0].steps(epoch) for epoch in range(4))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_arrays_give_the_batches_that_lists_give(mode: Any) -> None:
+    """Digests stand for questions there, in eight bytes each."""
+    digests = np.array([hash(question) for question in QUESTIONS], dtype=np.int64)
+    shape: dict[str, Any] = {"batch_size": 4, "seed": 7, "mode": mode, "capacity": 40, "world_size": 2, "accumulate": 3}
+    arrays = BatchPlan(np.array(LENGTHS, dtype=np.int32), questions=digests, weights=np.array(LENGTHS, dtype=np.int32), **shape)
+    assert arrays.batches(2) == plan(**shape, weights=LENGTHS).batches(2)
+
+
+def test_a_plan_holds_few_bytes_per_row() -> None:
+    lengths = np.ones(20_000, dtype=np.int32)
+    tracemalloc.start()
+    batches = BatchPlan(lengths, batch_size=4, seed=0, accumulate=2).batches(0)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(batches) == len(lengths) // 4 and batches[:2] == list(batches)[:2]
+    assert held < 10 * len(lengths)
+
+
 def test_pack_by_hand() -> None:
     assert pack([0, 1, 2, 3, 4], [6, 3, 5, 4, 2], capacity=10) == [[0, 3], [2, 1, 4]]
 
@@ -157,8 +177,8 @@ def test_no_rows_make_no_batches() -> None:
 def test_fill_by_hand() -> None:
     """Room for 4: the next group, then the nearest one that fits whole, else a part of the next one; its rest comes first in the next."""
     groups = [[0, 1, 2], [3, 4], [5], [6, 7, 8, 9, 10, 11]]
-    assert fill(groups, [4, 4, 4]) == [[[0, 1, 2], [5]], [[3, 4], [6, 7]], [[8, 9, 10, 11]]]
-    assert fill([[0], [1]], [1, 1, 0]) == [[[0]], [[1]]]
+    assert list(fill(groups, [4, 4, 4])) == [[[0, 1, 2], [5]], [[3, 4], [6, 7]], [[8, 9, 10, 11]]]
+    assert list(fill([[0], [1]], [1, 1, 0])) == [[[0]], [[1]]]
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (3, 2)])
