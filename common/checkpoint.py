@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
 from common.disk import checkpoint_bytes, is_out_of_space, mib
 from common.errors import UserError
@@ -65,9 +65,11 @@ class Manifest(BaseModel):
     max_prompt_length: int | None = Field(None, description="Prompt tokens in training.")
     is_encoder_decoder: bool = Field(False, description="Whether the transformer is an encoder-decoder.")
     readout: dict[str, Any] | None = Field(None, description="Reward models: how the score is read out; null for text generators.")
-    score_mean: float | None = Field(None, description="Reward models: mean of output scores on the training set.")
-    score_scale: float | None = Field(None, description="Reward models: standard deviation of output scores on the training set.")
-    member_means: list[float] | None = Field(None, description="Ensembles: mean of each member's output scores on the training set.")
+    score_mean: FiniteFloat | None = Field(None, description="Reward models: mean of output scores on the training set.")
+    score_scale: FiniteFloat | None = Field(
+        None, ge=0, description="Reward models: standard deviation of output scores on the training set."
+    )
+    member_means: list[FiniteFloat] | None = Field(None, description="Ensembles: mean of each member's output scores on the training set.")
     score_transform: ScoreTransform | None = Field(None, description="Reward models: what training did to scores, to be inverted.")
     metrics: dict[str, float] = Field(default_factory=dict, description="Figures of this checkpoint.")
     data_fingerprint: str | None = Field(None, description="SHA-256 of the validated training data.")

@@ -12,6 +12,9 @@ from common.errors import UserError
 
 TransformName = Literal["none", "standardize", "log1p", "minmax"]
 
+LEAST_SCALE = 1e-6
+"""Scores that spread less than this are taken as all alike, and not divided."""
+
 # exp of more than this is no float any more; a prediction that far out is meaningless, but must not raise.
 _LARGEST_EXPONENT = 700.0
 

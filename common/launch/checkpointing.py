@@ -79,7 +79,7 @@ class CheckpointKeeper:
 
         `metrics` are the validation figures of this very state; None where it was not validated. `state` is what training needs to go on.
         """
-        figures = dict(metrics or {})
+        figures = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}  # JSON has no word for others
         path = self.path(step)
         ranked, best_metrics = self._with(step, figures)
         if self.last != path:
@@ -121,6 +121,8 @@ class CheckpointKeeper:
         replace_symlink(self.run_dir / LAST, self.last)
         if self.best is not None:
             replace_symlink(self.run_dir / BEST, self.best)
+        else:  # the best of all may have been set aside
+            (self.run_dir / BEST).unlink(missing_ok=True)
 
     def _with(self, step: int, figures: dict[str, float]) -> tuple[list[tuple[int, float]], dict[str, float]]:
         """The ranking and the best's figures once those of `step` are among them."""

@@ -42,7 +42,7 @@ from common.models.prepacked import prepacked
 from common.models.readouts import LastToken, build_readout
 from common.readout_settings import ReadoutSettings
 from common.records import Prompt
-from common.score_transform import ScoreTransform
+from common.score_transform import LEAST_SCALE, ScoreTransform
 from common.tokenization import Encoded, Encoder
 
 READOUT_FILE = "readout.safetensors"
@@ -341,8 +341,9 @@ class RewardScorer:
 
     @property
     def score_scale(self) -> float:
-        """Standard deviation of output scores on the training set; 1 where no manifest tells."""
-        return (self.manifest.score_scale if self.manifest else None) or 1.0
+        """Standard deviation of output scores on the training set; 1 where no manifest tells, or where all scores are about the same."""
+        scale = self.manifest.score_scale if self.manifest else None
+        return scale if scale is not None and scale > LEAST_SCALE else 1.0
 
     def score(self, prompts: Sequence[Prompt | str], responses: Sequence[str], ended: Sequence[bool] | None = None) -> list[float]:
         """Final scores of prompts (a string is a question without context) and answers, in their order.

@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from common.records import Prompt
+from common.score_transform import LEAST_SCALE
 from rlhf.reward_pipelines.combine import combined
 from rlhf.reward_pipelines.part import Answers, RewardPart
 from rlhf.setting_rules import Combine, Normalise
-
-_LEAST_SCALE = 1e-6
-"""Scores that differ less than this are taken as all alike, and not divided."""
 
 
 class Scorer(Protocol):
@@ -104,7 +102,7 @@ class TrainedRewardModel(RewardPart):
     def _learn_scale(self, raw: Sequence[float]) -> None:
         self._mean = statistics.fmean(raw)
         spread = statistics.pstdev(raw)
-        self._scale = spread if spread > _LEAST_SCALE else 1.0
+        self._scale = spread if spread > LEAST_SCALE else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean": self._mean, "scale": self._scale} if self.normalise == "reference" else {}

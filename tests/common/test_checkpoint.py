@@ -122,6 +122,8 @@ def test_manifest_states_the_facts_and_reads_back(tmp_path: Path, tokenizer: Any
         ("{", "damaged"),
         ('{"stage": "sft"}', "tokenizer_fingerprint: Field required"),
         ('{"stage": "x", "tokenizer_fingerprint": ""}', "stage: "),
+        ('{"stage": "sft", "tokenizer_fingerprint": "", "score_scale": NaN}', "score_scale: Input should be a finite number"),
+        ('{"stage": "sft", "tokenizer_fingerprint": "", "score_scale": -1}', "score_scale: Input should be greater than or equal to 0"),
     ],
 )
 def test_damaged_manifest_is_one_line(tmp_path: Path, content: str, message: str) -> None:

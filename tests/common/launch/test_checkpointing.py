@@ -61,6 +61,27 @@ def test_nan_and_unvalidated_states_never_become_the_best(tmp_path: Path) -> Non
     assert linked(tmp_path, "best") == 2 and steps(tmp_path) == [2, 4]
 
 
+def test_figures_that_are_not_finite_reach_no_manifest(tmp_path: Path) -> None:
+    written: list[dict[str, float]] = []
+
+    def noting(directory: Path, metrics: dict[str, float], step: int, extra: Extra) -> None:
+        written.append(metrics)
+        save(directory, metrics, step, extra)
+
+    kept = CheckpointKeeper(tmp_path, noting, monitor="val/loss", mode="min", keep_last=1)
+    kept.save(1, {"val/loss": 1.0, "val/pearson": math.nan, "val/mse": math.inf})
+    assert written == [kept.best_metrics] == [{"val/loss": 1.0}]
+
+
+def test_going_back_before_the_best_leaves_no_link_to_nothing(tmp_path: Path) -> None:
+    kept = keeper(tmp_path, keep_last=2)
+    kept.save(1)
+    kept.save(2, {"val/loss": 1.0})
+    back = keeper(tmp_path, keep_last=2)
+    back.load_state_dict(read_training_state(tmp_path / "checkpoints" / "step-000001")["keeper"], 1)
+    assert back.best is None and not (tmp_path / "best").is_symlink()
+
+
 def test_without_any_finite_value_the_last_stands_in(tmp_path: Path) -> None:
     kept = keeper(tmp_path)
     kept.save(1, {"val/loss": math.nan})

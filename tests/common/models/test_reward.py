@@ -236,8 +236,9 @@ def test_saved_and_loaded_scores_are_equal(model_type: str, tokenizer: Any, tmp_
     assert saved is not None and saved.readout == {"name": "last_token"}
 
 
-def test_a_model_whose_scores_are_all_alike_has_nothing_to_divide_by(tokenizer: Any) -> None:
-    alike = manifest(tokenizer, score_mean=0.5, score_scale=0.0)
+@pytest.mark.parametrize("scale", [0.0, 1e-9])
+def test_a_model_whose_scores_are_all_alike_has_nothing_to_divide_by(tokenizer: Any, scale: float) -> None:
+    alike = manifest(tokenizer, score_mean=0.5, score_scale=scale)
     judge = RewardScorer(reward_model("gpt_neo", tokenizer), tokenizer=tokenizer, manifest=alike)
     assert judge.knows_its_scale and (judge.score_mean, judge.score_scale) == (0.5, 1.0)
 
