@@ -314,6 +314,7 @@ def fit(
                     f"checkpoint ({' '.join(str(error).split())[:160]})"
                 ) from error
             raise
+    release_optimization(trainer, module)
     model = keeper.run_dir / BEST
     if trainer.is_global_zero:
         if keeper.last is None:
@@ -329,6 +330,13 @@ def fit(
         seconds=time.monotonic() - started,
         peak_memory_gib=peak_memory_gib(trainer.strategy.root_device),  # the module is back on the CPU by now
     )
+
+
+def release_optimization(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Free gradients, moments and schedules: nothing needs them after the last step, and what follows needs memory, too."""
+    module.zero_grad(set_to_none=True)
+    trainer.strategy.optimizers = []
+    trainer.strategy.lr_scheduler_configs = []
 
 
 def _is_of_the_connection(error: RuntimeError) -> bool:

@@ -18,7 +18,7 @@ from common.batching import Batch, BatchPlan, limited
 from common.dry_run import Cost, Forecast, counted, model_bytes, report, seconds_of, start_line
 from common.errors import UserError
 from common.launch.callbacks import StatelessDropout, TrainingMetrics, plan_sampler
-from common.launch.lightning import batch_limit, lightning_trainer, quiet_lightning, trainer_params
+from common.launch.lightning import batch_limit, lightning_trainer, quiet_lightning, release_optimization, trainer_params
 from common.launch.runtime import peak_memory_gib
 from common.schema import DataSettings, TrainerSettings, TrainingSettings
 from common.tokenization import Encoder
@@ -153,6 +153,7 @@ def rehearse(
             for batch, seconds in zip(val_shown, (watch.val_batches[0], watch.val_batches[-1]), strict=True)
         ]
         once = seconds_of((tokens(val_plan, batch) for batch in val_batches), *val_step) + watch.val_rest
+    release_optimization(trainer, module)
     closing()
     return Forecast(
         device=str(trainer.strategy.root_device),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,6 +266,23 @@ def test_the_time_that_may_be_spent_counts_on(tmp_path: Path, monkeypatch: pytes
     assert last(tmp_path / "run").step == 3
     _, result = run(tmp_path / "run", resume=last(tmp_path / "run"), hook=hook, **options)
     assert result is not None and result.steps == 4
+
+
+def test_after_the_last_step_moments_and_gradients_take_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.optim.Optimizer]] = []
+    original = Net.configure_optimizers
+
+    def noting(net: Net) -> Any:
+        settled = original(net)
+        made.append(weakref.ref(settled["optimizer"]))
+        return settled
+
+    monkeypatch.setattr(Net, "configure_optimizers", noting)
+    net, result = run(tmp_path / "run", accumulate=1)
+    assert result is not None and result.steps > 0
+    gc.collect()
+    assert [optimizer() for optimizer in made] == [None]
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def test_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path: Path) -> None:
