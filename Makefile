@@ -50,6 +50,7 @@ format: venv
 # make docs         regenerate the tables of settings and metrics in the documents
 docs: venv
 	$(BIN)/python docs/tables.py
+	$(BIN)/python benchmarks/scaling_plan.py
 
 # make data         regenerate the sample data
 data: venv
