@@ -23,7 +23,7 @@ HUB_TIMEOUT_S = 3.0
 Role = Literal["generator", "backbone", "reward"]
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 # The files of a model directory in which transformers looks for code to run.
 _CODE_FILES = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
 _TRUE = {"1", "ON", "YES", "TRUE"}
@@ -163,7 +163,7 @@ def _describe_directory(path: Path, name: str, setting: str) -> ModelSource:
     manifest = read_manifest(path)
     if not any(found for pattern in _WEIGHTS for found in path.glob(pattern)):
         raise UserError(f"{setting}: {name} has a config.json but no weights (model.safetensors); it was not written to the end")
-    if not any((path / file).is_file() for file in _TOKENIZER_FILES):
+    if not any((path / file).is_file() for file in TOKENIZER_FILES):
         raise UserError(f"{setting}: {name} holds no tokenizer")
     entries, embeddings = _vocabulary_entries(path / "tokenizer.json", setting), config.get("vocab_size")
     if entries is not None and isinstance(embeddings, int) and entries > embeddings:

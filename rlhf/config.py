@@ -53,6 +53,11 @@ class PPOParams(Section):
     """The classic trainer's settings."""
 
     model_name: ModelName = Field(description="Policy (and reference) to start from: an SFT run, or a hub name.")
+    model_pretrain: ModelName | None = Field(
+        None,
+        description="Weights loaded over `model_name`: a model directory of its architecture, which brings its own tokenizer and prompt "
+        "format, or bare weights (a file, or a folder of them); null: those of `model_name`.",
+    )
     model_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
         description="Type the weights are loaded in. Weights that train are float32: the shorter types need `lora`, whose adapters are.",
@@ -229,6 +234,11 @@ class RewardComponent(Section):
 
 class RewardSettings(Section):
     reward_model_name: ModelName | None = Field(None, description="Reward model directory (any tokenizer).")
+    rm_pretrain: ModelName | None = Field(
+        None,
+        description="Weights loaded over `reward_model_name`, which then may lack a head: a reward model directory of its architecture, or "
+        "bare weights with a head `score.weight` or `value_head.weight`; null: those of `reward_model_name`.",
+    )
     batch_size: PositiveInt = Field(32, description="Answers scored at once.")
     model_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type the reward models' weights are loaded in; `bfloat16` is faster and moves scores by about 1 %."
@@ -240,6 +250,8 @@ class RewardSettings(Section):
         if (self.reward_model_name is None) == (self.pipeline is None):
             both = "to use the pipeline, remove reward_model_name (or add reward_config.reward_model_name=null)"
             raise ValueError(f"exactly one of reward_model_name and pipeline is needed; {both if self.pipeline else 'neither is there'}")
+        if self.rm_pretrain is not None and self.pipeline is not None:
+            raise ValueError("rm_pretrain is loaded over reward_model_name, but pipeline is there instead; name the model in it")
         if self.pipeline is not None and "weight" in self.pipeline.model_fields_set:
             raise ValueError("weight has no effect on the whole pipeline; members of a sum have weights")
         return self

@@ -9,9 +9,10 @@ from typing import Literal
 from common.devices import check_bfloat16
 from common.errors import UserError
 from common.model_init import check_room
-from common.model_source import ModelSource, check_joinable, check_layers, check_length, check_model_source, check_same_vocabulary
+from common.model_source import ModelSource, check_joinable, check_layers, check_length, check_same_vocabulary
 from common.record_types import PromptRecord, question_key
 from common.records import Splits, read_rows
+from common.start_files import check_start_files
 from rlhf.config import PPOData, PPORunConfig
 from rlhf.reward_pipelines.build import check_columns, check_pipeline
 from rlhf.sampling_options import check_sampling_options
@@ -54,8 +55,13 @@ def check_models(config: PPORunConfig) -> Sources:
     policy = None
     judges: list[ModelSource] = []
     try:
-        policy = check_model_source(
-            config.ppo_config.model_name, setting="ppo_config.model_name", role="generator", trust_remote_code=config.trust_remote_code
+        policy = check_start_files(
+            config.ppo_config.model_name,
+            config.ppo_config.model_pretrain,
+            base_setting="ppo_config.model_name",
+            setting="ppo_config.model_pretrain",
+            role="generator",
+            trust_remote_code=config.trust_remote_code,
         )
         prompt_limit(config, policy.positions, policy.is_encoder_decoder)
         check_layers(config.freeze_config.layers_not_to_freeze, policy.config or {}, "freeze_config")

@@ -26,6 +26,7 @@ from common.record_types import PromptRecord
 from common.records import Splits
 from common.resume import ResumePoint, run_directory, writing
 from common.runs import stage_runs_root
+from common.start_files import start_files
 from common.tokenization import Encoder
 from common.training_state import STATE_FILES
 from rlhf.config import PPORunConfig
@@ -58,7 +59,8 @@ def train(
     seed = config.seed if params.seed is None else params.seed
 
     # 1. policy, reward pipeline
-    tokenizer = load_tokenizer(params.model_name, trust_remote_code=config.trust_remote_code)
+    start = start_files(params.model_name, params.model_pretrain)
+    tokenizer = load_tokenizer(start.tokenizer, trust_remote_code=config.trust_remote_code)
     if resume is not None:
         resume.check_tokenizer(tokenizer)
     model, table = load_policy(config, tokenizer, seed)
@@ -154,8 +156,10 @@ def train(
 def load_policy(config: PPORunConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[ModelWithValueHead, Any]:
     """The policy with a fresh value head and what trains of it set; the table of frozen groups, None with adapters."""
     params = config.ppo_config
-    pretrained: Any = load_generator(params.model_name, dtype=params.model_dtype, trust_remote_code=config.trust_remote_code)
-    check_vocabulary(tokenizer, pretrained, params.model_name)
+    start = start_files(params.model_name, params.model_pretrain)
+    trust = config.trust_remote_code
+    pretrained: Any = load_generator(start.model, dtype=params.model_dtype, trust_remote_code=trust, weights=start.weights)
+    check_vocabulary(tokenizer, pretrained, start.model)
     for note in set_fused(pretrained, config.fused):
         say(note)
     if params.lora is not None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import difflib
 import logging
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -166,16 +167,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 # --- models ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_generator(name: str, *, dtype: Dtype = "float32", trust_remote_code: bool = False) -> PreTrainedModel:
+def load_generator(
+    name: str, *, dtype: Dtype = "float32", trust_remote_code: bool = False, weights: Sequence[Path] = ()
+) -> PreTrainedModel:
     """Load a model that writes text: `AutoModelForSeq2SeqLM` for encoder-decoders, else `AutoModelForCausalLM`.
 
     Sampling defaults that came with the weights are dropped: what a config does not say is not done. The model is in eval mode.
+    `weights`: files with all of them, which are read instead of the model's own.
     """
     config = _load_config(name, trust_remote_code)
     if any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or []):
         raise UserError(f"{name} is a reward model; expected a model that writes text")
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = _load(auto, name, dtype, trust_remote_code)
+    model = _load_over(auto, config, read_state(weights), dtype, weights) if weights else _load(auto, name, dtype, trust_remote_code)
     _reset_generation_config(model)
     return model
 
@@ -185,9 +189,23 @@ def load_backbone(name: str, *, dtype: Dtype = "float32", trust_remote_code: boo
     return _without_pooler(_load(AutoModel, name, dtype, trust_remote_code))
 
 
-def load_sequence_classifier(name: str, *, dtype: Dtype = "float32", trust_remote_code: bool = False) -> tuple[PreTrainedModel, Tensor]:
-    """Backbone and head weights (1, D) of a causal sequence classifier with one output and no bias."""
-    model = _load(AutoModelForSequenceClassification, name, dtype, trust_remote_code)
+def load_sequence_classifier(
+    name: str, *, dtype: Dtype = "float32", trust_remote_code: bool = False, weights: Sequence[Path] = ()
+) -> tuple[PreTrainedModel, Tensor]:
+    """Backbone and head weights (1, D) of a causal sequence classifier with one output and no bias.
+
+    `weights`: files with all of them, the head as `score.weight` or `value_head.weight`, read instead of the model's own.
+    """
+    if weights:
+        config = _load_config(name, trust_remote_code)
+        config.num_labels = 1
+        state = read_state(weights)
+        if "value_head.weight" in state:
+            state["score.weight"] = state.pop("value_head.weight")
+            state.pop("value_head.bias", None)  # it is the same for every answer
+        model = _load_over(AutoModelForSequenceClassification, config, state, dtype, weights)
+    else:
+        model = _load(AutoModelForSequenceClassification, name, dtype, trust_remote_code)
     head = getattr(model, "score", None)
     if backbone_kind(model.config) != "causal" or not isinstance(head, nn.Linear) or head.bias is not None or head.out_features != 1:
         raise UserError(
@@ -294,6 +312,25 @@ def set_dropout(model: nn.Module, p: float) -> int:
     return count
 
 
+def read_state(files: Sequence[Path]) -> dict[str, Tensor]:
+    """The weights in safetensors files or in pickles that hold nothing else, without the `module.` that DistributedDataParallel adds.
+
+    Raises UserError where a file is damaged or holds something else.
+    """
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever torch, pickle and safetensors raise at files that somebody else wrote
+            raise UserError(f"{file}: no weights can be read from it: {_why_not_loaded(error)}") from None
+        if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+            raise UserError(f"{file}: got {type(found).__name__}, expected names of weights and their tensors")
+        state |= found
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
 def load_weights(module: nn.Module, path: Path, prefix: str = "") -> None:
     """Read a module's weights from a safetensors file: those named `prefix…`, where there are any, or all.
 
@@ -332,11 +369,35 @@ def _load(auto: Any, name: str, dtype: Dtype, trust_remote_code: bool) -> PreTra
             )
     except Exception as error:  # whatever transformers, torch and safetensors raise at files that somebody else wrote
         raise UserError(f"no model can be loaded from {name}: {_why_not_loaded(error)}") from None
+    _check_nothing_missing(info, name, model)
+    return _fuse(model)
+
+
+def _load_over(auto: Any, config: PreTrainedConfig, state: dict[str, Tensor], dtype: Dtype, files: Sequence[Path]) -> PreTrainedModel:
+    """A model of `config` with the weights of `state`, which come from `files`."""
+    names = ", ".join(map(str, files))
+    mapping = auto._model_mapping
+    if type(config) not in mapping:
+        raise UserError(f"{names}: weights are loaded over a model of transformers' own types, got {config.model_type}")
+    try:
+        with quiet():
+            model, info = mapping[type(config)].from_pretrained(
+                None, config=config, state_dict=state, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except Exception as error:  # whatever transformers raises at weights that somebody else wrote
+        raise UserError(f"{names}: cannot be loaded over {config.model_type}: {_first_line(error)}") from None
+    for key, given, wanted in sorted(info["mismatched_keys"]):
+        raise UserError(f"{names}: {key} is {tuple(given)}, but the base model has {tuple(wanted)}; are these weights of another model?")
+    _check_nothing_missing(info, names, model)
+    model.eval()
+    return _fuse(model)
+
+
+def _check_nothing_missing(info: Mapping[str, Any], name: str, model: PreTrainedModel) -> None:
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise UserError(f"{name} lacks weights that {type(model).__name__} needs: {shown}")
-    return _fuse(model)
 
 
 def _build(auto: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel:

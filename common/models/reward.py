@@ -105,12 +105,17 @@ class RewardModel(nn.Module):
         dtype: Dtype = "float32",
         trust_remote_code: bool = False,
         readout_settings: ReadoutSettings | None = None,
+        weights: Sequence[Path] = (),
     ) -> Self:
         """Load a reward model with its head: a directory of `save_pretrained`, or a causal sequence classifier with one output.
 
-        `readout_settings`: what the caller expects, dropout excepted; another readout in the directory is a UserError.
+        `readout_settings`: what the caller expects, dropout excepted; another readout in the directory is a UserError. `weights`: files
+        with all weights of such a classifier, over the transformer that the directory describes.
         """
         name = str(directory)
+        if weights:
+            backbone, head = load_sequence_classifier(name, dtype=dtype, trust_remote_code=trust_remote_code, weights=weights)
+            return cls._last_token_over(backbone, head, ReadoutSettings()).eval()
         source = check_model_source(name, setting="reward model", role="reward", trust_remote_code=trust_remote_code)
         saved = _saved_settings(name, source.manifest)
         settings = readout_settings or saved
@@ -121,10 +126,16 @@ class RewardModel(nn.Module):
             load_weights(model.readout, source.directory / READOUT_FILE)
         else:
             backbone, head = load_sequence_classifier(name, dtype=dtype, trust_remote_code=trust_remote_code)
-            model = cls(backbone, settings, seed=0)
-            assert isinstance(model.readout, LastToken)
-            model.readout.score.load_state_dict({"weight": head.float()})
+            model = cls._last_token_over(backbone, head, settings)
         return model.eval()
+
+    @classmethod
+    def _last_token_over(cls, backbone: PreTrainedModel, head: Tensor, settings: ReadoutSettings) -> Self:
+        """A reward model with a linear head (1, D) that is known."""
+        model = cls(backbone, settings, seed=0)
+        assert isinstance(model.readout, LastToken)
+        model.readout.score.load_state_dict({"weight": head.float()})
+        return model
 
     @property
     def unread_parameters(self) -> frozenset[str]:
@@ -297,18 +308,19 @@ class RewardScorer:
         max_length: int | None = None,
         max_prompt_length: int | None = None,
         truncate_prompt: bool = True,
+        weights: Sequence[Path] = (),
     ) -> None:
         """`model`: a directory, or a model in memory with its `tokenizer` and `manifest`.
 
-        `max_length`, `max_prompt_length`: tokens; default: the manifest's.
+        `max_length`, `max_prompt_length`: tokens; default: the manifest's. `weights`: as of `RewardModel.load`.
         """
         if isinstance(model, RewardModel):
             assert tokenizer is not None and manifest is not None, "a model in memory comes with its tokenizer and manifest"
             self.model = model
         else:
-            self.model = RewardModel.load(model, dtype=dtype, trust_remote_code=trust_remote_code)
+            self.model = RewardModel.load(model, dtype=dtype, trust_remote_code=trust_remote_code, weights=weights)
             tokenizer = tokenizer or load_tokenizer(str(model), trust_remote_code=trust_remote_code)
-            manifest = manifest or read_manifest(model)
+            manifest = manifest or (None if weights else read_manifest(model))
             check_vocabulary(tokenizer, self.model.backbone, str(model))
         self.manifest = manifest
         self.device = torch.device(device)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
-from common.model_source import ModelSource, check_model_source
+from common.model_source import ModelSource
 from common.notes import say
 from common.records import Prompt
+from common.start_files import check_start_files, start_files
 from rlhf.config import RewardComponent, RewardSettings
 from rlhf.reward_pipelines.combine import Ensemble, WeightedSum
 from rlhf.reward_pipelines.function import PythonFunction, check_signature, load_function
@@ -123,7 +124,14 @@ def check_pipeline(settings: RewardSettings, *, trust_remote_code: bool = False)
         try:
             if component.type == "model":
                 assert component.model_name is not None
-                source = check_model_source(component.model_name, setting=setting, role="reward", trust_remote_code=trust_remote_code)
+                source = check_start_files(
+                    component.model_name,
+                    settings.rm_pretrain,
+                    base_setting=setting,
+                    setting="reward_config.rm_pretrain",
+                    role="reward",
+                    trust_remote_code=trust_remote_code,
+                )
                 sources.append(source)
                 idle = component.model_fields_set & {"combine", "std_coef"}
                 if idle and source.readouts == 1:
@@ -244,18 +252,19 @@ def _build(
             from common.models.reward import RewardScorer
 
             assert component.model_name is not None
-            batch_size = component.batch_size or settings.batch_size
+            start = start_files(component.model_name, settings.rm_pretrain)
             scorer = RewardScorer(
-                component.model_name,
-                batch_size=batch_size,
+                start.model,
+                batch_size=component.batch_size or settings.batch_size,
                 dtype=settings.model_dtype,
                 device=device,
                 trust_remote_code=trust_remote_code,
+                weights=start.weights,
             )
             normalise = component.normalise
             if normalise == "manifest" and not scorer.knows_its_scale:
                 say(
-                    f"{component.model_name} has no mean and scale of its scores in a manifest (a stopped run, a model from elsewhere): "
+                    f"{start.model} has no mean and scale of its scores in a manifest (a stopped run, a model from elsewhere): "
                     "normalised by the reference's answers, as with normalise: reference"
                 )
                 normalise = "reference"

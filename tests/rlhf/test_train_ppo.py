@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,26 @@ def test_an_encoder_decoder_trains_through_the_same_script(run: Any, t5_dir: Pat
     model = AutoModelForSeq2SeqLM.from_pretrained(folder / "best")
     assert model.config.is_encoder_decoder
     assert len(read_metrics(folder)) == 5
+
+
+def test_weights_over_base_models_are_those_of_the_run(
+    run: Any, tmp_path: Path, policy_dir: Path, reward_dir: Path, make_model: Any
+) -> None:
+    """Bases of other weights, with the policy's weights as a bare file and the reward model as a directory over them."""
+    whole = run(desc="whole", ppo_config__steps=1)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "manifest.json"):
+        (tmp_path / "base").mkdir(exist_ok=True)
+        shutil.copy(policy_dir / name, tmp_path / "base")
+    make_model("gpt_neo", 7).save_pretrained(tmp_path / "base")
+    over = run(
+        desc="over",
+        ppo_config__steps=1,
+        ppo_config__model_name=str(tmp_path / "base"),
+        ppo_config__model_pretrain=str(policy_dir / "model.safetensors"),
+        reward_config={"reward_model_name": str(tmp_path / "base"), "rm_pretrain": str(reward_dir)},
+    )
+    assert left_by(over)["best"] == left_by(whole)["best"]
+    assert left_by(over)["metrics"] == left_by(whole)["metrics"]
 
 
 def test_lora_saves_merged_weights_and_the_adapter(run: Any) -> None:
