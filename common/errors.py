@@ -45,25 +45,33 @@ def locate_problems(located: Callable[[str], str]) -> None:
     _located = located
 
 
+def user_problems(error: BaseException) -> tuple[str, ...] | None:
+    """What the user can mend of an error, a line each; None where it is no such error."""
+    from common.disk import is_out_of_space  # it raises errors of this module
+
+    if isinstance(error, UserError):
+        return error.problems
+    if isinstance(error, OSError) and is_out_of_space(error):
+        return (f"{error.filename or 'output'}: {error.strerror}; make room, then --resume",)
+    return None
+
+
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Run a script's `main(argv)` and exit with its code; a `UserError` becomes lines on stderr and exit code 2."""
-    from common.disk import is_out_of_space  # they raise errors of this module
-    from common.followers import end_with_leader, follows, launched
+    from common.followers import end_with_leader, follows, launched  # it raises errors of this module
 
     if follows() or launched():
         end_with_leader()
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w")) if follows() else contextlib.nullcontext():
             code = main(sys.argv[1:])
-    except UserError as error:
-        sys.stdout.flush()
-        for problem in error.problems:
-            print(f"error: {problem if _located is None else _located(problem)}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except OSError as error:
-        if not is_out_of_space(error):
+    except (UserError, OSError) as error:
+        problems = user_problems(error)
+        if problems is None:
             raise
-        print(f"error: {error.filename or 'output'}: {error.strerror}; make room, then --resume", file=sys.stderr)
+        sys.stdout.flush()
+        for problem in problems:
+            print(f"error: {problem if _located is None else _located(problem)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt as interrupt:  # raised with a text where something is kept
         print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)

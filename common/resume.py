@@ -19,7 +19,7 @@ from common.disk import check_writable
 from common.errors import UserError
 from common.failed_start import removed_if_unused
 from common.followers import followed_run, follows
-from common.launch.workers import idle_launch_settings
+from common.launch.workers import check_launch, idle_launch_settings
 from common.notes import say
 from common.run_lock import locked, refuse_locked
 from common.runs import (
@@ -222,6 +222,7 @@ def begin(invocation: Invocation[C], root: Path, stage: Stage) -> ResumePoint | 
 
     root: where `stage_runs_root` says that the runs lie.
     """
+    check_launch(invocation.config.launch)
     for note in idle_launch_settings(invocation.config.launch):
         say(note)
     point = resume_point(invocation.resume, root, invocation.config, stage)

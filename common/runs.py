@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -85,6 +85,14 @@ def next_free_index(root: Path, desc: str) -> int:
     return 1 + max((int(match["index"]) for match in matches if match and match["desc"] == desc), default=-1)
 
 
+_told: list[Callable[[Path], object]] = []
+
+
+def tell_new_runs(tell: Callable[[Path], object]) -> None:
+    """Call `tell(directory)` from now on when this process has made a run directory."""
+    _told.append(tell)
+
+
 def create_run_directory(root: Path, desc: str, index: int | str = "auto") -> Path:
     """Make and return `ROOT/desc-DESC,index-N`; `auto` takes the next free N, also when several runs start at once.
 
@@ -94,15 +102,20 @@ def create_run_directory(root: Path, desc: str, index: int | str = "auto") -> Pa
         raise UserError(f"desc: got {desc!r}, expected letters, digits, dots, dashes and underscores")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        if index != "auto":
-            return _make_explicit(root, desc, int(index))
-        while True:
-            directory = root / run_name(desc, next_free_index(root, desc))
-            with contextlib.suppress(FileExistsError):  # another run took it since we looked
-                directory.mkdir()
-                return directory
+        directory = _make_next(root, desc) if index == "auto" else _make_explicit(root, desc, int(index))
     except OSError as error:
         raise UserError(f"{root}: cannot make a run directory there: {error.strerror or error}") from None
+    for tell in _told:
+        tell(directory)
+    return directory
+
+
+def _make_next(root: Path, desc: str) -> Path:
+    while True:
+        directory = root / run_name(desc, next_free_index(root, desc))
+        with contextlib.suppress(FileExistsError):  # another run took it since we looked
+            directory.mkdir()
+            return directory
 
 
 def _make_explicit(root: Path, desc: str, index: int) -> Path:

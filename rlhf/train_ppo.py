@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 from common.config import parse_command_line
 from common.errors import both, run_main
+from common.launch.workers import starts_ray
 from common.notes import say
 from common.resume import begin, check_data, say_finished
 from common.run_length import check_save_interval
@@ -31,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(PPORunConfig, STAGE_DIR, argv, description=__doc__, resumable=True, measurable=True)
     config = invocation.config
     invocation.print_notes()
-    resume = begin(invocation, stage_runs_root(config.save_config.checkpoint_dir, config.runs_root, "rlhf"), "ppo")
+    root = stage_runs_root(config.save_config.checkpoint_dir, config.runs_root, "rlhf")
+    resume = begin(invocation, root, "ppo")
     if resume is not None and resume.finished:
         say_finished(resume)
         return 0
@@ -48,6 +50,12 @@ def main(argv: Sequence[str]) -> int:
     if invocation.validate_only:
         print(f"valid: {invocation.config_path}; {len(prompts):,} training prompts, {len(splits.val):,} val; {steps:,} PPO steps")
         return 0
+
+    if starts_ray(config.launch) and not invocation.dry_run:
+        from common.launch.ray import train_on_ray
+        from rlhf.train_ppo import main as worker
+
+        return train_on_ray(worker, argv, config.launch, root=root, resumed=resume and resume.run_dir, timeout_s=600.0)
 
     from rlhf.training import train  # torch is imported here, after everything that can be checked without it
 

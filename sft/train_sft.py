@@ -19,6 +19,7 @@ from common.config import parse_command_line
 from common.devices import check_trainer_devices
 from common.errors import UserError, both, run_main
 from common.evaluation.generation_options import generation_options
+from common.launch.workers import starts_ray
 from common.model_init import check_buildable, check_fresh_length, check_room
 from common.model_source import check_layers, check_length, check_model_source, check_prompt_format, start_config
 from common.notes import say
@@ -52,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(SFTConfig, STAGE_DIR, argv, description=__doc__, resumable=True, measurable=True)
     config, data = invocation.config, invocation.config.data
     invocation.print_notes()
-    resume = begin(invocation, stage_runs_root(config.trainer.checkpoint.dirpath, config.runs_root, "sft"), "sft")
+    root = stage_runs_root(config.trainer.checkpoint.dirpath, config.runs_root, "sft")
+    resume = begin(invocation, root, "sft")
     if resume is not None and resume.finished:
         say_finished(resume)
         return 0
@@ -68,6 +70,14 @@ def main(argv: Sequence[str]) -> int:
         counts = ", ".join(f"{len(splits.split(name)):,} {name}" for name in ("train", "val", "test"))
         print(f"valid: {invocation.config_path}; {data.data_dir}: {counts}")
         return 0
+
+    if starts_ray(config.launch) and not invocation.dry_run:
+        from common.launch.ray import train_on_ray
+        from sft.train_sft import main as worker
+
+        return train_on_ray(
+            worker, argv, config.launch, root=root, resumed=resume and resume.run_dir, timeout_s=config.trainer.process_timeout_s
+        )
 
     from sft.training import train  # torch is imported here, after everything that can be checked without it
 

@@ -11,6 +11,15 @@ from typing import NoReturn
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
+_requested: signal.Signals | None = None
+
+
+def request_stop(number: int) -> None:
+    """As if this signal had come: for processes that are told in another way, and trainings outside the main thread."""
+    global _requested
+    _requested = signal.Signals(number)
+
+
 class Stopped(SystemExit):
     """A run that a signal ended, after it saved; left uncaught, the process exits with 143 or 130."""
 
@@ -21,13 +30,18 @@ class Stopped(SystemExit):
 class StopSignals:
     """Catches both signals inside a `with`; the training loop asks `received` at each step and calls `stop()` once it has saved.
 
-    A second SIGINT stops at once, without saving. Outside the main thread (a Ray worker, say) Python delivers no signals: then nothing is
-    caught and nothing changes.
+    A second SIGINT stops at once, without saving. Outside the main thread (a Ray worker, say) Python delivers no signals: `request_stop`
+    stands in for them there.
     """
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self._caught: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
+
+    @property
+    def received(self) -> signal.Signals | None:
+        """The signal that wishes this process to stop."""
+        return self._caught or _requested
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -51,7 +65,7 @@ class StopSignals:
         if self.received is not None and name is signal.SIGINT:
             raise Stopped(EXIT_CODES[signal.SIGINT])
         if self.received is None:
-            self.received = name
+            self._caught = name
             again = " (Ctrl-C again: at once, without saving)" if name is signal.SIGINT else ""
             # Not print: the signal may have come in the middle of one.
             os.write(2, f"{name.name}: saving after this step, then stopping{again}\n".encode())

@@ -2,8 +2,45 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
 from common.errors import UserError
+from common.followers import launched
 from common.schema import LaunchSettings
+
+WORKER_VARIABLE = "RLHF_QA_RAY_WORKER"
+
+
+def starts_ray(launch: LaunchSettings) -> bool:
+    """Whether this process is to start Ray workers and leave the training to them; false in such a worker."""
+    return launch.engine == "ray" and WORKER_VARIABLE not in os.environ
+
+
+def check_launch(launch: LaunchSettings) -> None:
+    """Raise UserError where Ray is asked for and missing, cannot be told from torchrun, or would join a cluster without a token."""
+    if not starts_ray(launch):
+        return
+    problems = []
+    if find_spec("ray") is None:
+        problems.append("launch.engine: got ray, which is not installed here; pip install -r requirements-ray.txt")
+    if launched():
+        problems.append("launch.engine: got ray, which starts its workers itself, but WORLD_SIZE is set; start the script with python")
+    mode, address = os.environ.get("RAY_AUTH_MODE", "token"), launch.address
+    if mode != "token":
+        problems.append(f"RAY_AUTH_MODE is {mode}, so that whoever reaches the cluster may run code on it; unset it or set it to token")
+    if address is not None and "://" in address:
+        problems.append(f"launch.address: got {address}, expected HOST:PORT or auto; start the script on a machine of the cluster")
+    elif address is not None and not (os.environ.get("RAY_AUTH_TOKEN") or token_file().is_file()):
+        problems.append(f"launch.address: got {address}, but no token to join it with; RAY_AUTH_TOKEN_PATH names its file (docs/ray.md)")
+    if problems:
+        raise UserError(*problems)
+
+
+def token_file() -> Path:
+    """Where Ray looks for the token of a cluster to join, if RAY_AUTH_TOKEN is not set."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def check_number_of_workers(launch: LaunchSettings, running: int) -> None:

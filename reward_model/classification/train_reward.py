@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 from common.config import parse_command_line
 from common.errors import both, run_main
+from common.launch.workers import starts_ray
 from common.notes import say
 from common.resume import begin, check_data, say_finished
 from common.run_length import check_training_length
@@ -47,6 +48,14 @@ def main(argv: Sequence[str]) -> int:
         check_fresh_model(config)
         print(describe(config, splits))
         return 0
+
+    if starts_ray(config.launch) and not invocation.dry_run:
+        from common.launch.ray import train_on_ray
+        from reward_model.classification.train_reward import main as worker
+
+        return train_on_ray(
+            worker, argv, config.launch, root=root, resumed=resume and resume.run_dir, timeout_s=config.trainer.process_timeout_s
+        )
 
     from reward_model.classification.objective import pair_objective
     from reward_model.training import train

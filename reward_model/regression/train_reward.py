@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 from common.config import parse_command_line
 from common.errors import UserError, both, run_main
+from common.launch.workers import starts_ray
 from common.notes import say
 from common.records import ScoreRecord, question_key
 from common.resume import begin, check_data, say_finished
@@ -52,6 +53,14 @@ def main(argv: Sequence[str]) -> int:
         check_fresh_model(config)
         print(describe(config, splits))
         return 0
+
+    if starts_ray(config.launch) and not invocation.dry_run:
+        from common.launch.ray import train_on_ray
+        from reward_model.regression.train_reward import main as worker
+
+        return train_on_ray(
+            worker, argv, config.launch, root=root, resumed=resume and resume.run_dir, timeout_s=config.trainer.process_timeout_s
+        )
 
     from reward_model.regression.objective import score_objective
     from reward_model.training import train

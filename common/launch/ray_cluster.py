@@ -1,0 +1,149 @@
+"""The Ray cluster that a training runs on: one of its own on this machine, or one to join. Only peers that show a token are answered."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+
+from common.errors import UserError
+from common.launch.signals import Stopped, StopSignals
+from common.launch.workers import token_file
+from common.run_lock import LOCK_FILE, hold, release
+from common.schema import LaunchSettings
+
+_FOLDER = "rlhf-qa-ray-"
+_LONGEST_BASE = 40  # sockets lie below it, and a socket's path has 107 bytes
+_OBJECT_STORE_BYTES = 100 * 2**20  # nothing big goes through it: workers read files
+_PROBE_S = 10.0
+_REMOVE_TRIES = 20
+# What Ray says in the workers' words: nothing but errors; the run says the rest.
+_QUIET = {
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # would write into the log, too, what is printed
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+}
+
+
+@contextlib.contextmanager
+def cluster(launch: LaunchSettings, signals: StopSignals) -> Iterator[Path]:
+    """Inside, this process is connected to the cluster that `launch` names; yields a folder for what need not outlive the run.
+
+    Raises UserError where the cluster cannot be joined, or would answer anyone.
+    """
+    os.environ.update(_QUIET, RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token")
+    with scratch_folder() as folder:
+        arguments = _own_cluster(folder) if launch.address is None else {"address": _checked_address(launch.address)}
+        import ray  # reads its environment now
+
+        try:
+            ray.init(**arguments, log_to_driver=False, logging_level="CRITICAL")
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"launch: no Ray cluster: {' '.join(str(error).split())[:300]}") from error
+        except SystemExit:  # Ray's answer to a SIGTERM that comes while it starts
+            raise Stopped(143) from None
+        finally:
+            signals.install()
+        try:
+            yield folder
+        finally:
+            ray.shutdown()
+
+
+def _own_cluster(folder: Path) -> dict[str, object]:
+    """Arguments of `ray.init` for a cluster on the loopback interface, with a token that nobody else can read."""
+    path = folder / "token"
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # it would go before the file
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # keeps loopback as it is; Ray would take an address that others reach
+    return {
+        "address": "local",
+        "_node_ip_address": "127.0.0.1",
+        "_temp_dir": str(folder),
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "include_dashboard": False,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+    }
+
+
+def _checked_address(address: str) -> str:
+    """`HOST:PORT` of the cluster to join, which knows our token and refuses others. Raises UserError."""
+    from ray._private.utils import read_ray_address
+
+    given = (os.environ.get("RAY_ADDRESS") or read_ray_address()) if address == "auto" else address
+    if not given:
+        raise UserError("launch.address: got auto, but no cluster runs on this machine and RAY_ADDRESS is not set")
+    if os.environ.get("RAY_USE_TLS") not in ("1", "true"):  # certificates would have to be shown to look
+        _probe(given)
+    return given
+
+
+def _probe(address: str) -> None:
+    """Ask a cluster for a sign of life, without our token and with it. Raises UserError where the former is answered, the latter not."""
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+
+        def answer(metadata: list[tuple[str, str]]) -> grpc.StatusCode:
+            try:
+                ask(b"", timeout=_PROBE_S, metadata=metadata)
+            except grpc.RpcError as error:
+                return error.code()
+            return grpc.StatusCode.OK
+
+        code = answer([])
+        if code is grpc.StatusCode.OK:
+            raise UserError(
+                f"launch.address: the cluster at {address} answers anyone; start it with RAY_AUTH_MODE=token (docs/ray.md has the commands)"
+            )
+        if code is not grpc.StatusCode.UNAUTHENTICATED:
+            raise UserError(f"launch.address: no Ray cluster answers at {address} ({code.name.lower()}); ray start --head starts one")
+        if answer([("authorization", f"Bearer {_token()}")]) is not grpc.StatusCode.OK:
+            raise UserError(f"launch.address: the cluster at {address} has another token than this machine's")
+
+
+def _token() -> str:
+    return os.environ.get("RAY_AUTH_TOKEN") or token_file().read_text(encoding="utf-8").strip()
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder of this process alone, removed at the end; those that killed processes have left behind are removed, too."""
+    base = Path(tempfile.gettempdir())
+    if len(str(base)) > _LONGEST_BASE:
+        base = Path("/tmp")
+    for left in base.glob(f"{_FOLDER}*"):
+        _remove_if_left(left)
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=base))
+    held = hold(folder / LOCK_FILE)
+    try:
+        yield folder
+    finally:
+        release(held)
+        for _ in range(_REMOVE_TRIES):  # processes that are ending still write logs
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.1)
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove a scratch folder that no process holds any more."""
+    lock = folder / LOCK_FILE
+    if folder.is_symlink() or not lock.is_file() or folder.stat().st_uid != os.getuid():
+        return
+    try:
+        release(hold(lock))
+    except OSError:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
