@@ -250,6 +250,12 @@ def run_script(
     main: Callable[[Sequence[str]], int], folder: Path, model: Any, data: Mapping[str, Any], options: argparse.Namespace
 ) -> None:
     """One epoch of a stage's own script: a model directory, a data file and a config are written, then its `main` is called."""
+    config = write_run(folder, model, data, batch=options.batch, log_every=10)
+    assert main(["--config_file", str(config), *options.set]) == 0
+
+
+def write_run(folder: Path, model: Any, data: Mapping[str, Any], *, batch: int, log_every: int) -> Path:
+    """A model directory, a data file and the config of one epoch on them, on the CPU; `batch`: rows per step."""
     import yaml
 
     from benchmarks.synthetic import build_tokenizer
@@ -259,7 +265,7 @@ def run_script(
     (folder / "data.json").write_text(json.dumps(data))
     config = {
         "model_name": str(folder / "model"),
-        "data": {"data_dir": str(folder / "data.json"), "batch_size": options.batch, "max_length": 512},
+        "data": {"data_dir": str(folder / "data.json"), "batch_size": batch, "max_length": 512},
         "model_params": {"learning_rate": 1e-5},
         "trainer": {
             "checkpoint": {"dirpath": str(folder / "runs")},
@@ -267,14 +273,14 @@ def run_script(
                 "accelerator": "cpu",
                 "max_epochs": 1,
                 "gradient_clip_val": 1.0,
-                "log_every_n_steps": 10,
+                "log_every_n_steps": log_every,
                 "num_sanity_val_steps": 0,
             },
         },
         "wandb": {"mode": "disabled"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    assert main(["--config_file", str(folder / "config.yaml"), *options.set]) == 0
+    return folder / "config.yaml"
 
 
 def text(ids: Sequence[int]) -> str:
