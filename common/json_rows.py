@@ -38,13 +38,17 @@ _MAX_SHOWN = 40
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as JSON has it: `value` may be anything; `number` counts from 1 within its split, `line` from 1 within the file."""
+    """One row as JSON has it: `value` may be anything; `number` counts from 1 within its split, `line` from 1 within the file.
+
+    `place`: where it begins in the file and how long it is, in bytes, where that is known.
+    """
 
     split: SplitName
     number: int
     line: int | None
     value: Any
     duplicates: tuple[str, ...] = ()
+    place: tuple[int, int] | None = None
 
 
 @dataclass
@@ -75,6 +79,11 @@ def shown(value: Any) -> str:
     return readable(text)
 
 
+def holds_splits(value: dict[str, Any]) -> bool:
+    """Whether an object has an array of rows under the name of a split."""
+    return any(key.lower() in SPLIT_ALIASES and isinstance(value[key], list) for key in value)
+
+
 def decode_file(data: bytes, name: str) -> tuple[str, str | None]:
     """The text of a file, gunzipped where its first bytes say gzip and without byte order mark, and why it cannot be read, if so."""
     if data[:2] == b"\x1f\x8b":
@@ -95,7 +104,7 @@ def decode_file(data: bytes, name: str) -> tuple[str, str | None]:
 
 def parse_rows(text: str, name: str) -> RawRows:
     """All rows of a data file's text. `name` begins each problem."""
-    return _Parser(text, name).parse()
+    return Parser(text, name).parse()
 
 
 def parse_file(data: bytes, name: str) -> RawRows:
@@ -106,7 +115,7 @@ def parse_file(data: bytes, name: str) -> RawRows:
     return RawRows(problems=[problem]) if problem else parse_rows(text, name)
 
 
-class _BrokenJson(Exception):
+class BrokenJson(Exception):
     """What is wrong, and where in the text."""
 
     def __init__(self, message: str, position: int) -> None:
@@ -124,7 +133,11 @@ def _words(error: json.JSONDecodeError) -> str:
     return f"a raw control character inside a text, expected \\u{ord(error.doc[error.pos]):04x}"
 
 
-class _Parser:
+class Parser:
+    """Reads the rows of a text. `lines_before`: lines of the file before it, where the text is a part of one."""
+
+    lines_before = 0
+
     def __init__(self, text: str, name: str) -> None:
         self.text = text
         self.name = name
@@ -161,9 +174,9 @@ class _Parser:
         return match.end()
 
     def _line(self, position: int) -> int:
-        return bisect_right(self.line_starts, position)
+        return self.lines_before + bisect_right(self.line_starts, position)
 
-    def _broken(self, error: _BrokenJson, split: str, number: int) -> None:
+    def _broken(self, error: BrokenJson, split: str, number: int) -> None:
         message = error.message
         if error.position >= self.end:
             message += "; the file ends inside this row (was it cut off?)"
@@ -172,7 +185,7 @@ class _Parser:
     def _place(self, position: int) -> str:
         position = min(position, self.end)
         line = self._line(position)
-        return f"line {line}, column {position - self.line_starts[line - 1] + 1}"
+        return f"line {line}, column {position - self.line_starts[line - self.lines_before - 1] + 1}"
 
     # --- values ----------------------------------------------------------------------------------------------------------------
 
@@ -182,11 +195,11 @@ class _Parser:
         try:
             value, after = self.decoder.raw_decode(self.text, position)
         except json.JSONDecodeError as error:
-            raise _BrokenJson(_words(error), error.pos) from None
+            raise BrokenJson(_words(error), error.pos) from None
         except RecursionError:
-            raise _BrokenJson("nested too deeply", position) from None
+            raise BrokenJson("nested too deeply", position) from None
         except ValueError as error:  # an integer of more digits than Python converts
-            raise _BrokenJson(str(error).split(";")[0], position) from None
+            raise BrokenJson(str(error).split(";")[0], position) from None
         return value, after, tuple(self.duplicates)
 
     def _add(self, split: SplitName, number: int, position: int) -> int:
@@ -216,14 +229,14 @@ class _Parser:
             number += 1
             try:
                 position = self._skip(self._add(split, number, position))
-            except _BrokenJson as error:
+            except BrokenJson as error:
                 self._broken(error, split, number)
                 return None
             following = self.text[position : position + 1]
             if following == "]":
                 return position + 1
             if following != ",":
-                self._broken(_BrokenJson("expected ',' or ']' after the row", position), split, number)
+                self._broken(BrokenJson("expected ',' or ']' after the row", position), split, number)
                 return None
             position = self._skip(position + 1)
 
@@ -244,10 +257,10 @@ class _Parser:
             try:
                 key, position, _ = self._value(position)
                 if not isinstance(key, str):
-                    raise _BrokenJson("expected the name of a split", position)
+                    raise BrokenJson("expected the name of a split", position)
                 position = self._skip(position)
                 if self.text[position : position + 1] != ":":
-                    raise _BrokenJson("expected ':' after the name of a split", position)
+                    raise BrokenJson("expected ':' after the name of a split", position)
                 position = self._skip(position + 1)
                 split = SPLIT_ALIASES.get(key.lower())
                 if split is None:
@@ -273,9 +286,9 @@ class _Parser:
                 if following == "}":
                     return position + 1
                 if following != ",":
-                    raise _BrokenJson("expected ',' or '}' after a split", position)
+                    raise BrokenJson("expected ',' or '}' after a split", position)
                 position = self._skip(position + 1)
-            except _BrokenJson as error:
+            except BrokenJson as error:
                 self.out.problems.append(f"{self.name}: {self._place(error.position)}: broken JSON: {error.message}")
                 return None
 
@@ -286,15 +299,15 @@ class _Parser:
             number += 1
             try:
                 position = self._skip(self._add("train", number, position))
-            except _BrokenJson as error:
+            except BrokenJson as error:
                 position = self._after_broken(position, number, error)
         first = self.out.rows[0].value if self.out.rows else None
-        if isinstance(first, dict) and any(key.lower() in SPLIT_ALIASES and isinstance(first[key], list) for key in first):
+        if isinstance(first, dict) and holds_splits(first):
             others = ", ".join(shown(key) for key in first if key.lower() not in SPLIT_ALIASES)
             self.out.problems.append(f"{self.name}: got {others} beside splits, expected train, val and test only")
             self.out.rows = []
 
-    def _after_broken(self, position: int, number: int, error: _BrokenJson) -> int:
+    def _after_broken(self, position: int, number: int, error: BrokenJson) -> int:
         """Report the broken row at `position`; where the next one opens (a line that begins with `{`), or the end of the text."""
         line_end = self.text.find("\n", position)
         opening = self.text.find("\n{", position)
@@ -303,7 +316,7 @@ class _Parser:
             try:
                 json.loads(self.text[position:line_end])
             except json.JSONDecodeError as on_line:
-                error = _BrokenJson(_words(on_line), position + on_line.pos)
+                error = BrokenJson(_words(on_line), position + on_line.pos)
             except (ValueError, RecursionError):
                 pass  # the first error says what is wrong
         self._broken(error, "train", number)

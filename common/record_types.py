@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -72,3 +73,8 @@ def question_key(prompt: Prompt) -> str:
     """The normalised question with its context and earlier turns: rows with the same key never stand on both sides of a split."""
     parts = [text for turn in prompt.history for text in turn]
     return "\x1f".join(normalise_question(part) for part in (*parts, prompt.question, prompt.context))
+
+
+def question_digest(prompt: Prompt, seed: int) -> int:
+    """Eight bytes that stand for a question (`question_key`); their order is a random one of the questions, drawn by `seed`."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\x1f{question_key(prompt)}".encode()).digest()[:8], "big")

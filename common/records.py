@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 
 from common.errors import UserError
 from common.json_rows import SPLIT_ALIASES, SPLITS, RawRow, RawRows, SplitName, parse_file, readable
+from common.json_stream import JsonLines, UnreadableFile
 from common.problem_lines import RowFault, fault_lines, raise_problems
 from common.record_types import (
     PairRecord,
@@ -51,6 +52,10 @@ __all__ = [
 ]
 
 DROP_ROWS = "unusable_rows: drop"
+STREAMED_BYTES = 64 * 2**20
+"""JSON Lines of a larger file stay in the file: a row is read where it is needed."""
+MOST_FAULTS = 100_000
+"""After so many faults in its rows the rest of such a file is left unread."""
 DATA_SUFFIXES = (".json", ".jsonl", ".gz", ".ndjson")
 
 
@@ -88,7 +93,7 @@ def read_splits(
     columns = dict(columns or {})
     section = setting.rpartition(".")[0]
     _check_columns(columns, section)
-    reading = _Reading(kind, columns, unusable_rows == "drop", drop_setting)
+    reading = _Reading(kind, columns, unusable_rows == "drop", drop_setting, seed)
     rows, named = reading.read_path(path, setting)
     if validation_file is not None:
         others, others_named = reading.read_path(validation_file, _in_section(section, "validation_file"))
@@ -103,7 +108,7 @@ def read_splits(
         rows["train"], rows["val"], note = hold_out(rows["train"], validation_split_percentage, seed, path)
         reading.notes.extend(note)
     _check_required(path, rows, named, require)
-    reading.notes.extend(overlap_notes(path, rows))
+    reading.notes.extend(overlap_notes(path, rows, seed))
     return Splits(rows["train"], rows["val"], rows["test"], fingerprint(rows), tuple(reading.notes))
 
 
@@ -124,7 +129,7 @@ def read_rows(
     )
 
 
-def _check_required(path: str, rows: Mapping[SplitName, list[Any]], named: bool, require: Sequence[SplitName]) -> None:
+def _check_required(path: str, rows: Mapping[SplitName, Sequence[Any]], named: bool, require: Sequence[SplitName]) -> None:
     problems = []
     for split in require:
         if not rows[split]:
@@ -156,15 +161,16 @@ class _Reading:
     columns: dict[str, str]
     drop: bool
     drop_setting: str = DROP_ROWS
+    seed: int = 0
     problems: list[str] = field(default_factory=list)
     faults: list[RowFault] = field(default_factory=list)
     shape_faults: list[RowFault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     forms: list[RowFormat] = field(default_factory=list)
 
-    def read_path(self, path: str, setting: str = "") -> tuple[dict[SplitName, list[Any]], bool]:
+    def read_path(self, path: str, setting: str = "") -> tuple[dict[SplitName, Sequence[Any]], bool]:
         """The records of a file, folder or hub data set (which `setting` names) by split, and whether the source names its splits."""
-        rows: dict[SplitName, list[Any]] = {name: [] for name in SPLITS}
+        rows: dict[SplitName, Sequence[Any]] = {name: [] for name in SPLITS}
         named = False
         if path.startswith("hf:"):
             try:
@@ -180,10 +186,17 @@ class _Reading:
             self.problems.append(f"{setting}: no such file {path}{meant}" if setting else f"{path}: no such file{meant}")
             return rows, False
         if not file.is_dir():
+            if self._streams(file):
+                rows["train"] = self._stream(file, path, "train")
+                return rows, False
             raw = self._parse(file)
             self._collect(raw, path, rows)
             return rows, raw.named_splits
         for split, part in self._folder(file):
+            if self._streams(part):
+                rows[split or "train"] = self._stream(part, str(part), split or "train")
+                named = split is not None
+                continue
             raw = self._parse(part)
             if split is None:
                 named = raw.named_splits
@@ -224,19 +237,55 @@ class _Reading:
             self.notes.append(f"{folder}: not read, since not named by a split: {', '.join(file.name for file in others)}")
         return [(split, by_split[split]) for split in SPLITS if split in by_split]
 
+    def _streams(self, file: Path) -> bool:
+        """Whether the rows of a file are read one by one and stay there."""
+        try:
+            return file.stat().st_size > STREAMED_BYTES and hasattr(os, "pread") and JsonLines.suits(file)
+        except OSError:
+            return False  # whoever reads the file says what is wrong
+
+    def _stream(self, file: Path, name: str, split: SplitName) -> Sequence[Any]:
+        """The records of a file of JSON Lines, checked as `_collect` does."""
+        from common.file_records import RecordFile
+
+        before = len(self.faults), len(self.shape_faults)
+        source: RecordFile[Any] = RecordFile(file, name, split, self.kind, RowReader(self.kind, self.columns), self.seed)
+        try:
+            with file.open("rb") as opened:
+                lines = JsonLines(opened, name, split)
+                for row, record in self._records(self._up_to_many_faults(lines, name), lines.out, name):
+                    source.add(row, record)
+        except (UnreadableFile, OSError) as error:
+            del self.faults[before[0] :], self.shape_faults[before[1] :]
+            self.problems.append(str(error) if isinstance(error, UnreadableFile) else f"{name}: cannot be read: {error.strerror or error}")
+            return []
+        return source.records()
+
+    def _up_to_many_faults(self, lines: JsonLines, name: str) -> Iterator[RawRow]:
+        before = len(self.faults) + len(self.shape_faults)
+        for row in lines:
+            yield row
+            if len(self.faults) + len(self.shape_faults) - before >= MOST_FAULTS:
+                lines.out.problems.append(f"{name}: not read on after {MOST_FAULTS:,} faults")
+                return
+
     # --- rows ------------------------------------------------------------------------------------------------------------------
 
-    def _collect(self, raw: RawRows, name: str, rows: dict[SplitName, list[Any]]) -> None:
+    def _collect(self, raw: RawRows, name: str, rows: dict[SplitName, Sequence[Any]]) -> None:
         """Check the raw rows of one source and append their records to `rows`."""
-        self.problems.extend(raw.problems)
-        self.notes.extend(raw.notes)
+        for row, record in self._records(raw.rows, raw, name):
+            rows[row.split].append(record)  # type: ignore[attr-defined]  # no file of its own, so a list
+
+    def _records(self, raw_rows: Iterable[RawRow], raw: RawRows, name: str) -> Iterator[tuple[RawRow, Any]]:
+        """The raw rows of one source with their records; what is wrong with others is kept. `raw`: what else is known of the source."""
         reader = RowReader(self.kind, self.columns)
         first: tuple[RowFormat, str] | None = None
         forms: list[RowFormat] = []
-        dropped: list[str] = []
-        mended: list[str] = []
+        count = dropped = mended = 0
+        first_dropped = first_mended = ""
         checked: dict[tuple[str, ...], tuple[RowFormat | None, list[str]]] = {}
-        for row in raw.rows:
+        for row in raw_rows:
+            count += 1
             fault = partial(_fault, name, row)
             if not isinstance(row.value, dict):
                 self.shape_faults.append(fault(f"got {got(row.value)}, expected an object with keys"))
@@ -264,24 +313,28 @@ class _Reading:
             record, problems = read_row(form, self.kind, value, f"{name}: {row.split} row {row.number}")
             self.faults.extend(map(fault, problems.errors))
             if problems.mended:
-                mended.append(f"{row.split} row {row.number}: {', '.join(map(readable, dict.fromkeys(problems.mended)))}")
+                mended += 1
+                first_mended = first_mended or f"{row.split} row {row.number}: {', '.join(map(readable, dict.fromkeys(problems.mended)))}"
             if record is not None:
-                rows[row.split].append(record)
+                yield row, record
             elif not problems.errors:
                 if self.drop:
-                    dropped += fault_lines([fault(problems.unusable[0])])
+                    dropped += 1
+                    first_dropped = first_dropped or fault_lines([fault(problems.unusable[0])])[0]
                 else:
                     self.faults.extend(fault(f"{problem} ({self.drop_setting} leaves such rows out)") for problem in problems.unusable)
+        self.problems.extend(raw.problems)
+        self.notes.extend(raw.notes)
         self.forms += forms
-        if raw.rows:
+        if count:
             seen_keys = {key for keys in checked for key in keys}
             for ours in (CONTEXT, *MARGIN):
                 if ours in self.columns and self.columns[ours] not in seen_keys:
                     self.problems.append(f"{name}: {self.columns[ours]}: in no row, expected as columns.{ours} says")
         if dropped:
-            self.notes.append(f"{name}: {len(dropped)} of {len(raw.rows)} rows dropped as unusable, the first being {dropped[0]}")
+            self.notes.append(f"{name}: {dropped} of {count} rows dropped as unusable, the first being {first_dropped}")
         if mended:
-            self.notes.append(f"{name}: {len(mended)} of {len(raw.rows)} rows held {UNFIT}, read as U+FFFD, the first being {mended[0]}")
+            self.notes.append(f"{name}: {mended} of {count} rows held {UNFIT}, read as U+FFFD, the first being {first_mended}")
         scored = next((form for form in forms if form.kind == "score"), None)
         if scored is not None and self.kind == "sft":
             beside = "some rows hold" if len(forms) > 1 else "rows hold"

@@ -1,60 +1,82 @@
-"""The three splits of a data set: how validation is taken from train, what overlaps, and the fingerprint of it all."""
+"""The three splits of a data set: how validation is taken from train, what overlaps, and the fingerprint of it all.
+
+Records are in a list or, those of a large file, a `FileRecords`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from common.json_rows import SPLITS, SplitName
-from common.record_types import PairRecord, PromptRecord, Record, ScoreRecord, SFTRecord, question_key
+from common.record_types import PairRecord, PromptRecord, Record, ScoreRecord, SFTRecord, question_digest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 R = TypeVar("R", SFTRecord, ScoreRecord, PairRecord, PromptRecord)
 
 
 @dataclass(frozen=True)
 class Splits(Generic[R]):
-    """Validated rows by split. `fingerprint` is a SHA-256 over all of them; `notes` are lines a user should see."""
+    """Validated rows by split, in memory or in their file. `fingerprint`: a SHA-256 over them; `notes`: lines a user should see."""
 
-    train: list[R]
-    val: list[R]
-    test: list[R]
+    train: Sequence[R]
+    val: Sequence[R]
+    test: Sequence[R]
     fingerprint: str
     notes: tuple[str, ...] = ()
 
-    def split(self, name: SplitName) -> list[R]:
+    def split(self, name: SplitName) -> Sequence[R]:
         """The rows of a split by its name."""
-        rows: dict[str, list[R]] = {"train": self.train, "val": self.val, "test": self.test}
+        rows: dict[str, Sequence[R]] = {"train": self.train, "val": self.val, "test": self.test}
         return rows[name]
 
 
-def hold_out(rows: list[Any], percentage: float, seed: int, path: str) -> tuple[list[Any], list[Any], list[str]]:
+def hold_out(rows: Sequence[Any], percentage: float, seed: int, path: str) -> tuple[Sequence[Any], Sequence[Any], list[str]]:
     """Move a share of the questions from train to val; which ones depends on the seed and on the questions, not on their order."""
-
-    def rank(key: str) -> str:
-        return hashlib.sha256(f"{seed}\x1f{key}".encode()).hexdigest()
-
-    keys = [question_key(row.prompt) for row in rows]
-    questions = sorted(set(keys), key=rank)
+    questions = _questions(rows, seed)
     if len(questions) < 2:
-        return rows, [], [f"{path}: too few questions ({len(questions)}) to hold any out for validation"] if rows else []
+        return rows, [], [f"{path}: too few questions ({len(questions)}) to hold any out for validation"] if len(rows) else []
     count = min(max(1, round(len(questions) * percentage / 100)), len(questions) - 1)
-    held = set(questions[:count])
-    train = [row for row, key in zip(rows, keys, strict=True) if key not in held]
-    val = [row for row, key in zip(rows, keys, strict=True) if key in held]
+    last = questions[count - 1]
+    if isinstance(rows, list):
+        held = [question_digest(row.prompt, seed) <= last for row in rows]
+        train, val = ([row for row, is_held in zip(rows, held, strict=True) if is_held is part] for part in (False, True))
+    else:
+        train, val = rows.take(rows.questions > last), rows.take(rows.questions <= last)  # type: ignore[attr-defined]
     note = f"{path}: no val split: {count} of {len(questions)} train questions ({len(val)} of {len(rows)} rows) held out for validation"
     return train, val, [note]
 
 
-def overlap_notes(path: str, rows: Mapping[SplitName, list[Any]]) -> Iterator[str]:
-    train = {question_key(row.prompt) for row in rows["train"]}
+def overlap_notes(path: str, rows: Mapping[SplitName, Sequence[Any]], seed: int) -> Iterator[str]:
+    train = _questions(rows["train"], seed)
     for split in SPLITS[1:]:
-        questions = {question_key(row.prompt) for row in rows[split]}
-        shared = len(questions & train)
+        questions = _questions(rows[split], seed)
+        shared = _shared(questions, train)
         if shared:
             yield f"{path}: {shared} of {len(questions)} {split} questions occur in train too: figures on them flatter the model"
+
+
+def _questions(rows: Sequence[Any], seed: int) -> Sequence[int] | NDArray[Any]:
+    """Digests of the questions of a split, each once, in rising order."""
+    if isinstance(rows, list):
+        return sorted({question_digest(row.prompt, seed) for row in rows})
+    from common.file_records import distinct_questions
+
+    return distinct_questions(rows)
+
+
+def _shared(one: Any, other: Any) -> int:
+    """How many of two splits' questions are the same."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(set(one) & set(other))
+    from common.file_records import shared_questions
+
+    return shared_questions(one, other)
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
@@ -74,11 +96,21 @@ def record_to_json(record: Record) -> dict[str, Any]:
     return parts
 
 
-def fingerprint(rows: Mapping[SplitName, list[Any]]) -> str:
+def fingerprint(rows: Mapping[SplitName, Sequence[Any]]) -> str:
     digest = hashlib.sha256()
     for split in SPLITS:
         digest.update(f"{split} {len(rows[split])}\n".encode())
-        for record in rows[split]:
-            # columns of a hub data set may hold values that are no JSON (dates, images): their text stands for them
-            digest.update(json.dumps(record_to_json(record), sort_keys=True, default=str).encode())
+        if isinstance(rows[split], list):
+            for record in rows[split]:
+                digest.update(_canonical([record]))
+            continue
+        from common.parallel import in_stretches
+
+        for stretch in in_stretches(_canonical, rows[split]):
+            digest.update(stretch)
     return digest.hexdigest()
+
+
+def _canonical(records: Sequence[Any]) -> bytes:
+    # columns of a hub data set may hold values that are no JSON (dates, images): their text stands for them
+    return b"".join(json.dumps(record_to_json(record), sort_keys=True, default=str).encode() for record in records)

@@ -1,0 +1,152 @@
+"""Records that stay in their JSON Lines file: an index of where each stands, and a row that is read where it is asked for.
+
+The index lies in a temporary file that is mapped into memory, so that neither rows nor index count among what a process holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import UserError
+from common.json_rows import RawRow, SplitName
+from common.lazy import Lazy
+from common.record_types import PairRecord, Record, RecordKind, ScoreRecord, question_digest
+from common.row_formats import RowFormat, RowReader
+from common.row_parser import read_row
+
+R = TypeVar("R", bound=Record)
+
+_ENTRY = np.dtype([("start", "<i8"), ("size", "<u4"), ("number", "<u4"), ("question", "<u8"), ("value", "<f8"), ("columns", "<u4")])
+_PACKED = struct.Struct("<qIIQdI")
+_BUFFER_BYTES = 2**20
+
+
+class RecordFile(Generic[R]):
+    """A file of rows that were checked once, and can be read again. Its rows are entered with `add`, then asked for with `records`."""
+
+    def __init__(self, path: Path, name: str, split: SplitName, kind: RecordKind, reader: RowReader, seed: int) -> None:
+        """`name`: what errors call the file. `seed`: of the digests of questions."""
+        self.path, self.name, self.split, self.kind, self.reader, self.seed = path, name, split, kind, reader, seed
+        self.columns: dict[tuple[str, ...], int] = {}
+        """The names of columns that rows have beside their parts, numbered."""
+        self._forms: dict[tuple[str, ...], RowFormat] = {}
+        self._handle = path.open("rb", buffering=0)
+        self._state = self._look()
+        self._buffer = bytearray()
+        self._written: Any = None
+        self._index: NDArray[Any] = np.empty(0, dtype=_ENTRY)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_handle", "_written")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._handle, self._written = self.path.open("rb", buffering=0), None
+
+    def add(self, row: RawRow, record: Record) -> None:
+        """Enter the row of a record."""
+        assert row.place is not None
+        value = record.score if isinstance(record, ScoreRecord) else record.margin if isinstance(record, PairRecord) else None
+        columns = self.columns.setdefault(tuple(record.columns), len(self.columns))
+        question = question_digest(record.prompt, self.seed)
+        self._buffer += _PACKED.pack(*row.place, row.number, question, float("nan") if value is None else value, columns)
+        if len(self._buffer) >= _BUFFER_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            if self._written is None:
+                self._written = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the index)
+            self._written.write(self._buffer)
+            self._written.flush()
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise UserError(f"{self.name}: its index cannot be written to {folder}: {error.strerror or error}; set TMPDIR") from None
+        self._buffer = bytearray()
+
+    def records(self) -> FileRecords[R]:
+        """All of the records that were entered."""
+        if self._written is None:
+            self._index = np.frombuffer(bytes(self._buffer), dtype=_ENTRY)
+        else:
+            self._flush()
+            self._index = np.memmap(self._written, dtype=_ENTRY, mode="r").view(np.ndarray)
+        return FileRecords(self, range(len(self._index)))
+
+    def read(self, place: int) -> R:
+        """The record of an entry. Raises UserError where the file is no longer what was checked."""
+        entry = self._index[place]
+        data = os.pread(self._handle.fileno(), int(entry["size"]), int(entry["start"]))
+        if self._look() != self._state:
+            raise UserError(f"{self.name}: the file was changed while it was read; start again")
+        value = json.loads(data.decode())
+        row = self.reader.renamed(value)
+        keys = tuple(value)
+        if keys not in self._forms:
+            form, _ = self.reader.check_keys(value, row)
+            assert form is not None, "a row that was checked"
+            self._forms[keys] = form
+        record, _ = read_row(self._forms[keys], self.kind, row, f"{self.name}: {self.split} row {entry['number']}")
+        assert record is not None, "a row that was checked"
+        return record  # type: ignore[return-value]
+
+    def entries(self, name: str, places: range | NDArray[Any]) -> NDArray[Any]:
+        """A column of the index."""
+        column = self._index[name]
+        return column[places.start : places.stop : places.step] if isinstance(places, range) else column[places]
+
+    def _look(self) -> tuple[int, int, int]:
+        state = os.fstat(self._handle.fileno())
+        return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+class FileRecords(Lazy[R]):
+    """Records of a file, or some of them, read where they are asked for."""
+
+    def __init__(self, source: RecordFile[R], places: range | NDArray[Any]) -> None:
+        super().__init__(source.read, places)
+        self.source = source
+
+    def take(self, chosen: NDArray[Any]) -> FileRecords[R]:
+        """Some of these records: by their places here, or by a mask."""
+        places = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+        if isinstance(self.places, range):
+            assert self.places == range(len(self))
+            return FileRecords(self.source, places.astype(np.uint32))
+        return FileRecords(self.source, self.places[places])
+
+    @property
+    def questions(self) -> NDArray[Any]:
+        """(N,), eight bytes each: digests of what is asked."""
+        return self.source.entries("question", self.places)
+
+    @property
+    def values(self) -> NDArray[Any]:
+        """(N,), float64: scores, or margins (NaN where there is none)."""
+        return self.source.entries("value", self.places)
+
+    def column_names(self) -> list[str]:
+        """Names of all columns of these rows, in the order of their appearance."""
+        kinds, first = np.unique(self.source.entries("columns", self.places), return_index=True)
+        known = list(self.source.columns)
+        return list(dict.fromkeys(name for kind in kinds[np.argsort(first)].tolist() for name in known[kind]))
+
+
+def distinct_questions(rows: Sequence[Any]) -> NDArray[Any]:
+    """Digests of the questions of these records, each once, in rising order."""
+    assert isinstance(rows, FileRecords)
+    return np.unique(rows.questions)
+
+
+def shared_questions(one: Any, other: Any) -> int:
+    """How many digests two splits have in common, each of which has every digest once."""
+    return len(np.intersect1d(np.asarray(one, dtype=np.uint64), np.asarray(other, dtype=np.uint64), assume_unique=True))

@@ -1,0 +1,67 @@
+"""Work on stretches of many rows by several processes, with the results in the order of the rows."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from common.errors import UserError
+from common.followers import end_with_leader, local_world_size
+
+T = TypeVar("T")
+
+STRETCH = 1000
+"""Rows that a process works on at once."""
+_AHEAD = 3  # stretches per process that are begun before the first one's result is taken
+
+_work: Callable[[Sequence[Any]], Any]
+_rows: Sequence[Any]
+
+
+def cores() -> int:
+    """Processors that this process may use, its share of them where several processes of a training run here."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, count // local_world_size())
+
+
+def in_stretches(work: Callable[[Sequence[Any]], T], rows: Sequence[Any], processes: int | None = None) -> Iterator[T]:
+    """`work(stretch)` of each stretch of rows, in order. `processes`: how many work; default: one per core.
+
+    An exception of `work` is raised here. Raises UserError where a process ends before its work is done.
+    """
+    processes = min(processes or cores(), -(-len(rows) // STRETCH))
+    starts = range(0, len(rows), STRETCH)
+    if processes <= 1:
+        for start in starts:
+            yield work(rows[start : start + STRETCH])
+        return
+    pool = ProcessPoolExecutor(processes, initializer=_begin, initargs=(work, rows))
+    try:
+        begun: deque[Future[T]] = deque()
+        for start in starts:
+            begun.append(pool.submit(_stretch, start))
+            if len(begun) > _AHEAD * processes:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a process that was to read rows of the data has ended early; was there too little memory?") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(work: Callable[[Sequence[Any]], Any], rows: Sequence[Any]) -> None:
+    global _work, _rows
+    end_with_leader()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that began this one ends it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _work, _rows = work, rows
+
+
+def _stretch(start: int) -> Any:
+    return _work(_rows[start : start + STRETCH])
