@@ -58,7 +58,7 @@ def user_problems(error: BaseException) -> tuple[str, ...] | None:
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Run a script's `main(argv)` and exit with its code; a `UserError` becomes lines on stderr and exit code 2."""
-    from common.followers import end_with_leader, follows, launched  # it raises errors of this module
+    from common.followers import end_with_leader, follows, launched, tells_errors  # it raises errors of this module
 
     if follows() or launched():
         end_with_leader()
@@ -70,7 +70,7 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         if problems is None:
             raise
         sys.stdout.flush()
-        for problem in problems:
+        for problem in problems if tells_errors() else ():
             print(f"error: {problem if _located is None else _located(problem)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt as interrupt:  # raised with a text where something is kept

@@ -18,6 +18,7 @@ from common.errors import UserError
 
 _RUN_VARIABLE = "RLHF_QA_FOLLOWED_RUN"
 _PR_SET_PDEATHSIG = 1
+_met = False
 
 
 def rank() -> int:
@@ -66,6 +67,17 @@ def leading(run_dir: Path) -> Iterator[None]:
         del os.environ[_RUN_VARIABLE]
 
 
+def met() -> None:
+    """The processes of the training have met: from here on each has errors of its own."""
+    global _met
+    _met = True
+
+
+def tells_errors() -> bool:
+    """Whether this process is to say why it ends: of several that a launcher started, one a machine, until they have met."""
+    return _met or not launched() or local_rank() == 0
+
+
 def end_with_leader() -> None:
     """Let the system end this process when the one that started it ends, however that happens (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
@@ -73,9 +85,6 @@ def end_with_leader() -> None:
 
 
 def refuse_launchers() -> None:
-    """Raise UserError in one of several processes that something else than this project's own scripts started."""
+    """Raise UserError in one of several processes that a launcher started, of a command that runs in one."""
     if launched() and world_size() > 1:
-        raise UserError(
-            f"WORLD_SIZE is {world_size()}, but the script starts its processes itself (use_multi_gpu_if_available, "
-            "trainer.params.devices); start it with python"
-        )
+        raise UserError(f"WORLD_SIZE is {world_size()}, but this command runs in one process; start it with python")

@@ -24,6 +24,7 @@ from common.config import parse_command_line, resolved_dict
 from common.config_yaml import read_marked_yaml
 from common.errors import UserError, both, run_main
 from common.failed_start import removed_if_unused
+from common.followers import refuse_launchers
 from common.notes import say
 from common.resume import differences, is_of_another_version
 from common.run_length import check_training_length
@@ -52,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(ComparisonConfig, STAGE_DIR, argv, description=__doc__ or "", resumable=True)
     config = invocation.config
     invocation.print_notes()
+    refuse_launchers()
     root = stage_runs_root(config.trainer.checkpoint.dirpath, config.runs_root, "reward_comparison")
     earlier = None if invocation.resume is None else earlier_directory(config, root, invocation.resume)
     check_start(config, root if earlier is None else None)

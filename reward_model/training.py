@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import random
 import statistics
@@ -19,27 +18,30 @@ from transformers import PreTrainedTokenizerBase
 from common.checkpoint import MANIFEST, Stage, new_manifest, read_manifest, save_model_directory
 from common.closing import finish_run, opening_lines
 from common.config import resolved_dict
-from common.disk import check_room, checkpoint_bytes
+from common.disk import checkpoint_bytes
 from common.errors import UserError
-from common.followers import followed_run, leading
+from common.followers import follows
 from common.freezing import apply_freezing
 from common.launch.checkpointing import LAST
+from common.launch.joining import among_processes, shared_run
 from common.launch.lightning import (
     autocast_dtype,
     avoids_padding,
     batch_limit,
+    batch_words,
     build_trainer,
-    check_one_machine,
+    check_processes,
     check_trainer,
     fit,
     on_all_gpus,
-    processes_here,
+    processes_of,
     total_optimizer_steps,
     trainer_params,
     training_device,
 )
 from common.launch.memory import LIGHTNING_REMEDY, telling_out_of_memory
 from common.launch.rehearsal import report_training
+from common.launch.workers import check_number_of_workers
 from common.lora import add_lora
 from common.models.answers import Answer
 from common.models.frozen_states import cached_answers, state_facts
@@ -51,8 +53,8 @@ from common.models.recompute import recompute_activations
 from common.models.reward import RewardModel, RewardScorer
 from common.notes import say
 from common.records import PairRecord, ScoreRecord, Splits
-from common.resume import ResumePoint, run_directory, writing
-from common.runs import stage_runs_root, write_config, write_text_atomically
+from common.resume import ResumePoint
+from common.runs import stage_runs_root, write_text_atomically
 from common.schema import FreezeSettings, TrainerSettings
 from common.score_transform import ScoreTransform
 from common.tokenization import Encoder
@@ -87,6 +89,7 @@ class Objective(Generic[Record, R]):
 
 
 @telling_out_of_memory(LIGHTNING_REMEDY)
+@among_processes
 def train(
     config: RewardConfig,
     splits: Splits[Record],
@@ -101,9 +104,10 @@ def train(
     """
     resolved = resolved_dict(config)
     config = config.model_copy(update={"trainer": on_devices(config)})
-    check_one_machine(config.trainer)
+    check_processes(config.trainer)
     check_trainer(config.trainer)
-    processes, followed = processes_here(config.trainer), followed_run()
+    processes = processes_of(config.trainer)
+    check_number_of_workers(config.launch, processes)
 
     # 1. model and tokenizer
     tokenizer, model = start_model(config, (text for record in splits.train for text in objective.texts(record)), resume)
@@ -176,31 +180,23 @@ def train(
         )
         save_model_directory(directory, model, tokenizer, manifest, extra=extra)
 
-    if followed is None:
-        check_room(runs_root, checkpoint_bytes(model), config.trainer.checkpoint.kept, None if resume is None else resume.run_dir)
-    run_dir = followed or run_directory(resume, runs_root, config)
-    with contextlib.ExitStack() as stack:
-        if followed is None:
-            stack.enter_context(writing(run_dir, resume))
-            stack.enter_context(leading(run_dir))
-            if resume is None:
-                write_config(run_dir, resolved)
-        tracker = stack.enter_context(
-            Tracker.start(
-                run_dir,
-                stage=objective.stage,
-                config=resolved,
-                wandb=config.wandb,
-                tensorboard=config.tensorboard,
-                is_main=followed is None,
-            )
-        )
+    with (
+        shared_run(config, resolved, runs_root, resume, checkpoint_bytes(model)) as run_dir,
+        Tracker.start(
+            run_dir,
+            stage=objective.stage,
+            config=resolved,
+            wandb=config.wandb,
+            tensorboard=config.tensorboard,
+            is_main=not follows(),
+        ) as tracker,
+    ):
         opening = opening_lines(
             run_dir,
             parameters=model.parameters(),
             rows={"train": len(train_rows), "val": len(val_rows)},
             steps=total_steps,
-            batch=f"{data.batch_size} x {accumulate} rows" + (f" on each of {processes} devices" if processes > 1 else ""),
+            batch=batch_words(config.trainer, data.batch_size),
         )
         print("\n".join([*prepared, *opening]))
         trainer = build_trainer(
@@ -217,7 +213,7 @@ def train(
 
         # 4. train, then measure the scores of what was kept
         result = fit(trainer, module, train_loader, val_loader)
-        if followed is not None:
+        if follows():
             return run_dir
         answers = [answer for row in train_rows for answer in row.answers]
         moments = {path: record_score_moments(path, answers, config) for path in {result.model, (run_dir / LAST).resolve()}}
@@ -230,10 +226,7 @@ def train(
 
 def on_devices(config: RewardConfig) -> TrainerSettings:
     """The trainer's settings for the devices that are here."""
-    settings = on_all_gpus(config.trainer) if config.use_multi_gpu_if_available else config.trainer
-    if config.model_params.freeze_backbone and "strategy" not in settings.params and processes_here(settings) > 1:
-        settings = settings.model_copy(update={"params": {**settings.params, "strategy": "ddp"}})  # every weight that trains is read
-    return settings
+    return on_all_gpus(config.trainer) if config.use_multi_gpu_if_available else config.trainer
 
 
 def start_model(

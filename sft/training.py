@@ -15,25 +15,31 @@ from common.checkpoint import new_manifest, save_model_directory
 from common.closing import finish_run, opening_lines
 from common.collate import supports_packing
 from common.config import resolved_dict
-from common.disk import check_room, checkpoint_bytes
+from common.disk import checkpoint_bytes
 from common.errors import UserError
-from common.evaluation.generate import generate_answers
+from common.evaluation.generate import Answer, generate_answers
 from common.evaluation.text_metrics import corpus_metrics
+from common.followers import follows, rank
 from common.freezing import apply_freezing
+from common.gathered import Gathered, own_share
+from common.launch.joining import among_processes, shared_run
 from common.launch.lightning import (
     autocast_dtype,
     avoids_padding,
     batch_limit,
+    batch_words,
     build_trainer,
-    check_one_process,
+    check_processes,
     check_trainer,
     fit,
+    processes_of,
     total_optimizer_steps,
     trainer_params,
     training_device,
 )
 from common.launch.memory import LIGHTNING_REMEDY, telling_out_of_memory
 from common.launch.rehearsal import report_training
+from common.launch.workers import check_number_of_workers
 from common.lora import add_lora
 from common.models.answers import StartedAnswer
 from common.models.backbone import RewardInput
@@ -46,8 +52,8 @@ from common.models.recompute import recompute_activations
 from common.notes import say
 from common.prompts import answer_text, render_prompt
 from common.records import SFTRecord, Splits
-from common.resume import ResumePoint, run_directory, writing
-from common.runs import stage_runs_root, write_config
+from common.resume import ResumePoint
+from common.runs import stage_runs_root
 from common.tokenization import Encoded, Encoder, encode_answers
 from common.tracking import Tracker
 from sft.config import SFTConfig
@@ -57,14 +63,17 @@ from sft.reader import AnswerReader
 
 
 @telling_out_of_memory(LIGHTNING_REMEDY)
+@among_processes
 def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | None = None, *, dry_run: bool = False) -> Path:
     """Train on `splits.train`, validate on `splits.val`; returns the run directory. Raises UserError before anything is written.
 
     resume: where an earlier run of this config goes on. dry_run: measure a few steps in memory, say what the run would take, write nothing,
     and return the folder of runs.
     """
-    check_one_process(config.trainer)
+    check_processes(config.trainer)
     check_trainer(config.trainer)
+    processes = processes_of(config.trainer)
+    check_number_of_workers(config.launch, processes)
 
     # 1. model and tokenizer
     model, tokenizer = load_model(config, splits.train, resume)
@@ -107,6 +116,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
             train_loader,
             val_loader,
             total_steps=total_steps,
+            processes=processes,
             padding_free=reader.packs,
             root=root,
             keeps_states=config.model_params.kept_states is not None,
@@ -114,19 +124,15 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
         return root
 
     # 3. a run directory, from here on things are written
-    check_room(root, checkpoint_bytes(model), config.trainer.checkpoint.kept, None if resume is None else resume.run_dir)
-    run_dir = run_directory(resume, root, config)
     resolved = resolved_dict(config)
-    with writing(run_dir, resume):
-        if resume is None:
-            write_config(run_dir, resolved)
+    with shared_run(config, resolved, root, resume, checkpoint_bytes(model)) as run_dir:
         print(freezing)
         for line in opening_lines(
             run_dir,
             parameters=model.parameters(),
             rows={"train": len(train_rows), "val": len(val_rows)},
             steps=total_steps,
-            batch=f"{config.data.batch_size} x {trainer_params(config.trainer).get('accumulate_grad_batches', 1)} rows",
+            batch=batch_words(config.trainer, config.data.batch_size),
         ):
             print(line)
 
@@ -137,6 +143,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
             config=resolved,
             wandb=config.wandb,
             tensorboard=config.tensorboard,
+            is_main=not follows(),
         ) as tracker:
             answer = answering(config, model, tokenizer, answered, prompts, tracker) if answered else None
             module = SFTModule(reader, config.model_params, total_steps, answer, [record.where for record in train_records])
@@ -216,11 +223,12 @@ def loaders(
     reader: AnswerReader,
     started: list[StartedAnswer] | None = None,
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Loaders over training rows, in an order that (seed, epoch) decides, and over the validation rows as they are.
+    """Loaders over this process's share of training rows, in an order that (seed, epoch) decides, and of the validation rows as they are.
 
     `started`: training and validation rows with the states that enter the lowest layer that trains.
     """
     data = config.data
+    processes = {"world_size": processes_of(config.trainer), "rank": rank()}
     pad_to = data.max_length if data.on_tpu else None
     capacity = data.max_length if data.batching == "packed" else None
     train_plan = BatchPlan(
@@ -232,9 +240,14 @@ def loaders(
         mode=data.batching,
         capacity=capacity,
         limit=batch_limit(config.trainer),
+        **processes,
     )
     val_plan = BatchPlan(
-        [row.length for row in val_rows], batch_size=data.val_batch_size or data.batch_size, seed=config.seed, mode="sequential"
+        [row.length for row in val_rows],
+        batch_size=data.val_batch_size or data.batch_size,
+        seed=config.seed,
+        mode="sequential",
+        **processes,
     )
     # A model that reads rows one behind the other needs no lines of them.
     own = (started[: len(train_rows)], started[len(train_rows) :]) if started is not None else (None, None)
@@ -298,18 +311,27 @@ def answering(
     prompts: Sequence[Sequence[int]],
     tracker: Tracker,
 ) -> Callable[[int], dict[str, float]]:
-    """A function of the step that answers fixed validation questions with the model as it is, logs them as a table, returns figures."""
+    """A function of the step that answers fixed validation questions with the model as it is, logs them as a table, returns figures.
+
+    Processes that train together share the questions, and all get the figures.
+    """
 
     def answer(step: int) -> dict[str, float]:
-        answers = generate_answers(
+        share = own_share(len(prompts))
+        own = generate_answers(
             model,
             tokenizer,
-            prompts,
+            [prompts[index] for index in share],
             config.evaluation.generate_params,
             seed=config.seed,
             batch_size=config.data.val_batch_size or config.data.batch_size,
             use_cache=config.model_params.use_cache,
+            rows=share,
         )
+        gathered = Gathered()
+        for index, given in zip(share, own, strict=True):
+            gathered.add(index, given)
+        answers: list[Answer] = gathered.rows()
         rows = [(record.prompt.question, record.answer, given.text) for record, given in zip(records, answers, strict=True)]
         tracker.table("val/answers", ("question", "original_answer", "generated_answer"), rows, step)
         figures = corpus_metrics([given.text for given in answers], [record.answer for record in records])

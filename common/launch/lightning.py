@@ -14,22 +14,24 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.strategies import DDPStrategy
+from torch import distributed
 from torch.utils.data import DataLoader
 
 from common.batching import limited
 from common.closing import RunResult
 from common.errors import UserError
-from common.followers import followed_run, refuse_launchers
+from common.followers import follows, launched, local_rank, local_world_size, world_size
 from common.launch.callbacks import (
     Checkpoints,
     ProgressReport,
@@ -41,7 +43,7 @@ from common.launch.callbacks import (
 )
 from common.launch.checkpointing import BEST, CheckpointKeeper, SaveFn
 from common.launch.loopback import meeting_on_loopback
-from common.launch.runtime import peak_memory_gib
+from common.launch.runtime import is_of_the_connection, peak_memory_gib
 from common.launch.signals import Stopped, StopSignals
 from common.resume import ResumePoint
 from common.schema import DataSettings, TrainerSettings
@@ -53,13 +55,42 @@ ONE_MODEL_EACH = ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_par
 FLOAT16 = frozenset({16, "16", "16-mixed", "16-true"})
 
 
+class Engine(NamedTuple):
+    """What Lightning needs in processes that something else started: how they are told apart, and what else is to be done in them."""
+
+    ddp: type[DDPStrategy] = DDPStrategy
+    plugins: Sequence[Any] = (TorchElasticEnvironment(),)  # reads RANK, LOCAL_RANK and WORLD_SIZE
+    callbacks: Sequence[pl.Callback] = ()
+
+
+_engine = Engine()
+
+
+@contextlib.contextmanager
+def launched_by(engine: Engine) -> Iterator[None]:
+    """Trainers that are built inside belong to processes that this engine started (RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE are
+    set). A process group that it made stays as it is; without one, that of `env://` is made and destroyed."""
+    global _engine
+    before, _engine = _engine, engine
+    try:
+        yield
+    finally:
+        _engine = before
+
+
 def trainer_params(settings: TrainerSettings) -> dict[str, Any]:
-    """Arguments of `pl.Trainer` with this project's defaults: one epoch, one process, on a GPU where there is one.
+    """Arguments of `pl.Trainer` with this project's defaults: one epoch, on a GPU where there is one, one process or as many as a launcher
+    started.
 
     `overfit_batches` becomes a limit of training batches (a number, not a share, limits validation too): Lightning would put a sampler of
     its own in place of the batch plan.
     """
-    params = {"accelerator": "auto", "devices": 1, "enable_model_summary": False, **settings.params}
+    params = {"accelerator": "auto", "devices": 1, "enable_model_summary": False}
+    if launched():
+        params |= {"devices": local_world_size(), "num_nodes": max(1, world_size() // local_world_size())}
+    params |= settings.params
+    if launched() and params["devices"] in ("auto", -1, "-1"):
+        params["devices"] = local_world_size()
     if params.get("log_every_n_steps") is None:
         params["log_every_n_steps"] = 50
     if overfit := params.pop("overfit_batches", 0):
@@ -68,8 +99,8 @@ def trainer_params(settings: TrainerSettings) -> dict[str, Any]:
             params["limit_val_batches"] = overfit
     if params.get("max_epochs") is None and params.get("max_steps") in (None, -1):
         params["max_epochs"] = 1
-    if params.get("strategy") in (None, "auto") and _processes(params["devices"], on_cpu(params)) > 1:
-        params["strategy"] = "ddp_find_unused_parameters_true"  # a readout need not read all of a transformer
+    if params.get("strategy") in (None, "auto") and _all_processes(params) > 1:
+        params["strategy"] = "ddp"
     return params
 
 
@@ -98,9 +129,11 @@ def training_device(settings: TrainerSettings) -> torch.device:
     params = trainer_params(settings)
     if on_cpu(params):
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("mps")
     devices = params["devices"]
-    first = devices[0] if isinstance(devices, list) and devices else 0
-    return torch.device("cuda", first) if torch.cuda.is_available() else torch.device("mps")
+    chosen = devices if isinstance(devices, list) and devices else range(torch.cuda.device_count())
+    return torch.device("cuda", chosen[local_rank() % len(chosen)])  # a launcher may show each process its own GPU alone
 
 
 def autocast_dtype(settings: TrainerSettings) -> torch.dtype | None:
@@ -134,27 +167,45 @@ def check_trainer(settings: TrainerSettings) -> None:
     lightning_trainer(params)
 
 
-def check_one_process(settings: TrainerSettings) -> None:
-    """Refuse several processes, which the stages cannot be run in yet: each would train, log and save for itself."""
+def processes_of(settings: TrainerSettings) -> int:
+    """Processes that train together, on all machines."""
+    return _all_processes(trainer_params(settings))
+
+
+def _all_processes(params: Mapping[str, Any]) -> int:
+    return world_size() if launched() else _processes(params["devices"], on_cpu(params))
+
+
+def batch_words(settings: TrainerSettings, batch_size: int) -> str:
+    """The rows of an optimizer step, in words."""
+    accumulate, processes = trainer_params(settings).get("accumulate_grad_batches", 1), processes_of(settings)
+    return f"{batch_size} x {accumulate} rows" + (f" on each of {processes} devices" if processes > 1 else "")
+
+
+def check_processes(settings: TrainerSettings) -> None:
+    """Refuse other processes than the settings ask for, and strategies that no checkpoint could be saved from. Raises UserError."""
     params = trainer_params(settings)
-    devices, nodes = params["devices"], int(params.get("num_nodes", 1))
-    if nodes > 1 or _processes(devices, on_cpu(params)) > 1:
-        raise UserError(f"trainer.params: got devices {devices}, num_nodes {nodes}; this version trains in one process, set both to 1")
-
-
-def processes_here(settings: TrainerSettings) -> int:
-    """Processes that train together, on this machine."""
-    params = trainer_params(settings)
-    return _processes(params["devices"], on_cpu(params))
-
-
-def check_one_machine(settings: TrainerSettings) -> None:
-    """Refuse more than one machine, processes that another launcher started, and strategies that no checkpoint could be saved from."""
-    refuse_launchers()
-    params = trainer_params(settings)
-    if int(params.get("num_nodes", 1)) > 1:
-        raise UserError(f"trainer.params.num_nodes: got {params['num_nodes']}; this version trains on one machine, set it to 1")
-    if processes_here(settings) > 1 and params["strategy"] not in ONE_MODEL_EACH:
+    devices, nodes = _processes(params["devices"], on_cpu(params)), int(params.get("num_nodes", 1))
+    if launched():
+        machines = max(1, world_size() // local_world_size())
+        problems = []
+        if devices != local_world_size():
+            problems.append(
+                f"trainer.params.devices: got {params['devices']}, but {local_world_size()} processes were started on this machine; "
+                "remove it, or start as many"
+            )
+        if nodes != machines:
+            problems.append(f"trainer.params.num_nodes: got {nodes}, but processes were started on {machines}; remove it")
+        if not problems and devices * nodes != world_size() and _engine == Engine():
+            problems.append(f"WORLD_SIZE is {world_size()}, and {devices} were started on this machine; start as many on each machine")
+        if problems:
+            raise UserError(*problems)
+    elif nodes > 1:
+        raise UserError(
+            f"trainer.params.num_nodes: got {nodes}; to train on several machines, start the script on each of them with torchrun "
+            f"(--nnodes {nodes} --nproc_per_node {devices} --rdzv_endpoint HOST:PORT)"
+        )
+    if processes_of(settings) > 1 and params["strategy"] not in ONE_MODEL_EACH:
         raise UserError(
             f"trainer.params.strategy: got {params['strategy']!r}, under which no process has the whole model to save; "
             f"expected auto or one of {', '.join(ONE_MODEL_EACH)}"
@@ -162,9 +213,9 @@ def check_one_machine(settings: TrainerSettings) -> None:
 
 
 def on_all_gpus(settings: TrainerSettings) -> TrainerSettings:
-    """The settings with every GPU of this machine, where it has several and `accelerator` takes them."""
+    """The settings with every GPU of this machine, where it has several, `accelerator` takes them and no launcher has chosen."""
     count = torch.cuda.device_count()
-    if count < 2 or on_cpu(trainer_params(settings)):
+    if count < 2 or launched() or on_cpu(trainer_params(settings)):
         return settings
     return settings.model_copy(update={"params": {**settings.params, "devices": count}})
 
@@ -241,20 +292,22 @@ def build_trainer(
     check_trainer(settings)
     params = trainer_params(settings)
     shows_progress = params.pop("enable_progress_bar", True)
-    if processes_here(settings) > 1:
-        params["strategy"] = DDPStrategy(
+    if processes_of(settings) > 1:
+        params["strategy"] = _engine.ddp(
             find_unused_parameters=str(params["strategy"]).endswith("_true"), timeout=timedelta(seconds=settings.process_timeout_s)
         )
+        if launched():
+            params["plugins"] = list(_engine.plugins)
     logger = TrackerLogger(tracker)
     metrics = TrainingMetrics(tracker, total_steps, params["log_every_n_steps"], skips=on_nan == "skip")
-    report = ProgressReport(metrics, total_steps, shows_progress and followed_run() is None)
+    report = ProgressReport(metrics, total_steps, shows_progress and not follows())
     keeper = CheckpointKeeper.from_settings(run_dir, save, settings.checkpoint, choices)
     state = None if resume is None else resume.state
     checkpoints = Checkpoints(keeper, settings.checkpoint.every_n_train_steps, total_steps, StopSignals(), report, tracker, state)
     trainer = lightning_trainer(
         params,
         logger=logger,
-        callbacks=[SetEpoch(_overfits(settings)), StatelessDropout(seed), metrics, report, checkpoints],
+        callbacks=[SetEpoch(_overfits(settings)), StatelessDropout(seed), metrics, report, *_engine.callbacks, checkpoints],
         default_root_dir=str(run_dir),
     )
     logger.trainer = trainer
@@ -294,7 +347,7 @@ def fit(
         trainer.precision_plugin.convert_module(module)  # as Lightning will: under bf16-true what was saved is bfloat16
         load_trained_weights(module, state["weights"])
         checkpoints.go_back(state)
-    leads = trainer.world_size > 1 and followed_run() is None
+    leads = trainer.world_size > 1 and not launched() and not follows()
     with checkpoints.stop, quiet_lightning(), meeting_on_loopback() if leads else contextlib.nullcontext():
         try:
             if state is not None and state["validates"]:
@@ -308,13 +361,20 @@ def fit(
             raise UserError(f"trainer.params: {' '.join(str(error).split())}") from error
         except BaseException as error:
             end_followers(trainer, at_once=not isinstance(error, Stopped))
-            if isinstance(error, RuntimeError) and trainer.world_size > 1 and _is_of_the_connection(error):
+            if isinstance(error, RuntimeError) and "find_unused_parameters=True" in str(error):
+                raise UserError(
+                    "trainer.params.strategy: under ddp every weight that trains must enter every loss, and some do "
+                    "not; use ddp_find_unused_parameters_true"
+                ) from error
+            if isinstance(error, RuntimeError) and trainer.world_size > 1 and is_of_the_connection(error):
                 raise UserError(
                     "a process of this training ended, or did not answer within trainer.process_timeout_s; --resume goes on from the last "
                     f"checkpoint ({' '.join(str(error).split())[:160]})"
                 ) from error
             raise
     release_optimization(trainer, module)
+    if distributed.is_initialized() and not launched():
+        distributed.destroy_process_group()  # all of them are here; a launcher's group is its maker's
     model = keeper.run_dir / BEST
     if trainer.is_global_zero:
         if keeper.last is None:
@@ -337,11 +397,6 @@ def release_optimization(trainer: pl.Trainer, module: pl.LightningModule) -> Non
     module.zero_grad(set_to_none=True)
     trainer.strategy.optimizers = []
     trainer.strategy.lr_scheduler_configs = []
-
-
-def _is_of_the_connection(error: RuntimeError) -> bool:
-    words = ("gloo", "nccl", "connection", "timeout", "timed out")
-    return isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in words)
 
 
 def end_followers(trainer: pl.Trainer, *, at_once: bool) -> None:

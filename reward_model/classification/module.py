@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from common.freezing import freeze_eval
+from common.gathered import Gathered
 from common.models.reward import RewardModel
 from common.optim import build_optimizer
 from reward_model.classification.dataset import PairBatch
 from reward_model.classification.losses import bradley_terry_loss, pair_loss
 from reward_model.config import ClassificationParams
-from reward_model.gathered import Gathered
 from reward_model.members import member_weights, spread
 from reward_model.metrics import wins
 
@@ -66,6 +66,8 @@ class PairModule(pl.LightningModule):
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         members = self(batch)
+        if not batch["weight"].any():
+            return  # a row of another process, which keeps their batches alike
         chosen, rejected = (scores.mean(1) for scores in members)
         margin, importance = batch["margin"], batch["importance"]
         columns = [chosen, rejected, batch["weight"], importance * bradley_terry_loss(chosen, rejected, margin)]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from common.freezing import freeze_eval
+from common.gathered import Gathered
 from common.models.reward import RewardModel
 from common.optim import build_optimizer
 from common.score_transform import ScoreTransform
 from reward_model.config import RegressionParams
-from reward_model.gathered import Gathered
 from reward_model.members import member_weights
 from reward_model.metrics import group_ids, mean, pairs_within, pearson, r2, same_sign, spearman, wins
 from reward_model.regression.dataset import ScoreBatch, ScoreRow
@@ -72,6 +72,8 @@ class ScoreModule(pl.LightningModule):
 
     def validation_step(self, batch: ScoreBatch, batch_idx: int) -> None:
         members = self(batch)  # (B, M)
+        if not batch["weight"].any():
+            return  # a row of another process, which keeps their batches alike
         scores = members.mean(1, keepdim=True)
         table = torch.cat([scores, self.losses(batch, scores), self.losses(batch, members).mean(1, keepdim=True), members], 1)
         for index, row in zip(batch["index"].tolist(), table.tolist(), strict=True):

@@ -26,7 +26,7 @@ def test_processes_of_a_launcher_are_numbered_over_all_machines(monkeypatch: pyt
     with leading(tmp_path):
         assert followed_run() is None, "it has no part in what another start has left in the environment"
     assert launched() and follows() and (rank(), world_size(), local_world_size()) == (2, 4, 2)
-    with pytest.raises(UserError, match="WORLD_SIZE is 4, but the script starts its processes itself"):
+    with pytest.raises(UserError, match="WORLD_SIZE is 4, but this command runs in one process"):
         refuse_launchers()
     monkeypatch.setenv("RANK", "0")
     assert launched() and not follows()

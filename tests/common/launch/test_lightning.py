@@ -24,14 +24,16 @@ from common.closing import RunResult, finish_run
 from common.errors import UserError
 from common.launch.callbacks import TRAINING_METRICS, ProgressReport, count_tokens, mixed_seed
 from common.launch.lightning import (
+    Engine,
     batch_limit,
+    batch_words,
     build_trainer,
-    check_one_machine,
-    check_one_process,
+    check_processes,
     check_trainer,
     fit,
+    launched_by,
     on_all_gpus,
-    processes_here,
+    processes_of,
     total_optimizer_steps,
     trainer_params,
 )
@@ -515,28 +517,46 @@ def test_a_process_that_is_told_to_end_exits_with_143(tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("params", [{"devices": 3}, {"devices": "2"}, {"num_nodes": 2}])
-def test_more_processes_than_one_are_refused(params: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="this version trains in one process"):
-        check_one_process(TrainerSettings(params={"accelerator": "cpu", **params}))
+def cpu_settings(**params: object) -> TrainerSettings:
+    return TrainerSettings(params={"accelerator": "cpu", **params})
 
 
-def test_several_processes_on_one_machine_each_hold_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def settings(**params: object) -> TrainerSettings:
-        return TrainerSettings(params={"accelerator": "cpu", **params})
-
-    check_one_machine(settings(devices=2))
-    check_one_machine(settings(devices=2, strategy="ddp"))
-    assert trainer_params(settings(devices=2))["strategy"] == "ddp_find_unused_parameters_true"
-    assert [processes_here(settings(devices=devices)) for devices in (1, 3, "2", "auto")] == [1, 3, 2, 1]
-    with pytest.raises(UserError, match="num_nodes: got 2; this version trains on one machine"):
-        check_one_machine(settings(num_nodes=2))
+def test_processes_on_one_machine_each_hold_the_whole_model() -> None:
+    check_processes(cpu_settings(devices=2))
+    assert trainer_params(cpu_settings(devices=2))["strategy"] == "ddp"
+    assert [processes_of(cpu_settings(devices=devices)) for devices in (1, 3, "2", "auto")] == [1, 3, 2, 1]
+    assert batch_words(cpu_settings(devices=2), 8) == "8 x 1 rows on each of 2 devices"
+    with pytest.raises(UserError, match="num_nodes: got 2; to train on several machines, start the script on each of them with torchrun"):
+        check_processes(cpu_settings(num_nodes=2))
     with pytest.raises(UserError, match="strategy: got 'fsdp', under which no process has the whole model to save"):
-        check_one_machine(settings(devices=2, strategy="fsdp"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+        check_processes(cpu_settings(devices=2, strategy="fsdp"))
+
+
+def test_processes_that_a_launcher_started_are_as_many_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines with two processes each: the settings may say so, and say nothing else."""
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for asked in ({}, {"devices": 2}, {"devices": "auto", "num_nodes": 2}):
+        check_processes(cpu_settings(**asked))
+        params = trainer_params(cpu_settings(**asked))
+        assert (params["devices"], params["num_nodes"], params["strategy"], processes_of(cpu_settings(**asked))) == (2, 2, "ddp", 4)
+    with pytest.raises(UserError, match="devices: got 4, but 2 processes were started on this machine"):
+        check_processes(cpu_settings(devices=4))
+    with pytest.raises(UserError, match="num_nodes: got 1, but processes were started on 2"):
+        check_processes(cpu_settings(num_nodes=1))
+    monkeypatch.setenv("WORLD_SIZE", "5")  # two here, three on the other machine
+    with pytest.raises(UserError, match="WORLD_SIZE is 5, and 2 were started on this machine; start as many on each machine"):
+        check_processes(cpu_settings())
+    with launched_by(Engine(plugins=())):  # Ray, say, which places its workers as it can
+        check_processes(cpu_settings())
+
+
+def test_one_process_is_fewer_than_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="WORLD_SIZE is 2, but the script starts its processes itself"):
-        check_one_machine(settings())
+    with pytest.raises(UserError, match="devices: got 2, but 1 processes were started on this machine"):
+        check_processes(cpu_settings(devices=2))
 
 
 def test_all_gpus_are_taken_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
