@@ -26,6 +26,7 @@ from common.config_report import located, problem_lines
 from common.config_secrets import KEY_VARIABLE, move_to_environment, take_key_out, without_secrets
 from common.config_yaml import MarkedData, read_marked_yaml
 from common.errors import UserError, locate_problems
+from common.llm_on_ray import translate
 from common.notes import begin_notes, say
 from common.schema import Section
 from common.schema_types import KeyPath, dotted, section_of
@@ -170,6 +171,7 @@ def _load(schema: type[C], path: Path, overrides: Sequence[str], base_dir: Path)
     check_script(marked.data, schema, marked.source)
     notes: list[str] = []
     unusable: list[str] = []
+    translate(marked, schema, notes)
     rename_old_keys(marked, schema, notes)
     for text in overrides:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -11,17 +11,22 @@ from pydantic import BaseModel
 from common.config_secrets import holds_key
 from common.config_yaml import MarkedData, parse_override_value
 from common.errors import UserError
+from common.llm_on_ray import translate
 from common.schema import CommandLineValue
 from common.schema_types import KeyPath, dotted, section_of, type_at, type_below, type_words
 
-# Older spellings -> ours. A name counts only in sections that have the new name as a field.
-ALIASES = {
-    "truncate_promt": "truncate_prompt",
-    "max_length_promt": "max_prompt_length",
-    "log_obg": "monitor",
-    "global_epoches": "global_epochs",
-    "forward_batch_size": "mini_batch_size",
-    "train_batch_size": "batch_size",
+# Older spellings, and llm-on-ray's names -> ours. A name counts only in sections that have a new name as a field.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "truncate_promt": ("truncate_prompt",),
+    "max_length_promt": ("max_prompt_length",),
+    "log_obg": ("monitor",),
+    "global_epoches": ("global_epochs",),
+    "forward_batch_size": ("mini_batch_size",),
+    "train_batch_size": ("batch_size",),
+    "train_file": ("data_dir", "data_file_path"),
+    "output_dir": ("dirpath", "checkpoint_dir"),
+    "experience_batch_size": ("batch_size",),
+    "kl_coeff": ("init_kl_coef",),
 }
 # Old and new name of these may stand together as long as they agree.
 MAY_AGREE = frozenset({"forward_batch_size"})
@@ -60,6 +65,11 @@ OBSOLETE: dict[str, dict[str, str]] = {
 }
 
 
+def current_name(old: str, fields: Collection[str]) -> str | None:
+    """The one of `fields` that an older name stands for."""
+    return next((new for new in ALIASES.get(old, ()) if new in fields), None)
+
+
 def check_script(data: Mapping[str, Any], schema: type[BaseModel], shown: str) -> None:
     """Refuse a file with more signs of another script's configs than of this one's: one line instead of one for every key."""
     own = {key for keys in SIGNS.values() for key in keys & schema.model_fields.keys()} & data.keys()
@@ -77,8 +87,9 @@ def rename_old_keys(marked: MarkedData, schema: type[BaseModel], notes: list[str
     section: Any = marked.data
     for part in path:
         section = section[part]
-    for old, new in ALIASES.items():
-        if old not in section or new not in schema.model_fields:
+    for old in [key for key in ALIASES if key in section and key not in schema.model_fields]:
+        new = current_name(old, schema.model_fields)
+        if new is None:
             continue
         old_path, new_path = (*path, old), (*path, new)
         place, line = marked.origin(old_path)
@@ -120,6 +131,7 @@ def apply_override(marked: MarkedData, schema: type[BaseModel], text: str, notes
     _container(marked, path, name)[path[-1]] = _from_command_line(value, type_at(schema, path))
     marked.forget(path)
     marked.overrides[path] = name
+    translate(marked, schema, notes)
     rename_old_keys(marked, schema, notes)
 
 
@@ -137,9 +149,9 @@ def _key_path(marked: MarkedData, schema: type[BaseModel], name: str, shown: str
         if not part:
             raise UserError(f"{shown}: expected section.key=value, got an empty part in the key")
         section = section_of(annotation)
-        if section is not None and part not in section.model_fields and ALIASES.get(part) in section.model_fields:
-            notes.append(f"{shown}: {part} is read as {ALIASES[part]}")
-            part = ALIASES[part]
+        if section is not None and part not in section.model_fields and (new := current_name(part, section.model_fields)):
+            notes.append(f"{shown}: {part} is read as {new}")
+            part = new
         key: str | int = part
         if isinstance(data, list):
             if not part.isdigit() or int(part) >= len(data):

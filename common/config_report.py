@@ -183,11 +183,12 @@ def _unknown(path: KeyPath, schema: type[BaseModel]) -> tuple[str, str | None]:
     section = section_of(type_at(schema, path[:-1]))
     names = list(section.model_fields) if section is not None else []
     places = [found for found, _ in walk_fields(schema)]
-    elsewhere = [dotted(found) for found in places if found[-1] == ALIASES.get(key, key)]
+    meant = ALIASES.get(key, (key,))
+    elsewhere = [dotted(found) for found in places if found[-1] in meant]
     if key in ARGUMENTS and ("trainer", "params") in places:
         elsewhere.append(f"trainer.params.{key}")
     if elsewhere:
-        return f"unknown key here; it belongs to {' or '.join(elsewhere)}", ALIASES.get(key, key)
+        return f"unknown key here; it belongs to {' or '.join(elsewhere)}", meant[0]
     close = difflib.get_close_matches(key, names, n=1)
     if close:
         return f"unknown key; did you mean {close[0]}?", close[0]
