@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 import reward_model.classification.train_reward
 import reward_model.regression.train_reward
 import sft.train_sft
+from common.errors import UserError
 from common.followers import rank
 from common.tracking import read_metrics
 from reward_model.classification.module import PairModule
@@ -36,6 +38,8 @@ MODULES: dict[str, type[pl.LightningModule]] = {
     "reward_regression": ScoreModule,
 }
 NEO = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32, "window_size": 8, "max_position_embeddings": 64}
+T5 = {"model_type": "t5", "config": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}}
+FROZEN = {f"freeze_{group}": True for group in ("emb", "ln", "attn", "ff")}
 GENERATED = {"evaluation": {"num_generated": 5, "generate_params": {"max_new_tokens": 6, "do_sample": True}}}
 
 
@@ -70,7 +74,7 @@ def write_config(stage: str, tmp_path: Path, **changes: Any) -> Path:
         **(GENERATED if stage == "sft" else {}),
     }  # fmt: skip
     for name, value in changes.items():
-        settings[name] = {**settings.get(name, {}), **value}
+        settings[name] = {**settings[name], **value} if isinstance(value, dict) else value
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
@@ -125,13 +129,15 @@ def check_equal(one: Path, two: Path, *, losses: float = 1e-5, of_weights: float
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("sft", {}),
-    ("sft", {"data": {"batching": "packed"}}),
+    ("sft", {"data": {"batching": "packed"}, "model_params": {"learning_rate": 1e-2, "lora": {"r": 2}}}),
+    ("sft", {"model_init": T5, "data": {"batching": "bucketed"}}),
+    ("sft", {"model_params": {"learning_rate": 1e-2, "layers_not_to_freeze": [-1], "cache_states": "float32", **FROZEN}}),
     ("reward_classification", {}),
     ("reward_regression", {"data": {"batching": "bucketed"}}),
 ]
 
 
-@pytest.mark.parametrize(("stage", "changes"), CASES, ids=lambda value: "-".join(str(value).split()) if value else "")
+@pytest.mark.parametrize(("stage", "changes"), CASES, ids=["sft", "sft-packed-lora", "sft-t5", "sft-cached", "pairs", "scores"])
 def test_two_processes_train_what_one_does(stage: str, changes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_config(stage, tmp_path, **changes)
     with monkeypatch.context() as patch:
@@ -149,3 +155,38 @@ def test_two_processes_train_what_one_does(stage: str, changes: Any, tmp_path: P
         tables = [sorted((run / "tables").iterdir())[-1].read_text() for run in (one, two)]
         assert tables[0] == tables[1] and len(tables[0].splitlines()) == 5
     assert os.readlink(tmp_path / "models" / "latest") == "desc-two,index-0/best"
+
+
+def test_all_stop_after_the_same_step_and_go_on_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal reaches one of them alone, and dropout draws of each what it had drawn."""
+    path = write_config("sft", tmp_path, model_params={"learning_rate": 1e-2, "dropout": 0.2})
+    command = [f"--config={path}", "data.batch_size=2", "trainer.params.accumulate_grad_batches=1"]
+    assert as_launched(MAINS["sft"], [*command, "desc=whole"], tmp_path)[0] == [0, 0]
+    original = SFTModule.training_step
+
+    def training_step(module: Any, batch: Any, batch_idx: int) -> Any:
+        if module.trainer.global_step == 4 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(module, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTModule, "training_step", training_step)
+        codes, printed = as_launched(MAINS["sft"], [*command, "desc=stopped"], tmp_path)
+    assert codes == [143, 143] and printed.count("to go on: the same command with --resume") == 1, printed
+    with pytest.raises(UserError, match="--resume: 1 processes now, 2 when the run began; start as many"):
+        MAINS["sft"]([*command, "desc=stopped", "--resume"])
+    assert as_launched(MAINS["sft"], [*command, "desc=stopped", "--resume"], tmp_path)[0] == [0, 0]
+    whole, stopped = (tmp_path / "models" / f"desc-{name},index-0" for name in ("whole", "stopped"))
+    assert figures(stopped) == figures(whole)
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(stopped).items())
+
+
+def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
+    path = write_config("sft", tmp_path)
+    codes, printed = as_launched(MAINS["sft"], [f"--config={path}", "trainer.params.devices=3"], tmp_path)
+    assert codes == [2, 2] and printed.count("error: ") == 1
+    assert "trainer.params.devices: got 3, but 2 processes were started on this machine" in printed
+    codes, printed = as_launched(MAINS["sft"], [f"--config={path}", "launch.num_training_workers=4"], tmp_path)
+    assert codes == [2, 2] and "launch.num_training_workers: got 4, but 2 processes train" in printed
+    assert not (tmp_path / "models").exists()

@@ -14,10 +14,10 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -55,27 +55,11 @@ ONE_MODEL_EACH = ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_par
 FLOAT16 = frozenset({16, "16", "16-mixed", "16-true"})
 
 
-class Engine(NamedTuple):
-    """What Lightning needs in processes that something else started: how they are told apart, and what else is to be done in them."""
+class LaunchedEnvironment(TorchElasticEnvironment):
+    """Processes that a launcher started and told who they are, in RANK, LOCAL_RANK and WORLD_SIZE."""
 
-    ddp: type[DDPStrategy] = DDPStrategy
-    plugins: Sequence[Any] = (TorchElasticEnvironment(),)  # reads RANK, LOCAL_RANK and WORLD_SIZE
-    callbacks: Sequence[pl.Callback] = ()
-
-
-_engine = Engine()
-
-
-@contextlib.contextmanager
-def launched_by(engine: Engine) -> Iterator[None]:
-    """Trainers that are built inside belong to processes that this engine started (RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE are
-    set). A process group that it made stays as it is; without one, that of `env://` is made and destroyed."""
-    global _engine
-    before, _engine = _engine, engine
-    try:
-        yield
-    finally:
-        _engine = before
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """`check_processes` has done so; machines of a Ray cluster may have different numbers of them."""
 
 
 def trainer_params(settings: TrainerSettings) -> dict[str, Any]:
@@ -196,8 +180,6 @@ def check_processes(settings: TrainerSettings) -> None:
             )
         if nodes != machines:
             problems.append(f"trainer.params.num_nodes: got {nodes}, but processes were started on {machines}; remove it")
-        if not problems and devices * nodes != world_size() and _engine == Engine():
-            problems.append(f"WORLD_SIZE is {world_size()}, and {devices} were started on this machine; start as many on each machine")
         if problems:
             raise UserError(*problems)
     elif nodes > 1:
@@ -293,11 +275,11 @@ def build_trainer(
     params = trainer_params(settings)
     shows_progress = params.pop("enable_progress_bar", True)
     if processes_of(settings) > 1:
-        params["strategy"] = _engine.ddp(
+        params["strategy"] = DDPStrategy(
             find_unused_parameters=str(params["strategy"]).endswith("_true"), timeout=timedelta(seconds=settings.process_timeout_s)
         )
         if launched():
-            params["plugins"] = list(_engine.plugins)
+            params["plugins"] = [LaunchedEnvironment()]
     logger = TrackerLogger(tracker)
     metrics = TrainingMetrics(tracker, total_steps, params["log_every_n_steps"], skips=on_nan == "skip")
     report = ProgressReport(metrics, total_steps, shows_progress and not follows())
@@ -307,7 +289,7 @@ def build_trainer(
     trainer = lightning_trainer(
         params,
         logger=logger,
-        callbacks=[SetEpoch(_overfits(settings)), StatelessDropout(seed), metrics, report, *_engine.callbacks, checkpoints],
+        callbacks=[SetEpoch(_overfits(settings)), StatelessDropout(seed), metrics, report, checkpoints],
         default_root_dir=str(run_dir),
     )
     logger.trainer = trainer
