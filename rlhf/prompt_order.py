@@ -10,23 +10,21 @@ from common.sampling import Stream, stream_keys
 class PromptOrder:
     """Batches from passes over the prompts, each pass in an order of its own; a batch may reach into the next pass.
 
-    A batch has B rows in each of N processes, `samples` side by side for each prompt, all of them in one process. So step s of all
-    processes together takes the P = B * N / samples prompts from number s * P on of the endless sequence of passes.
+    A batch has B rows (those of all processes), `samples` side by side for each prompt. So step s takes the P = B / samples prompts from
+    number s * P on of the endless sequence of passes.
     """
 
-    def __init__(self, prompts: int, batch_size: int, *, seed: int, samples: int = 1, world_size: int = 1, rank: int = 0) -> None:
+    def __init__(self, prompts: int, batch_size: int, *, seed: int, samples: int = 1) -> None:
         assert prompts > 0 and batch_size % samples == 0
-        self.prompts, self.batch_size, self.samples = prompts, batch_size, samples
-        self.seed, self.world_size, self.rank = seed, world_size, rank
+        self.prompts, self.batch_size, self.samples, self.seed = prompts, batch_size, samples, seed
         self._orders: dict[int, list[int]] = {}
 
-    def batch(self, step: int) -> tuple[list[int], list[int]]:
-        """Prompt index of each row of this process's batch at `step` (from 0), and the row's number in the batch of all processes."""
-        own = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        first = step * (self.batch_size * self.world_size // self.samples)
+    def batch(self, step: int) -> list[int]:
+        """Prompt index of each row of the batch at `step` (from 0)."""
+        first = step * (self.batch_size // self.samples)
         self._orders = {number: order for number, order in self._orders.items() if number >= first // self.prompts}
-        places = [divmod(first + number // self.samples, self.prompts) for number in own]
-        return [self._order(passed)[place] for passed, place in places], list(own)
+        places = [divmod(first + number // self.samples, self.prompts) for number in range(self.batch_size)]
+        return [self._order(passed)[place] for passed, place in places]
 
     def _order(self, passed: int) -> list[int]:
         if passed not in self._orders:

@@ -104,7 +104,7 @@ def rehearse(
         measured=f"a step on the longest prompts ({sum(len(prompt.ids) for prompt in longest):,} tokens), every answer of "
         f"{counted(generation.max_new_tokens, 'token')}, {sum(first[phase] for phase in PHASES):.3g} s; {TYPICAL_STEPS} typical ones "
         f"{each:.3g} s each ({', '.join(words)}); an evaluation {evaluation:.3g} s",
-        steps=f"{steps:,} PPO steps of {config.ppo_config.batch_size} answers",
+        steps=f"{steps:,} PPO steps of {config.ppo_config.batch_size * trainer.runtime.world_size} answers",
         steps_seconds=steps * each,
         validations=evaluations,
         validations_seconds=evaluations * evaluation,
@@ -120,9 +120,10 @@ def _named(phases: Sequence[str]) -> list[tuple[str, str]]:
 def _batches(trainer: PPOTrainer, prompts: Sequence[EncodedPrompt], steps: int) -> list[list[EncodedPrompt]]:
     """The prompts of each step of the first pass, those with the fewest tokens first."""
     each = trainer.config.samples_per_prompt
-    order = PromptOrder(len(prompts), trainer.config.batch_size, seed=trainer.config.seed, samples=each)
-    first_pass = min(steps, -(-len(prompts) // trainer.config.prompts_per_batch))
-    batches = [[prompts[row] for row in order.batch(step)[0][::each]] for step in range(first_pass)]
+    rows = trainer.config.batch_size * trainer.runtime.world_size
+    order = PromptOrder(len(prompts), rows, seed=trainer.config.seed, samples=each)
+    first_pass = min(steps, -(-len(prompts) * each // rows))
+    batches = [[prompts[row] for row in order.batch(step)[::each]] for step in range(first_pass)]
     return sorted(batches, key=lambda batch: sum(len(prompt.ids) for prompt in batch))
 
 

@@ -19,6 +19,8 @@ from common.errors import UserError
 T = TypeVar("T")
 TIMEOUT_S = 600.0
 """Seconds that processes wait for one another, where no setting says."""
+_BUCKET = 2**23
+"""Numbers that are summed over processes in one go."""
 _LOOPBACK = ("127.", "localhost", "::1")
 
 
@@ -86,6 +88,23 @@ class Runtime:
         total = tensor.detach().clone().to(self.device)
         distributed.all_reduce(total)
         return total.to(tensor.device)
+
+    def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
+        """As `sum`, of many tensors at once, whose contents are replaced; many small ones travel together."""
+        if self.world_size == 1:
+            return
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            bucket: list[Tensor] = []
+            size = 0
+            for tensor in [*(tensor for tensor in tensors if tensor.dtype == dtype), None]:
+                if bucket and (tensor is None or size + tensor.numel() > _BUCKET):
+                    total = self.sum(torch.cat([part.reshape(-1) for part in bucket]))
+                    for part, summed in zip(bucket, total.split([part.numel() for part in bucket]), strict=True):
+                        part.copy_(summed.view_as(part))
+                    bucket, size = [], 0
+                if tensor is not None:
+                    bucket.append(tensor)
+                    size += tensor.numel()
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""

@@ -34,7 +34,9 @@ class StopSignals:
     stands in for them there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, tells: bool = True) -> None:
+        """`tells`: say that a signal came; in one of several processes is enough."""
+        self.tells = tells
         self._caught: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
 
@@ -67,8 +69,8 @@ class StopSignals:
         if self.received is None:
             self._caught = name
             again = " (Ctrl-C again: at once, without saving)" if name is signal.SIGINT else ""
-            # Not print: the signal may have come in the middle of one.
-            os.write(2, f"{name.name}: saving after this step, then stopping{again}\n".encode())
+            if self.tells:  # not by print: the signal may have come in the middle of one
+                os.write(2, f"{name.name}: saving after this step, then stopping{again}\n".encode())
 
     @property
     def exit_code(self) -> int:

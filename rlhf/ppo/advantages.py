@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.ppo.masked import Reduce, alone, masked_mean, masked_moments
+from rlhf.ppo.masked import masked_mean, masked_moments
 
 ROUNDING = 1e-5
 """Differences of float32 numbers that are smaller than this share of them may be rounding alone."""
@@ -61,30 +61,29 @@ def grpo(scores: Tensor, mask: Tensor, group: int) -> Tensor:
     return _on_every_token((centred / (groups.std(1, keepdim=True) + 1e-4)).flatten(), mask)
 
 
-def are_alike(advantages: Tensor, mask: Tensor, scale: Tensor | float, *, centre: bool, reduce: Reduce = alone) -> bool:
-    """Whether advantages (B, T) say nothing: none in any process differs from 0 by more than rounding; with `centre`, from their mean.
+def are_alike(advantages: Tensor, mask: Tensor, scale: Tensor | float, *, centre: bool) -> bool:
+    """Whether advantages (B, T) say nothing: none differs from 0 by more than rounding; with `centre`, from their mean.
 
     An optimizer that divides by the gradient's size, as Adam does, would make steps of full size of what rounding left. `scale`: how
     large the numbers were that they are differences of. False where there is none.
     """
-    centred = advantages - masked_mean(advantages, mask, reduce) if centre else advantages
+    centred = advantages - masked_mean(advantages, mask) if centre else advantages
     differs = (torch.where(mask, centred, 0.0).abs() > ROUNDING * scale).any()
-    apart, present = reduce(torch.stack([differs, mask.any()]).float())
-    return bool(present) and not bool(apart)
+    return bool(mask.any()) and not bool(differs)
 
 
 def _on_every_token(advantages: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, advantages[:, None], 0.0)
 
 
-def classic_whitened_rewards(rewards: Tensor, mask: Tensor, trailing: Tensor, reduce: Reduce = alone) -> Tensor:
+def classic_whitened_rewards(rewards: Tensor, mask: Tensor, trailing: Tensor) -> Tensor:
     """Rewards rescaled as the classic trainer did it, (B, T') with T' >= T: padding after an answer is shifted too.
 
     The classic trainer whitened the zeros of padding along with the rewards, without masking them again, so that they leak
     into the advantages of shorter answers. `trailing` (B,): padded columns after each answer in its layout (the batch's longest
     prompt + answer minus this one). `masked_rescale` is the same without the leak.
     """
-    mean, var = masked_moments(rewards, mask, reduce)
+    mean, var = masked_moments(rewards, mask)
     width = rewards.shape[1]
     ends = mask_ends(mask) + trailing
     columns = max(width, int(ends.max()))

@@ -51,6 +51,11 @@ class Answers:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def sizes(self) -> Tensor:
+        """(B,) tokens of prompt and answer."""
+        return self.lengths if self.encoder_mask is None else self.lengths + self.encoder_mask.sum(1)
+
     def select(self, rows: Tensor) -> Answers:
         """Some rows, cut to the longest of them."""
         width = int(self.lengths[rows].max())

@@ -15,8 +15,8 @@ from common.record_types import PromptRecord
 from common.schema import GenerateParams
 from rlhf.ppo.prompts import EncodedPrompt
 from rlhf.ppo.rollout import Rollout
+from rlhf.ppo.sharing import score_rollout
 from rlhf.reward_pipelines.build import RewardPipeline
-from rlhf.reward_pipelines.part import RewardResult
 
 if TYPE_CHECKING:
     from rlhf.ppo.trainer import PPOTrainer
@@ -35,7 +35,10 @@ class Evaluation:
 
 
 class Evaluator:
-    """Answers the evaluation prompts as training samples them, scores them, and compares with the reference."""
+    """Answers the evaluation prompts as training samples them, scores them, and compares with the reference.
+
+    Processes share the prompts, and each gets the figures over all of them.
+    """
 
     def __init__(
         self,
@@ -55,8 +58,8 @@ class Evaluator:
 
     def __call__(self) -> Evaluation:
         ids = [prompt.ids for prompt in self.prompts]
-        rollout = self.trainer.rollout(ids, self.params, seed=self.seed, step=NOISE_STREAM, **self.decoding)
-        result = score_rollout(self.pipeline, self.prompts, rollout)
+        rollout = self.trainer.rollout_of_all(ids, self.params, seed=self.seed, step=NOISE_STREAM, **self.decoding)
+        result, _ = score_rollout(self.trainer.runtime, self.pipeline, self.prompts, rollout)
         scores = result.scores
         kl = self.trainer.sampled_kl(rollout, self.params.temperature)
         texts = Counter(rollout.texts)
@@ -76,12 +79,6 @@ class Evaluator:
             for row in shown
         ]
         return Evaluation(figures, rows)
-
-
-def score_rollout(pipeline: RewardPipeline, prompts: Sequence[EncodedPrompt], rollout: Rollout) -> RewardResult:
-    """What the reward pipeline says about a rollout's texts."""
-    records = [prompt.record for prompt in prompts]
-    return pipeline.score([record.prompt for record in records], rollout.texts, [record.columns for record in records], rollout.ended)
 
 
 def choose_evaluation_prompts(records: Sequence[PromptRecord], count: int, seed: int) -> list[PromptRecord]:

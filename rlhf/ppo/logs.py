@@ -31,7 +31,6 @@ def start_tracker(
     *,
     wandb: WandbSettings | None = None,
     tensorboard: bool = False,
-    is_main: bool = True,
 ) -> Tracker:
     """Metrics to files in `directory`; by `config.log_with` to wandb (with these settings) or TensorBoard too."""
     used: WandbSettings | None = None
@@ -46,7 +45,6 @@ def start_tracker(
         wandb=used,
         tensorboard=tensorboard or config.log_with == "tensorboard",
         directions={MONITOR: "max"},
-        is_main=is_main,
         init_arguments=dict(config.tracker_kwargs.get("wandb", config.tracker_kwargs)),
     )
 

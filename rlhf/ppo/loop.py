@@ -20,7 +20,7 @@ from common.closing import RunResult, cost_line, finish_run, opening_lines
 from common.disk import check_room, checkpoint_bytes
 from common.errors import UserError
 from common.launch.checkpointing import CheckpointKeeper
-from common.launch.runtime import peak_memory_gib
+from common.launch.runtime import Runtime, peak_memory_gib
 from common.launch.signals import StopSignals
 from common.models.kinds import positions_of
 from common.progress import Progress, format_figure
@@ -32,12 +32,13 @@ from common.tracking import TIME, Tracker, read_metrics
 from common.training_state import check_finite, check_start_weights, load_trained_weights, trained_weights, weights_digest
 from rlhf.config import PPOGeneration
 from rlhf.inputs import UNLIMITED_PROMPT, with_columns
-from rlhf.ppo.evaluation import SAMPLE_COLUMNS, Evaluator, score_rollout
+from rlhf.ppo.evaluation import SAMPLE_COLUMNS, Evaluator
 from rlhf.ppo.logs import MONITOR, start_tracker
 from rlhf.ppo.metrics import METRICS
 from rlhf.ppo.prompts import EncodedPrompt, as_prompts
 from rlhf.ppo.rewards import penalised_scores
 from rlhf.ppo.rollout import Rollout, collect_rollout
+from rlhf.ppo.sharing import roll_out, score_rollout
 from rlhf.prompt_order import PromptOrder
 from rlhf.reward_pipelines.build import RewardPipeline, as_pipeline
 from rlhf.sampling_options import check_sampling_options
@@ -109,6 +110,8 @@ def train(
     missing_eos_penalty, missing_eos_score, length_penalty: see `penalised_scores`.
     samples_logged: rows of the sample table. decoding: further arguments of `collect_rollout`.
 
+    Processes that were started together (`trainer.runtime`) all call this with the same arguments; the first of them alone writes.
+
     A second call goes on where the first ended. SIGINT and SIGTERM save, then raise `Stopped`. Raises UserError for what cannot be used.
     """
     # 1. what judges the answers, how they are sampled, which prompts
@@ -126,25 +129,30 @@ def train(
     training = _with_all_columns(encoded(_given(prompts, trainer.dataset, "prompts"), name="prompts"))
     held_out = _with_all_columns(encoded(eval_prompts, name="eval_prompts"))
     decoding = {"batch_size": config.batch_size, **(decoding or {})}
+    each, answers = config.samples_per_prompt, config.batch_size * runtime.world_size
     if pipeline.needs_calibration:
-        calibrate(pipeline, model, trainer.tokenizer, training[: max(config.batch_size, len(held_out))], params, config.seed, decoding)
+        first_prompts = training[: max(answers, len(held_out))]
+        calibrate(pipeline, model, trainer.tokenizer, first_prompts, params, config.seed, decoding, runtime)
     penalise = partial(
         _penalised, missing_eos_penalty=missing_eos_penalty, missing_eos_score=missing_eos_score, length_penalty=length_penalty
     )
     evaluate = Evaluator(trainer, pipeline, held_out, params, penalise=penalise, seed=config.seed, samples=samples_logged, **decoding)
 
     # 2. how long, and in which order
-    each, batch_of_prompts = config.samples_per_prompt, config.prompts_per_batch * runtime.world_size
+    batch_of_prompts = answers // each
     steps = steps or config.steps or len(training) * epochs // batch_of_prompts
     if steps == 0:
         raise UserError(f"{len(training)} prompts x {epochs} epochs make no batch of {batch_of_prompts}")
     first = trainer.steps_done
-    order = PromptOrder(len(training), config.batch_size, seed=config.seed, samples=each, world_size=runtime.world_size, rank=runtime.rank)
+    order = PromptOrder(len(training), answers, seed=config.seed, samples=each)
+    own = range(runtime.rank * config.batch_size, (runtime.rank + 1) * config.batch_size)
 
-    # 3. where it writes, or goes on
-    output, point = _output(save_to, config, resume, _fingerprint([*training, *held_out]))
+    # 3. where it writes, or goes on; the first process decides
+    fingerprint = _fingerprint([*training, *held_out])
+    output, point = runtime.broadcast(_output(save_to, config, resume, fingerprint) if runtime.is_main else (None, None))
     if point is not None and point.finished:
-        say_finished(point)
+        if runtime.is_main:
+            say_finished(point)
         return read_history(point.run_dir)
     began_with = weights_digest(model.pretrained_model.state_dict()) if output is not None else ""
     state: dict[str, Any] | None = None
@@ -163,7 +171,7 @@ def train(
     with contextlib.ExitStack() as stack:
         tracker = trainer.tracker if output is None and trainer.tracker is not None else Tracker(Path(), is_main=False)  # writes nothing
         keeper = None
-        if output is not None:
+        if output is not None and runtime.is_main:
             if not output.is_held:
                 stack.enter_context(holding(output.directory, point))
             one = checkpoint_bytes(model, *([trainer.critic] if trainer.critic is not None else []))
@@ -177,7 +185,6 @@ def train(
                     output.config,
                     wandb=output.wandb,
                     tensorboard=output.tensorboard,
-                    is_main=runtime.is_main,
                 )
             )
             facts = {"prompt_format": prompt_format, "max_prompt_length": limit, "max_length": limit + params.max_new_tokens}
@@ -188,7 +195,12 @@ def train(
                 keeper.load_state_dict(state["keeper"], point.step)
                 tracker.go_back(state["metrics"], point.step)
                 history += read_history(output.directory)
-        stop = stack.enter_context(StopSignals())
+        history = runtime.broadcast(history)
+        stop = stack.enter_context(StopSignals(tells=runtime.is_main))
+
+        def note(line: str) -> None:
+            if runtime.is_main:
+                progress.note(line)
 
         def log(figures: Mapping[str, float], step: int) -> None:
             tracker.log(figures, step)
@@ -200,7 +212,7 @@ def train(
             log(evaluation.figures, step)
             tracker.table("eval/samples", SAMPLE_COLUMNS, evaluation.samples, step)
             remark = remark or (standing(keeper, evaluation.figures, start[MONITOR]) if keeper is not None else "")
-            progress.note(f"step {step}: {shown(evaluation.figures)}{remark}")
+            note(f"step {step}: {shown(evaluation.figures)}{remark}")
             return evaluation.figures
 
         def position(looks: bool = False) -> dict[str, Any]:
@@ -219,46 +231,48 @@ def train(
             }
 
         def save_now(step: int, evaluated: Mapping[str, float] | None = None, looks: bool = False) -> None:
-            assert keeper is not None
+            """All processes call it; the first one, which has the keeper, writes."""
             for network in (model, trainer.critic):
                 if network is not None:
                     check_finite(network, step)
-            keeper.save(step, evaluated, partial(position, looks))
+            if keeper is not None:
+                keeper.save(step, evaluated, partial(position, looks))
 
-        for line in opening_lines(
+        together = f" of {runtime.world_size} processes" if runtime.world_size > 1 else ""
+        lines = opening_lines(
             output.directory if output is not None else None,
             parameters=[*model.parameters(), *(trainer.critic.parameters() if trainer.critic is not None else ())],
             rows={"train": len(training), "evaluation": len(held_out)},
             steps=steps,
-            batch=f"{config.batch_size} answers{f', {each} to each prompt' if each > 1 else ''}",
+            batch=f"{answers} answers{together}{f', {each} to each prompt' if each > 1 else ''}",
             device=str(runtime.device),
             step_name="PPO",
-        ):
-            print(line)
+        )
+        if runtime.is_main:
+            print(*lines, sep="\n")
         started = time.perf_counter()
         progress = Progress(first + steps, done=trainer.steps_done, label="PPO", enabled=runtime.is_main)
         start = state["start"] if state is not None else look(first, "  (the start)") if held_out else {}
 
-        if keeper is not None and state is not None and state.get("looks"):
+        if output is not None and state is not None and state.get("looks"):
             save_now(trainer.steps_done, look(trainer.steps_done))
 
         # 4. the loop
         for step in range(trainer.steps_done + 1, first + steps + 1):
             begun = time.perf_counter()
-            rows, numbers = order.batch(step - 1)
-            batch = [training[row] for row in rows]
-            rollout = trainer.rollout([prompt.ids for prompt in batch], params, seed=config.seed, step=step, rows=numbers, **decoding)
+            batch = [training[row] for row in order.batch(step - 1)]
+            rollout = trainer.rollout_of_all([prompt.ids for prompt in batch], params, group=each, seed=config.seed, step=step, **decoding)
             sampled = time.perf_counter()
-            cut_before = pipeline.texts_cut
             try:
-                result = score_rollout(pipeline, batch, rollout)
+                result, texts_cut = score_rollout(runtime, pipeline, batch, rollout, each)
             except UserError as error:
-                if keeper is not None and step - 1 > first:
+                if output is not None and step - 1 > first:
                     save_now(step - 1)
                 raise _of_rows(error, step, batch) from error
             scored = time.perf_counter()
             scores = penalise(result.scores, rollout)
-            stats = trainer.step(rollout.queries, rollout.responses, scores, temperature=params.temperature, sampled=rollout)
+            part = rollout if runtime.world_size == 1 else rollout.select(own)
+            stats = trainer.step(part.queries, part.responses, scores[list(own)], temperature=params.temperature, sampled=part)
             ended = time.perf_counter()
 
             plain = torch.tensor(result.scores)
@@ -267,13 +281,13 @@ def train(
                 "train/score": float(plain.mean()),
                 "train/score_std": float(plain.std()) if len(plain) > 1 else 0.0,
                 "train/eos_rate": sum(rollout.ended) / len(rollout),
-                "train/judge_texts_cut": pipeline.texts_cut - cut_before,
+                "train/judge_texts_cut": texts_cut,
                 "train/epoch": step * batch_of_prompts / len(training),
                 **{f"reward/{name}": sum(values) / len(values) for name, values in result.components.items()},
                 "perf/rollout_seconds": sampled - begun,
                 "perf/reward_seconds": scored - sampled,
                 "perf/update_seconds": ended - scored,
-                "perf/tokens_per_second": sum(map(len, rollout.responses)) / (ended - begun),
+                "perf/tokens_per_second": sum(map(len, rollout.responses)) / runtime.world_size / (ended - begun),
                 "perf/memory_gib": peak_memory_gib(runtime.device),
             }
             log(figures, step)
@@ -282,28 +296,32 @@ def train(
             )
             if stats["ppo/early_stopped"]:
                 moved, limit_of_kl = stats["ppo/policy/last_policykl"], 1.5 * config.target_kl
-                progress.note(f"step {step}: early stop, an update moved {moved:.3g} nats per token (1.5 x target_kl = {limit_of_kl:.3g})")
+                note(f"step {step}: early stop, an update moved {moved:.3g} nats per token (1.5 x target_kl = {limit_of_kl:.3g})")
             if stats["ppo/not_finite_minibatches"]:
-                progress.note(f"step {step}: {int(stats['ppo/not_finite_minibatches'])} updates left out, not finite in loss or gradient")
+                note(f"step {step}: {int(stats['ppo/not_finite_minibatches'])} updates left out, not finite in loss or gradient")
             if stats["ppo/skipped_minibatches"]:
-                progress.note(f"step {step}: {int(stats['ppo/skipped_minibatches'])} updates skipped, their ratio exceeded the threshold")
+                note(f"step {step}: {int(stats['ppo/skipped_minibatches'])} updates skipped, their ratio exceeded the threshold")
             is_last = step == first + steps
             try:
                 evaluated = look(step) if held_out and (step % eval_every == 0 or is_last) else None
             except UserError as error:
-                if keeper is not None:
+                if output is not None:
                     save_now(step, looks=True)
                 raise _of_rows(error, step, held_out) from error
-            if keeper is not None and (step % save_every == 0 or is_last or stop.received or (evaluated and keeper.improves(evaluated))):
+            stopping = runtime.any(stop.received is not None)
+            best = runtime.any(keeper is not None and evaluated is not None and keeper.improves(evaluated))
+            if output is not None and (step % save_every == 0 or is_last or stopping or best):
                 save_now(step, evaluated)
-            if stop.received is not None:
+            if stopping:
                 if keeper is not None:
-                    progress.note(f"saved {keeper.last}; stopping")
+                    note(f"saved {keeper.last}; stopping")
                 stop.stop()
         progress.close()
 
         # 5. what came of it
         seconds, memory = time.perf_counter() - started, peak_memory_gib(runtime.device)
+        if not runtime.is_main:
+            return history
         if output is None or keeper is None:
             print(cost_line(steps, seconds, memory))
             return history
@@ -332,11 +350,21 @@ def calibrate(
     params: GenerateParams,
     seed: int,
     decoding: Mapping[str, Any],
+    runtime: Runtime,
 ) -> None:
-    """Show the pipeline what the starting policy, which is the reference, answers to training prompts."""
-    rollout = collect_rollout(model, tokenizer, [prompt.ids for prompt in prompts], params, seed=seed, **decoding)
+    """Show the pipeline what the starting policy, which is the reference, answers to training prompts.
+
+    Processes share the answering; each pipeline sees all answers, and takes what the first one learnt.
+    """
+
+    def collect(queries: Sequence[Sequence[int]], rows: Sequence[int]) -> Rollout:
+        return collect_rollout(model, tokenizer, queries, params, seed=seed, rows=rows, **decoding)
+
+    rollout = roll_out(runtime, [prompt.ids for prompt in prompts], collect)
     records = [prompt.record for prompt in prompts]
     pipeline.calibrate([record.prompt for record in records], rollout.texts, [record.columns for record in records], rollout.ended)
+    if runtime.world_size > 1:
+        pipeline.load_state_dict(runtime.broadcast(pipeline.state_dict()))
 
 
 def read_history(run_dir: Path) -> list[dict[str, float]]:

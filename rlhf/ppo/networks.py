@@ -34,18 +34,19 @@ class Passes(NamedTuple):
 
 
 class LowerStates:
-    """States that enter the lowest trained layer, of every real token of a batch: (N, D), row after row."""
+    """States that enter the lowest trained layer, of every real token of some rows of a batch: (N, D), row after row."""
 
-    def __init__(self, layers: LowerLayers, answers: Answers) -> None:
-        self.layers = layers
-        self.begins = (answers.lengths.cumsum(0) - answers.lengths).tolist()
-        self.ends = answers.lengths.cumsum(0).tolist()
+    def __init__(self, layers: LowerLayers, answers: Answers, rows: Tensor) -> None:
+        self.layers, self.rows = layers, rows
+        ends = answers.lengths[rows].cumsum(0)
+        begins = ends - answers.lengths[rows]
+        self.spans = dict(zip(rows.tolist(), zip(begins.tolist(), ends.tolist(), strict=True), strict=True))
         self.states: Tensor | None = None
 
     def put(self, rows: Tensor, states: Tensor) -> None:
         """Store the states of some rows (N', D)."""
         if self.states is None:
-            self.states = states.new_empty((self.ends[-1], states.shape[-1]))
+            self.states = states.new_empty((max(end for _, end in self.spans.values()), states.shape[-1]))
         self.states[self._places(rows)] = states
 
     def of(self, rows: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ class LowerStates:
         return self.states[self._places(rows)]
 
     def _places(self, rows: Tensor) -> Tensor:
-        return torch.cat([torch.arange(self.begins[row], self.ends[row], device=rows.device) for row in rows.tolist()])
+        return torch.cat([torch.arange(*self.spans[row], device=rows.device) for row in rows.tolist()])
 
 
 class Networks:
@@ -133,20 +134,21 @@ class Networks:
         return sampled.logprobs[:, : answers.mask.shape[1]].to(answers.ids.device)
 
     @torch.no_grad()
-    def logprobs(self, forward: Forward, answers: Answers, temperature: float) -> Tensor:
-        """Log-probabilities (B, T) of the answers, 0 outside them."""
+    def logprobs(self, forward: Forward, answers: Answers, temperature: float, rows: Tensor | None = None) -> Tensor:
+        """Log-probabilities (B, T) of the answers in `rows` (default: all), 0 in others and outside answers."""
         logprobs = torch.zeros(answers.mask.shape, device=answers.ids.device)
+        rows = torch.arange(len(answers), device=answers.ids.device) if rows is None else rows
         with self._prepacked(forward.model):
-            for rows in self.chunks(torch.arange(len(answers), device=answers.ids.device), answers):
-                part = answers.select(rows)
+            for chunk in self.chunks(rows, answers):
+                part = answers.select(chunk)
                 with self.autocast():
                     logits = forward.at_answers(part).logits
-                _scatter(logprobs, rows, part.present, token_stats(logits, part.targets[part.present], temperature).logprobs)
+                _scatter(logprobs, chunk, part.present, token_stats(logits, part.targets[part.present], temperature).logprobs)
         return logprobs
 
     @torch.no_grad()
-    def passes(self, answers: Answers, temperature: float, sampled: Rollout | None, *, full: bool, values: bool) -> Passes:
-        """Everything that a step needs before its update, in one walk over the batch.
+    def passes(self, answers: Answers, temperature: float, sampled: Rollout | None, own: Tensor, *, full: bool, values: bool) -> Passes:
+        """Everything that a step needs before its update, in one walk over the rows `own` of the batch; all is 0 in the others.
 
         `full`: the KL over the vocabulary, too; `values`: whether the estimator reads values (else they are 0).
         """
@@ -156,13 +158,13 @@ class Networks:
         logprobs, ref_logprobs, critic_values, kl = (torch.zeros(answers.mask.shape, device=answers.ids.device) for _ in range(4))
         if kept is not None:
             assert sampled is not None
-            logprobs.copy_(kept)
+            logprobs[own] = kept[own]
             if sampled.values is not None and values and self.critic is None:
-                critic_values.copy_(sampled.values[:, : critic_values.shape[1]])
-        lower = LowerStates(self.lower, answers) if self.lower is not None else None
+                critic_values[own] = sampled.values[:, : critic_values.shape[1]].to(critic_values.device)[own]
+        lower = LowerStates(self.lower, answers, own) if self.lower is not None else None
         runs = [self.policy.model] if kept is None or full or lower is not None else []
         with self._prepacked(self.reference.model, *runs, *([self.critic] if self.critic is not None and values else [])):
-            for rows in self.chunks(torch.arange(len(answers), device=answers.ids.device), answers):
+            for rows in self.chunks(own, answers):
                 part = answers.select(rows)
                 targets = part.targets[part.present]
                 with self.autocast():

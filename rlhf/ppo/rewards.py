@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.ppo.masked import Reduce, alone
-
 
 @dataclass
 class RunningMoments:
@@ -25,12 +23,12 @@ class RunningMoments:
     std: float = 1.0
     count: float = 1e-24
 
-    def update(self, scores: Tensor, reduce: Reduce = alone) -> None:
-        """Take in a batch of scores (B,) of every process."""
+    def update(self, scores: Tensor) -> None:
+        """Take in a batch of scores (B,)."""
         scores = scores.double()
-        count = float(reduce(torch.tensor(float(scores.numel()), dtype=torch.float64)))
-        mean = float(reduce(scores.sum())) / count
-        var = float(reduce((scores - mean).square().sum())) / count
+        count = float(scores.numel())
+        mean = float(scores.sum()) / count
+        var = float((scores - mean).square().sum()) / count
         delta = mean - self.mean
         total = self.count + count
         summed = var * count + self.var * self.count + delta**2 * self.count * count / total
@@ -43,15 +41,13 @@ class RunningMoments:
 LEAST_STD = 1e-6
 
 
-def transform_scores(
-    scores: Tensor, moments: RunningMoments, *, scale: bool, centre: bool, clip: float | None, reduce: Reduce = alone
-) -> Tensor:
+def transform_scores(scores: Tensor, moments: RunningMoments, *, scale: bool, centre: bool, clip: float | None) -> Tensor:
     """Scores (B,) after scaling by the running standard deviation, centring by the running mean and clipping to +-`clip`.
 
     `moments` are updated where `scale` is on; `centre` works only with `scale`, as in the classic trainer.
     """
     if scale:
-        moments.update(scores, reduce)
+        moments.update(scores)
         # Scores that are all alike have no spread to divide by.
         deviation = moments.std + torch.finfo(scores.dtype).eps if moments.std > LEAST_STD else 1.0
         scores = (scores - moments.mean) / deviation if centre else scores / deviation

@@ -8,7 +8,7 @@ recomputes: to 1e-5 in float32. In bfloat16 and float16 cached and full passes d
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,36 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self.responses)
+
+    def select(self, rows: Sequence[int]) -> Rollout:
+        """Some rows, in this order."""
+        return Rollout(
+            queries=[self.queries[row] for row in rows],
+            responses=[self.responses[row] for row in rows],
+            texts=[self.texts[row] for row in rows],
+            ended=[self.ended[row] for row in rows],
+            logprobs=self.logprobs[list(rows)],
+            values=None if self.values is None else self.values[list(rows)],
+            temperature=self.temperature,
+        )
+
+
+def joined(rollouts: Sequence[Rollout]) -> Rollout:
+    """The rows of several rollouts of one model, one behind the other."""
+    width = max(rollout.logprobs.shape[1] for rollout in rollouts)
+
+    def wide(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+
+    return Rollout(
+        queries=[query for rollout in rollouts for query in rollout.queries],
+        responses=[response for rollout in rollouts for response in rollout.responses],
+        texts=[text for rollout in rollouts for text in rollout.texts],
+        ended=[ended for rollout in rollouts for ended in rollout.ended],
+        logprobs=wide(rollout.logprobs for rollout in rollouts),
+        values=None if any(r.values is None for r in rollouts) else wide(r.values for r in rollouts if r.values is not None),
+        temperature=rollouts[0].temperature,
+    )
 
 
 def collect_rollout(

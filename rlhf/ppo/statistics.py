@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlhf.ppo.masked import Reduce, alone, masked_mean, masked_moments, masked_sum
+from rlhf.ppo.masked import masked_mean, masked_moments, masked_sum
 from rlhf.ppo.record import StepRecord
 
 Stats = dict[str, Any]
@@ -20,21 +20,20 @@ COUNTED = {
 """Figures of an update that are summed over the step's updates; all others are averaged."""
 
 
-def step_statistics(record: StepRecord, updates: Sequence[dict[str, float]], *, kl_coef: float, reduce: Reduce = alone) -> Stats:
+def step_statistics(record: StepRecord, updates: Sequence[dict[str, float]], *, kl_coef: float) -> Stats:
     """What a step did: `updates` are the figures of its optimizer steps (`Update.run`), `kl_coef` the coefficient it used.
 
-    Scalars are over the answers of all processes; tensors (`objective/kl_dist`, `tokens/…_dist` (B,), log-probabilities (B, T),
-    advantages (N,)) are this process's own.
+    Numbers and tensors (`objective/kl_dist`, `tokens/…_dist` (B,), log-probabilities (B, T), advantages (N,)) alike are of the answers of
+    all processes.
     """
     mask = record.mask
-    answers = float(reduce(torch.tensor(float(len(mask)))))
     kl_per_answer = torch.where(mask, record.kl, 0.0).sum(1)
     surprise = -masked_sum(record.logprobs, mask)
-    score_mean, score_var = masked_moments(record.scores, torch.ones_like(record.scores), reduce)
+    score_mean, score_var = masked_moments(record.scores, torch.ones_like(record.scores))
     query_lengths = record.answers.lengths - record.answers.present.sum(1)
     if record.answers.encoder_mask is not None:
         query_lengths = record.answers.encoder_mask.sum(1)
-    kl, surprise = (reduce(torch.stack([kl_per_answer.sum(), surprise])) / answers).tolist()
+    kl, surprise = (torch.stack([kl_per_answer.sum(), surprise]) / len(mask)).tolist()
     stats: Stats = {
         "objective/kl": kl,
         "objective/kl_dist": kl_per_answer,
@@ -42,13 +41,13 @@ def step_statistics(record: StepRecord, updates: Sequence[dict[str, float]], *, 
         "objective/ref_logprobs": record.ref_logprobs,
         "objective/kl_coef": kl_coef,
         "objective/entropy": surprise,
-        "ppo/mean_non_score_reward": float(masked_mean(record.non_score_rewards, mask, reduce)),
+        "ppo/mean_non_score_reward": float(masked_mean(record.non_score_rewards, mask)),
         "ppo/mean_scores": float(score_mean),
         "ppo/std_scores": float(score_var.sqrt()),
         "ppo/policy/advantages": record.advantages[mask],
     }
     for name, lengths in (("queries", query_lengths), ("responses", record.answers.present.sum(1))):
-        mean, var = masked_moments(lengths.float(), torch.ones_like(lengths), reduce)
+        mean, var = masked_moments(lengths.float(), torch.ones_like(lengths))
         stats |= {f"tokens/{name}_len_mean": float(mean), f"tokens/{name}_len_std": float(var.sqrt()), f"tokens/{name}_dist": lengths}
     with_tokens = [update for update in updates if not (update["empty"] or update["not_finite"])] or updates
     for name in updates[0]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,12 @@ from rlhf.ppo.estimators import ESTIMATORS
 from rlhf.ppo.kl import adapted_kl_coef, kl_per_token
 from rlhf.ppo.masked import masked_rescale, masked_whiten
 from rlhf.ppo.models import Critic, ModelWithValueHead, freeze_below, reference_copy
-from rlhf.ppo.networks import Networks
+from rlhf.ppo.networks import Networks, Passes
 from rlhf.ppo.prompts import as_ids
 from rlhf.ppo.record import StepRecord
 from rlhf.ppo.rewards import RunningMoments, kl_shaped_rewards, transform_scores
-from rlhf.ppo.rollout import Rollout, collect_rollout
+from rlhf.ppo.rollout import Rollout, collect_rollout, joined
+from rlhf.ppo.sharing import roll_out, share
 from rlhf.ppo.statistics import Stats, step_statistics
 from rlhf.ppo.update import Update
 from rlhf.sampling_options import check_sampling_options
@@ -49,6 +50,16 @@ Ids = Sequence[int] | Tensor
 
 class NonFiniteError(UserError):
     """A score, log-probability, loss or gradient that is no finite number; raised before the optimizer touches a parameter."""
+
+
+class _Batch(NamedTuple):
+    """What `step` is given, as ids."""
+
+    queries: list[list[int]]
+    responses: list[list[int]]
+    scores: Tensor
+    masks: list[list[int]] | None
+    sampled: Rollout | None
 
 
 class PPOTrainer(ClassicAttributes):
@@ -222,15 +233,26 @@ class PPOTrainer(ClassicAttributes):
         model, forward = self.networks.sampler()
         return collect_rollout(model, self.tokenizer, queries, params, forward=forward, **options)
 
+    def rollout_of_all(self, queries: Sequence[Sequence[int]], params: GenerateParams, *, group: int = 1, **options: Any) -> Rollout:
+        """As `rollout`, of prompts that all processes know, numbered from 0; they share the work, and each gets all answers.
+
+        `group` answers to a prompt stand side by side.
+        """
+        return roll_out(self.runtime, queries, lambda some, rows: self.rollout(some, params, rows=rows, **options), group)
+
     @torch.no_grad()
     def sampled_kl(self, rollout: Rollout, temperature: float = 1.0) -> list[float]:
-        """KL of each answer (nats, k1 estimate) from the reference: sum over tokens of log p - log p_ref."""
+        """KL of each answer (nats, k1 estimate) from the reference: sum over tokens of log p - log p_ref.
+
+        Processes that were started together share the work: all of them ask, with one rollout.
+        """
         self.networks.switch_off_dropout()
         answers = gather_answers(rollout.queries, rollout.responses, self.policy.model.config, device=self.model.device)
+        own = share(answers.sizes, self.runtime)
         logprobs = self.networks.kept_logprobs(answers, rollout)
         if logprobs is None:
-            logprobs = self.networks.logprobs(self.policy, answers, temperature)
-        difference = logprobs - self.networks.logprobs(self.networks.reference, answers, temperature)
+            logprobs = self.runtime.sum(self.networks.logprobs(self.policy, answers, temperature, own))
+        difference = logprobs - self.runtime.sum(self.networks.logprobs(self.networks.reference, answers, temperature, own))
         return [float(value) for value in torch.where(answers.present, difference, 0.0).sum(1)]
 
     # --- the step ------------------------------------------------------------------------------------------------------------------
@@ -245,7 +267,7 @@ class PPOTrainer(ClassicAttributes):
         temperature: float = 1.0,
         sampled: Rollout | None = None,
     ) -> Stats:
-        """One PPO step on `config.batch_size` answers; returns statistics under their classic names.
+        """One PPO step on `config.batch_size` answers of each process; returns statistics under their classic names.
 
         With `config.samples_per_prompt` k, rows i * k to (i + 1) * k - 1 are answers to one prompt.
         `queries`, `responses`: token ids, responses with their EOS. `scores`: one number per answer. `response_masks`: 1 on response
@@ -262,12 +284,14 @@ class PPOTrainer(ClassicAttributes):
             raise ValueError(f"temperature {temperature} is not the {sampled.temperature} that the rollout was sampled at")
         masks = None if response_masks is None else [as_ids(mask) for mask in response_masks]
         raw_scores = torch.tensor([float(score) for score in scores], dtype=torch.float32)
-        self._check_batch(query_ids, response_ids, raw_scores, masks)
+        batch = self._batch_of_all(_Batch(query_ids, response_ids, raw_scores, masks, sampled))
         self.networks.switch_off_dropout()
-        if self.policy.encoder_decoder and sampled is None:  # a rollout of ours has no start token; a first token like it was sampled
-            self._strip_start(response_ids, masks)
-        answers = gather_answers(query_ids, response_ids, self.policy.model.config, response_masks=masks, device=self.model.device)
-        self.record, update = self._prepare(answers, raw_scores.to(self.model.device), temperature, sampled)
+        if self.policy.encoder_decoder and batch.sampled is None:  # a rollout of ours has no start token; a first token like it was sampled
+            self._strip_start(batch.responses, batch.masks)
+        answers = gather_answers(
+            batch.queries, batch.responses, self.policy.model.config, response_masks=batch.masks, device=self.model.device
+        )
+        self.record, update = self._prepare(answers, batch.scores.to(self.model.device), temperature, batch.sampled)
         prepared = time.perf_counter()
         for transformer in self.recomputing:
             transformer.train()
@@ -275,11 +299,10 @@ class PPOTrainer(ClassicAttributes):
         for transformer in self.recomputing:
             transformer.eval()
         self.optimizer_steps = update.optimizer_steps
-        stats = step_statistics(self.record, updates, kl_coef=self.kl_coef, reduce=self.runtime.sum)
+        stats = step_statistics(self.record, updates, kl_coef=self.kl_coef)
         stats["ppo/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         if self.config.adap_kl_ctrl:
-            answered = int(self.runtime.sum(torch.tensor(float(len(answers)))))
-            self.kl_coef = adapted_kl_coef(self.kl_coef, stats["objective/kl"], self.config.target, answered, self.config.horizon)
+            self.kl_coef = adapted_kl_coef(self.kl_coef, stats["objective/kl"], self.config.target, len(answers), self.config.horizon)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.steps_done += 1
@@ -288,20 +311,35 @@ class PPOTrainer(ClassicAttributes):
         stats["time/ppo/total"] = time.perf_counter() - started
         return stats
 
-    def _check_batch(self, queries: list[list[int]], responses: list[list[int]], scores: Tensor, masks: list[list[int]] | None) -> None:
-        counts = {"queries": len(queries), "responses": len(responses), "scores": len(scores)}
-        if masks is not None:
-            counts["response_masks"] = len(masks)
-        for name, count in counts.items():
-            if count != self.config.batch_size:
-                raise ValueError(f"{name}: got {count}, expected batch_size {self.config.batch_size} of them")
+    def _batch_of_all(self, own: _Batch) -> _Batch:
+        """The rows of all processes, one process's behind the other's, in every process; what is wrong with them is raised in all."""
+        parts = self.runtime.gather([own])
+        for part in parts:
+            counts = {"queries": len(part.queries), "responses": len(part.responses), "scores": len(part.scores)}
+            if part.masks is not None:
+                counts["response_masks"] = len(part.masks)
+            for name, count in counts.items():
+                if count != self.config.batch_size:
+                    raise ValueError(f"{name}: got {count}, expected batch_size {self.config.batch_size} of them")
+        batch = own
+        if len(parts) > 1:
+            masks = [part.masks or [[1] * len(response) for response in part.responses] for part in parts]
+            rollouts = [part.sampled for part in parts if part.sampled is not None]
+            batch = _Batch(
+                [query for part in parts for query in part.queries],
+                [response for part in parts for response in part.responses],
+                torch.cat([part.scores for part in parts]),
+                [mask for part in masks for mask in part] if any(part.masks is not None for part in parts) else None,
+                joined(rollouts) if len(rollouts) == len(parts) else None,
+            )
         group = self.config.samples_per_prompt
-        for row, query in enumerate(queries):
-            if query != queries[row - row % group]:
+        for row, query in enumerate(batch.queries):
+            if query != batch.queries[row - row % group]:
                 raise ValueError(
                     f"queries {row - row % group} and {row} differ: samples_per_prompt {group} consecutive rows have one query"
                 )
-        self._refuse_rows("scores", ~torch.isfinite(scores))
+        self._refuse_rows("scores", ~torch.isfinite(batch.scores))
+        return batch
 
     def _strip_start(self, responses: list[list[int]], masks: list[list[int]] | None) -> None:
         """transformers' `generate` puts the decoder's start token before an encoder-decoder's answer; it was not sampled."""
@@ -312,36 +350,37 @@ class PPOTrainer(ClassicAttributes):
                     masks[row] = masks[row][1:]
 
     def _refuse_rows(self, what: str, bad: Tensor, rows: Tensor | None = None) -> None:
-        """Raise where a row of `bad` (B,) or (B, T) is True in any process; `rows` are the batch's numbers of these rows.
+        """Raise where a row of `bad` (B,) or (B, T) is True; `rows` are the batch's numbers of these rows.
 
-        All processes call this together and raise together, so that none waits for another that is gone.
+        All processes know of all rows, so that they raise together and none waits for another that is gone.
         """
-        wrong = bad.reshape(len(bad), -1).any(1) if len(bad) else bad
-        if not bool(self.runtime.sum(wrong.any().float().to(self.model.device))):
+        wrong = bad.reshape(len(bad), -1).any(1)
+        if not bool(wrong.any()):
             return
         numbers = wrong.nonzero().squeeze(1) if rows is None else rows[wrong]
-        shown = f"of rows {', '.join(map(str, sorted(numbers.tolist())))}" if len(numbers) else "of rows in another process"
-        raise NonFiniteError(f"PPO step {self.steps_done}: {what} {shown} are not finite; nothing was updated with them")
+        shown = ", ".join(map(str, sorted(numbers.tolist())))
+        raise NonFiniteError(f"PPO step {self.steps_done}: {what} of rows {shown} are not finite; nothing was updated with them")
 
     # --- before the update -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _prepare(self, answers: Answers, scores: Tensor, temperature: float, sampled: Rollout | None) -> tuple[StepRecord, Update]:
-        config, estimator, reduce, mask = self.config, self.estimator, self.runtime.sum, answers.mask
-        passes = self.networks.passes(answers, temperature, sampled, full=config.kl_penalty == "full", values=estimator.reads_values)
-        logprobs, ref_logprobs, values = passes.logprobs, passes.ref_logprobs, passes.values
+        config, estimator, mask = self.config, self.estimator, answers.mask
+        own = share(answers.sizes, self.runtime)
+        passes = self.networks.passes(answers, temperature, sampled, own, full=config.kl_penalty == "full", values=estimator.reads_values)
+        logprobs, ref_logprobs, values, full_kl = self._of_all(passes)
         for name, tensor in (("log-probabilities", logprobs), ("the reference's log-probabilities", ref_logprobs), ("values", values)):
             self._refuse_rows(name, ~torch.isfinite(tensor))
         scores = transform_scores(
-            scores, self.moments, scale=config.use_score_scaling, centre=config.use_score_norm, clip=config.score_clip, reduce=reduce
+            scores, self.moments, scale=config.use_score_scaling, centre=config.use_score_norm, clip=config.score_clip
         )
-        kl = kl_per_token(logprobs, ref_logprobs, config.kl_penalty) if passes.full_kl is None else passes.full_kl
+        kl = kl_per_token(logprobs, ref_logprobs, config.kl_penalty) if full_kl is None else full_kl
         rewards, non_score = kl_shaped_rewards(scores, kl, mask, 0.0 if estimator.kl_in_loss else self.kl_coef)
         shaped = rewards
         if config.whiten_rewards and config.classic_quirks:
-            shaped = classic_whitened_rewards(rewards, mask, answers.lengths.max() - answers.lengths, reduce)
+            shaped = classic_whitened_rewards(rewards, mask, answers.lengths.max() - answers.lengths)
         elif config.whiten_rewards:
-            shaped = masked_rescale(rewards, mask, reduce)
+            shaped = masked_rescale(rewards, mask)
         extra = shaped.shape[1] - mask.shape[1]
         advantages, returns = estimator.estimate(
             scores, shaped, nn.functional.pad(values, (0, extra)), nn.functional.pad(mask, (0, extra)), config
@@ -350,7 +389,7 @@ class PPOTrainer(ClassicAttributes):
         if self._tell_nothing(advantages, mask, scores, values):
             advantages = torch.zeros_like(advantages)
         elif estimator.whitens:
-            advantages = masked_whiten(advantages, mask, reduce)
+            advantages = masked_whiten(advantages, mask)
         record = StepRecord(
             answers=answers,
             scores=scores,
@@ -379,6 +418,14 @@ class PPOTrainer(ClassicAttributes):
         )
         return record, update
 
+    def _of_all(self, passes: Passes) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Log-probabilities, the reference's, values and perhaps the full KL, each (B, T), with the rows of all processes."""
+        if self.runtime.world_size == 1:
+            return passes.logprobs, passes.ref_logprobs, passes.values, passes.full_kl
+        kl = [] if passes.full_kl is None else [passes.full_kl]
+        summed = self.runtime.sum(torch.stack([passes.logprobs, passes.ref_logprobs, passes.values, *kl]))
+        return summed[0], summed[1], summed[2], summed[3] if kl else None
+
     def _tell_nothing(self, advantages: Tensor, mask: Tensor, scores: Tensor, values: Tensor) -> bool:
         """Whether advantages (B, T), before they are whitened, are rounding alone; says so once."""
         # GRPO's, which are in deviations of their group, have been told from rounding there.
@@ -386,7 +433,7 @@ class PPOTrainer(ClassicAttributes):
         if not self.estimator.kl_in_loss:
             # Log-probabilities are right to about 1e-6 nats, and the KL coefficient times that enters.
             scale = scores.abs().max() + torch.where(mask, values, 0.0).abs().max() + self.kl_coef
-        alike = are_alike(advantages, mask, scale, centre=self.estimator.whitens, reduce=self.runtime.sum)
+        alike = are_alike(advantages, mask, scale, centre=self.estimator.whitens)
         if alike and not self._said_alike:
             self._said_alike = True
             say(

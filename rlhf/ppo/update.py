@@ -17,9 +17,10 @@ from rlhf.ppo.losses import policy_loss, token_stats, value_loss
 from rlhf.ppo.masked import masked_moments, masked_sum
 from rlhf.ppo.networks import LowerStates, Networks
 from rlhf.ppo.record import StepRecord
+from rlhf.ppo.sharing import share
 
 Refuse = Callable[..., None]
-"""`refuse(what, bad, rows=None)`: raises where a row is bad in any process (`PPOTrainer._refuse_rows`)."""
+"""`refuse(what, bad, rows=None)`: raises where a row is bad (`PPOTrainer._refuse_rows`)."""
 
 
 @dataclass
@@ -46,8 +47,8 @@ class Update:
         config = self.config
         updates: list[dict[str, float]] = []
         for epoch in range(config.ppo_epochs):
-            order = minibatch_order(len(self.record.answers), config.seed, self.step, self.runtime.rank, epoch)
-            for rows in order.to(self.networks.device).split(config.backward_batch_size):
+            order = minibatch_order(len(self.record.answers), config.seed, self.step, epoch)
+            for rows in order.to(self.networks.device).split(config.backward_batch_size * self.runtime.world_size):
                 updates.append(self.optimizer_step(rows))
             if config.early_stopping and updates[-1]["policy/policykl"] > 1.5 * config.target_kl:
                 updates[-1]["early_stopped"] = 1.0
@@ -55,24 +56,31 @@ class Update:
         return updates
 
     def optimizer_step(self, rows: Tensor) -> dict[str, float]:
-        """Gradient of the loss over `rows`, in forwards of `mini_batch_size` rows at most, and one step of the optimizer."""
-        config, record, reduce = self.config, self.record, self.runtime.sum
-        count = reduce(record.mask[rows].sum().float())
+        """Gradient of the loss over `rows` (those of all processes) and one step of the optimizer.
+
+        Each process takes its share of the rows, in forwards of `mini_batch_size` at most.
+        """
+        config, record = self.config, self.record
+        count = record.mask[rows].sum().float()
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         unusable = torch.zeros(len(record.answers), dtype=torch.bool, device=rows.device)
-        for minibatch in rows.split(config.mini_batch_size):
+        own = self.own(rows)
+        if len(own) == 0 and self.lower is not None:  # the sums below have a part of every process
+            sums, _ = self.backward(self.lower.rows[:1], count.clamp(min=1), counts=False)
+        for minibatch in own.split(config.mini_batch_size):
             for chunk in self.networks.chunks(minibatch, record.answers):
                 figures_of_chunk, bad = self.backward(chunk, count.clamp(min=1))
                 unusable[chunk] = bad
                 for name, value in figures_of_chunk.items():
                     sums[name] = sums[name] + value if name in sums else value
-        not_finite = self.not_finite("losses", unusable)
         names = list(sums)
-        figures = dict(zip(names, reduce(torch.stack([sums[name] for name in names])).tolist(), strict=True))
+        summed = self.runtime.sum(torch.cat([torch.stack([sums[name] for name in names]), unusable.float()]))
+        not_finite = self.not_finite("losses", summed[len(names) :] > 0)
+        figures = dict(zip(names, summed[: len(names)].tolist(), strict=True))
         for name, tensor in (("returns", record.returns), ("val", record.values)):
             if tensor is not None:
-                mean, var = masked_moments(tensor[rows], record.mask[rows], reduce)
+                mean, var = masked_moments(tensor[rows], record.mask[rows])
                 figures |= {f"{name}/mean": float(mean), f"{name}/var": float(var)}
         figures |= {"skipped": 0.0, "empty": 0.0, "not_finite": 0.0, "early_stopped": 0.0, "gradient_norm": 0.0}
         if not_finite:
@@ -87,15 +95,23 @@ class Update:
         norm = self.apply_gradients(rows)
         return {**figures, "not_finite": 1.0} if norm is None else {**figures, "gradient_norm": norm}
 
+    def own(self, rows: Tensor) -> Tensor:
+        """This process's share of some rows: those whose lower states it holds, else as many as any other process has, of like length."""
+        if self.runtime.world_size == 1:
+            return rows
+        if self.lower is None:
+            return rows[share(self.record.answers.sizes[rows], self.runtime)]
+        return rows[torch.isin(rows, self.lower.rows)]
+
     def not_finite(self, what: str, bad: Tensor, rows: Tensor | None = None) -> bool:
-        """Whether a row is bad in any process and its update is to be left out; where it is not, raises."""
+        """Whether a row is bad and its update is to be left out; where it is not to be, raises."""
         if self.config.on_nan == "skip":
-            return bool(self.runtime.sum(bad.any().float().to(self.networks.device)))
+            return bool(bad.any())
         self.refuse(what, bad, rows)
         return False
 
-    def backward(self, rows: Tensor, count: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Add the gradient of some rows, unless their loss is not finite.
+    def backward(self, rows: Tensor, count: Tensor, counts: bool = True) -> tuple[dict[str, Tensor], Tensor]:
+        """Add the gradient of some rows, unless their loss is not finite; without `counts` it is 0, as is all that is returned.
 
         Returns their part of each figure (a sum over tokens divided by `count`), and which rows' losses are not finite (B,).
         """
@@ -103,7 +119,7 @@ class Update:
         warming = self.step < config.critic_warmup_steps
         answers = record.answers.select(rows)
         width = answers.mask.shape[1]
-        mask, targets = answers.mask[answers.present], answers.targets[answers.present]
+        mask, targets = answers.mask[answers.present] & counts, answers.targets[answers.present]
 
         def flat(tensor: Tensor) -> Tensor:
             return tensor[rows, :width][answers.present]
@@ -159,15 +175,23 @@ class Update:
         values: Tensor = head(states)
         return values
 
+    def sum_gradients(self) -> None:
+        """Over processes. A parameter without a gradient in some of them gets the others', one without in all of them none."""
+        if self.runtime.world_size == 1:
+            return
+        there = self.runtime.sum(torch.tensor([float(parameter.grad is not None) for parameter in self.parameters])).tolist()
+        parameters = [parameter for parameter, count in zip(self.parameters, there, strict=True) if count]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.runtime.sum_in_place([parameter.grad for parameter in parameters if parameter.grad is not None])
+
     def apply_gradients(self, rows: Tensor) -> float | None:
         """Sum gradients over processes, clip, and step; returns the norm before clipping.
 
         Gradients that are not finite are refused, or change nothing, and the norm is None.
         """
-        if self.runtime.world_size > 1:
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    parameter.grad = self.runtime.sum(parameter.grad)
+        self.sum_gradients()
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         if not bool(torch.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
@@ -181,7 +205,7 @@ class Update:
         return float(norm)
 
 
-def minibatch_order(count: int, seed: int, step: int, rank: int, epoch: int) -> Tensor:
-    """Row numbers 0 … count - 1 in an order of their own for each step, process and epoch."""
-    key = stream_keys(seed, step, torch.tensor([rank]), epoch, Stream.MINIBATCHES)
+def minibatch_order(count: int, seed: int, step: int, epoch: int) -> Tensor:
+    """Row numbers 0 … count - 1 (of all processes) in an order of their own for each step and epoch."""
+    key = stream_keys(seed, step, torch.tensor([0]), epoch, Stream.MINIBATCHES)
     return torch.randperm(count, generator=torch.Generator().manual_seed(int(key)))

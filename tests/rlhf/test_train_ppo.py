@@ -496,25 +496,18 @@ def test_a_critic_without_a_reward_model_is_refused(run: Any) -> None:
         run(ppo_config__critic="model", reward_config={"pipeline": {"type": "repetition"}})
 
 
-def test_prompt_order_uses_each_prompt_once_a_pass_whatever_the_number_of_processes() -> None:
-    alone = PromptOrder(7, 4, seed=1)
-    stream = [row for step in range(14) for row in alone.batch(step)[0]]  # 56 = 8 passes
+def test_prompt_order_uses_each_prompt_once_a_pass() -> None:
+    order = PromptOrder(7, 4, seed=1)
+    stream = [row for step in range(14) for row in order.batch(step)]  # 56 = 8 passes
     passes = [stream[start : start + 7] for start in range(0, 56, 7)]
     assert all(sorted(part) == list(range(7)) for part in passes)
     assert len({tuple(part) for part in passes}) == 8
-    assert PromptOrder(7, 4, seed=1).batch(9) == alone.batch(9)
-    ranks = [PromptOrder(7, 2, seed=1, world_size=2, rank=rank).batch(5) for rank in range(2)]
-    assert ranks[0][0] + ranks[1][0] == alone.batch(5)[0]
-    assert ranks[0][1] + ranks[1][1] == alone.batch(5)[1]
+    assert PromptOrder(7, 4, seed=1).batch(9) == order.batch(9)
 
 
-def test_prompt_order_keeps_the_answers_to_a_prompt_together_in_one_process() -> None:
-    alone = PromptOrder(7, 12, seed=1, samples=3)
-    prompts, numbers = alone.batch(5)
-    assert prompts == [prompt for prompt in PromptOrder(7, 4, seed=1).batch(5)[0] for _ in range(3)]
-    assert numbers == list(range(12))
-    ranks = [PromptOrder(7, 6, seed=1, samples=3, world_size=2, rank=rank).batch(5) for rank in range(2)]
-    assert ranks[0][0] + ranks[1][0] == prompts and ranks[0][1] + ranks[1][1] == numbers
+def test_prompt_order_keeps_the_answers_to_a_prompt_together() -> None:
+    prompts = PromptOrder(7, 12, seed=1, samples=3).batch(5)
+    assert prompts == [prompt for prompt in PromptOrder(7, 4, seed=1).batch(5) for _ in range(3)]
 
 
 def test_updates_that_end_early_or_are_skipped_are_told_with_their_step(run: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -102,18 +103,18 @@ def write(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[list[int]]], None]:
 
 
 class Meeting:
-    """Where the threads that play processes add up their tensors."""
+    """Where the threads that play processes show one another what they have."""
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=60)
-        self.brought: list[Tensor] = [torch.empty(0)] * size
+        self.brought: list[Any] = [None] * size
 
-    def sum(self, rank: int, tensor: Tensor) -> Tensor:
-        self.brought[rank] = tensor.detach().clone()
+    def gather(self, rank: int, mine: Any) -> list[Any]:
+        self.brought[rank] = copy.deepcopy(mine)
         self.barrier.wait()
-        total = sum(self.brought[1:], self.brought[0].clone())
+        everything = list(self.brought)
         self.barrier.wait()
-        return total
+        return everything
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,15 @@ class PlayedRank(Runtime):
 
     def sum(self, tensor: Tensor) -> Tensor:
         assert self.meeting is not None
-        return self.meeting.sum(self.rank, tensor)
+        parts = self.meeting.gather(self.rank, tensor.detach())
+        return sum(parts[1:], parts[0].clone())
+
+    def gather(self, rows: Sequence[T]) -> list[T]:
+        assert self.meeting is not None
+        return [row for part in self.meeting.gather(self.rank, list(rows)) for row in part]
+
+    def broadcast(self, value: T) -> T:
+        return self.gather([value])[0]
 
 
 @pytest.fixture

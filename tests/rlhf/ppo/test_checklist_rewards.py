@@ -189,16 +189,18 @@ def test_19_clipping_scaling_and_centring_of_a_second_batch(scale: bool, centre:
     torch.testing.assert_close(result, tensor(by_hand), rtol=1e-6, atol=1e-6)
 
 
-def test_19_the_running_figures_are_of_all_processes(in_ranks: InRanks) -> None:
-    batches = [[tensor([1.0, 3.0]), tensor([5.0, 7.0, 9.0])], [tensor([2.0]), tensor([4.0])]]
+def test_19_the_running_figures_are_of_all_processes(build: Build, batch: Any, make_model: Any, in_ranks: InRanks) -> None:
+    scores = [[1.0, 3.0, 5.0, 7.0], [9.0, 2.0, 4.0, 6.5]]
 
     def work(runtime: Runtime) -> tuple[float, float]:
-        moments = RunningMoments()
-        for parts in batches:
-            moments.update(parts[runtime.rank], runtime.sum)
-        return moments.mean, moments.std
+        trainer = build(make_model(), batch_size=2, mini_batch_size=2, use_score_scaling=True)
+        trainer.runtime = runtime
+        share = slice(2 * runtime.rank, 2 * runtime.rank + 2)
+        for of_all in scores:
+            trainer.step(batch.queries[share], batch.responses[share], of_all[share])
+        return trainer.moments.mean, trainer.moments.std
 
-    together = torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0, 2.0, 4.0], dtype=torch.float64)
+    together = torch.tensor(scores, dtype=torch.float64)
     for mean, std in in_ranks(2, work):
         assert (mean, std) == pytest.approx((float(together.mean()), float(together.std())), rel=1e-12)
 

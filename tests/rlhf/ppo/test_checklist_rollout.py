@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.decoding import eos_ids, read_answers
+from common.launch.runtime import Runtime
 from common.lora import add_lora
 from common.record_types import Prompt, PromptRecord
 from common.sampling import filter_logits
@@ -16,11 +17,11 @@ from common.schema import GenerateParams, LoraSettings
 from rlhf.config import PPOGeneration
 from rlhf.ppo import PPOTrainer
 from rlhf.ppo.answers import gather_answers
-from rlhf.ppo.evaluation import score_rollout
 from rlhf.ppo.models import with_value_head
 from rlhf.ppo.prompts import EncodedPrompt
 from rlhf.ppo.rewards import penalised_scores
 from rlhf.ppo.rollout import collect_rollout
+from rlhf.ppo.sharing import score_rollout
 from rlhf.reward_pipelines.build import RewardPipeline
 from rlhf.reward_pipelines.part import Answers, RewardPart
 
@@ -158,7 +159,7 @@ def test_13_nothing_after_the_first_eos_is_scored_or_trained_on(write: Write, ma
     assert not rollout.logprobs[0, len(yes) + 1 :].any() and bool(rollout.logprobs[0, : len(yes) + 1].all())
     listener = Listener()
     prompts = [EncodedPrompt(ids, PromptRecord(Prompt("Is it?"), columns={}, where="here")) for ids in rollout.queries]
-    score_rollout(RewardPipeline(listener), prompts, rollout)
+    score_rollout(Runtime.local("cpu"), RewardPipeline(listener), prompts, rollout)
     assert listener.heard == [("Yes", True), ("Yes" + tokenizer.decode([40, 41, 42]), False)]
 
 

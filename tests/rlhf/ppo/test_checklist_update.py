@@ -97,7 +97,7 @@ def test_26_the_first_minibatch_has_ratio_one_and_loss_minus_its_mean_advantage(
     trainer = build(mini_batch_size=size, ppo_epochs=2)
     seen: list[dict[str, float]] = []
     on_updates(seen.append)
-    first_rows = minibatch_order(4, trainer.config.seed, step=0, rank=0, epoch=0)[:size]
+    first_rows = minibatch_order(4, trainer.config.seed, step=0, epoch=0)[:size]
     trainer.step(*batch)
     assert trainer.record is not None
     mask = trainer.record.mask[first_rows]

@@ -177,7 +177,7 @@ def test_arguments_that_do_not_fit_say_what_would(make_model: Any, tokenizer: An
 
 def test_several_processes_are_refused_before_each_trains_alone(monkeypatch: pytest.MonkeyPatch, build: Build) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="WORLD_SIZE is 2, but PPO runs in one process"):
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but this trainer is alone"):
         Runtime.local()
 
 

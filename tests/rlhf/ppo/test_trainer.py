@@ -24,7 +24,7 @@ from rlhf.ppo.advantages import gae
 from rlhf.ppo.answers import gather_answers
 from rlhf.ppo.masked import masked_moments, masked_rescale
 from rlhf.ppo.models import Critic, with_value_head
-from rlhf.ppo.update import minibatch_order
+from rlhf.ppo.update import Update, minibatch_order
 
 MakeModel = Callable[..., Any]
 QUERIES = [[5, 6, 7], [9] * 6, [4, 8], [30, 31, 32, 33], [7, 7], [50, 60, 70], [3, 2], [11, 12, 13]]
@@ -100,7 +100,7 @@ def test_28_accumulation_and_smaller_forwards_leave_the_update_unchanged(
 
 
 def test_28_every_epoch_has_its_own_permutation_decided_by_seed_and_step() -> None:
-    usual = {"seed": 0, "step": 0, "rank": 0, "epoch": 0}
+    usual = {"seed": 0, "step": 0, "epoch": 0}
     first = minibatch_order(64, **usual)
     assert sorted(first.tolist()) == list(range(64)) and torch.equal(first, minibatch_order(64, **usual))
     for name in usual:
@@ -260,17 +260,30 @@ def test_33_every_process_takes_part_in_the_sums_before_one_of_them_stops(
     assert torch.equal(before, parameters(ill))
 
 
-def test_33_what_is_not_finite_in_another_process_stops_this_one_too(make_model: MakeModel, tokenizer: Any) -> None:
-    class Other(Runtime):
-        def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-            return tensor + 1
+@pytest.mark.parametrize("place", ["score", "loss"])
+def test_33_what_is_not_finite_in_another_process_stops_this_one_too(
+    place: str, make_model: MakeModel, tokenizer: Any, in_ranks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(runtime: Runtime) -> None:
+        trainer = make_trainer(make_model(), tokenizer, batch_size=4, mini_batch_size=4)
+        trainer.runtime = runtime
+        own = slice(4 * runtime.rank, 4 * runtime.rank + 4)
+        scores = [*SCORES[:6], math.nan if place == "score" else 0.0, SCORES[7]]
+        if place == "loss":
+            monkeypatch.setattr(Update, "backward", one_bad_loss)
+        before = parameters(trainer)
+        row = "6" if place == "score" else "3"
+        with pytest.raises(NonFiniteError, match=f"of rows {row} are not finite"):
+            trainer.step(QUERIES[own], RESPONSES[own], scores[own])
+        assert torch.equal(before, parameters(trainer))
 
-    trainer = make_trainer(make_model(), tokenizer)
-    trainer.runtime = Other(trainer.model.device)
-    before = parameters(trainer)
-    with pytest.raises(NonFiniteError, match="scores of rows in another process are not finite"):
-        step(trainer)
-    assert torch.equal(before, parameters(trainer))
+    original = Update.backward
+
+    def one_bad_loss(self: Update, rows: torch.Tensor, count: torch.Tensor) -> Any:
+        figures, bad = original(self, rows, count)
+        return figures, bad | (rows == 3)
+
+    in_ranks(2, work)
 
 
 def test_33_gradients_that_are_not_finite_never_reach_a_parameter(make_model: MakeModel, tokenizer: Any) -> None:
