@@ -61,6 +61,7 @@ FREE_SETTINGS = frozenset(
         "trainer.checkpoint.keep_last",
         "trainer.checkpoint.keep_best",
         "trainer.process_timeout_s",
+        "ppo_config.process_timeout_s",
         "trainer.params.enable_progress_bar",
         "trainer.params.max_time",
         "save_config",

@@ -136,6 +136,9 @@ class PPOParams(Section):
         "Needs `use_cache`.",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward.")
+    process_timeout_s: PositiveFloat = Field(
+        600.0, description="Seconds that processes which train together wait for one another before all of them end."
+    )
     lora: LoraSettings | None = Field(None, description="LoRA adapters; excludes `freeze_config`.")
 
     @field_validator("tracker_kwargs")

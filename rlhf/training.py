@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from common.notes import say
 from common.optim import lr_lambda, warmup_steps
 from common.record_types import PromptRecord
 from common.records import Splits
-from common.resume import ResumePoint, run_directory, writing
+from common.resume import ResumePoint, run_directory, say_finished, writing
 from common.runs import stage_runs_root
 from common.start_files import start_files
 from common.tokenization import Encoder
@@ -53,9 +56,28 @@ def train(
 ) -> Path:
     """Run PPO; returns the run directory. `resume`: where an earlier run goes on. Raises UserError before anything is written.
 
+    Processes that were started together all call this; the first of them decides where the run goes on and lies, and it alone writes.
+
     dry_run: measure a few steps in memory, say what the run would take, write nothing, and return the folder of runs.
     """
-    params, generation, runtime = config.ppo_config, config.generation_config, Runtime.local()
+    with Runtime.start(timeout_s=config.ppo_config.process_timeout_s) as runtime, _speaking(runtime.is_main):
+        resume = runtime.broadcast(resume)
+        if resume is not None and resume.finished:
+            say_finished(resume)
+            return resume.run_dir
+        return _train(config, splits, sources, resume, runtime, dry_run=dry_run)
+
+
+def _train(
+    config: PPORunConfig,
+    splits: Splits[PromptRecord],
+    sources: Sources,
+    resume: ResumePoint | None,
+    runtime: Runtime,
+    *,
+    dry_run: bool,
+) -> Path:
+    params, generation = config.ppo_config, config.generation_config
     seed = config.seed if params.seed is None else params.seed
 
     # 1. policy, reward pipeline
@@ -89,8 +111,8 @@ def train(
 
     # 3. the trainer; a critic needs the reward's scale, which the starting policy's answers may have to tell
     if pipeline.needs_calibration:
-        first = prompts[: max(params.batch_size, config.evaluation.num_prompts)]
-        calibrate(pipeline, model, tokenizer, first, generation, seed, decoding)
+        first = prompts[: max(params.batch_size * runtime.world_size, config.evaluation.num_prompts)]
+        calibrate(pipeline, model, tokenizer, first, generation, seed, decoding, runtime)
     critic = start_critic(model, tokenizer, pipeline) if params.critic == "model" else None
     if critic is not None:
         set_fused(critic, config.fused)
@@ -118,7 +140,7 @@ def train(
         return root
 
     # 4. a run directory, from here on things are written
-    run_dir = run_directory(resume, root, config)
+    run_dir = runtime.broadcast(run_directory(resume, root, config) if runtime.is_main else root)
     output = RunOutput(
         run_dir,
         config=resolved_dict(config),
@@ -128,7 +150,7 @@ def train(
         tensorboard=config.tensorboard,
         is_held=True,
     )
-    with writing(run_dir, resume):
+    with writing(run_dir, resume) if runtime.is_main else contextlib.nullcontext():
         if table is not None:
             print(table)
         try:
@@ -146,11 +168,22 @@ def train(
                 **arguments,
             )
         except Stopped:
-            print("to go on: the same command with --resume", file=sys.stderr)
+            if runtime.is_main:
+                print("to go on: the same command with --resume", file=sys.stderr)
             raise
-        if config.hf_hub_name:
+        if config.hf_hub_name and runtime.is_main:
             push_to_hub(run_dir / BEST, config.hf_hub_name)
     return run_dir
+
+
+@contextlib.contextmanager
+def _speaking(speaks: bool) -> Iterator[None]:
+    """One of the processes is heard."""
+    if speaks:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def load_policy(config: PPORunConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[ModelWithValueHead, Any]:
