@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
 EXIT_USER_ERROR = 2
+LEADER_SPEAKS_S = 10.0
+"""How long a process that follows another lets that one tell an error which both may have found."""
 
 
 class UserError(ValueError):
@@ -69,6 +72,8 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         problems = user_problems(error)
         if problems is None:
             raise
+        if follows() and launched():
+            time.sleep(LEADER_SPEAKS_S)  # it finds the same, says so, and the launcher ends this process
         sys.stdout.flush()
         for problem in problems if tells_errors() else ():
             print(f"error: {problem if _located is None else _located(problem)}", file=sys.stderr)

@@ -18,7 +18,8 @@ if __name__ == "__main__":
 
 from common.config import parse_command_line
 from common.errors import both, run_main
-from common.launch.workers import starts_ray
+from common.followers import world_size
+from common.launch.workers import check_number_of_workers, starts_ray
 from common.notes import say
 from common.resume import begin, check_data, say_finished
 from common.run_length import check_save_interval
@@ -32,6 +33,8 @@ def main(argv: Sequence[str]) -> int:
     invocation = parse_command_line(PPORunConfig, STAGE_DIR, argv, description=__doc__, resumable=True, measurable=True)
     config = invocation.config
     invocation.print_notes()
+    if not starts_ray(config.launch):
+        check_number_of_workers(config.launch, world_size())
     root = stage_runs_root(config.save_config.checkpoint_dir, config.runs_root, "rlhf")
     resume = begin(invocation, root, "ppo")
     if resume is not None and resume.finished:
@@ -39,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     sources, splits = both(lambda: check_models(config), lambda: read_prompts(config))
     prompts = training_prompts(splits, config.data_config)
-    steps = total_steps(config, len(prompts))
+    workers = config.launch.num_training_workers if starts_ray(config.launch) else None
+    steps = total_steps(config, len(prompts), workers or world_size())
     interval = config.save_config.save_interval if "save_interval" in config.save_config.model_fields_set else None
     setting, length = "save_config.save_interval", ("data_config", "global_epochs", "ppo_config")
     about_saves = check_save_interval(invocation, setting, interval, steps, instead="lower it", length=length)
@@ -55,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
         from common.launch.ray import train_on_ray
         from rlhf.train_ppo import main as worker
 
-        return train_on_ray(worker, argv, config.launch, root=root, resumed=resume and resume.run_dir, timeout_s=600.0)
+        resumed, timeout_s = resume and resume.run_dir, config.ppo_config.process_timeout_s
+        return train_on_ray(worker, argv, config.launch, root=root, resumed=resumed, timeout_s=timeout_s)
 
     from rlhf.training import train  # torch is imported here, after everything that can be checked without it
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed
 
 from common.errors import UserError
+from common.followers import met
 
 T = TypeVar("T")
 TIMEOUT_S = 600.0
@@ -65,6 +66,7 @@ class Runtime:
         try:
             if made:
                 _make_group(device, timeout_s)
+            met()
             yield cls(device, distributed.get_rank(), distributed.get_world_size())
         except (RuntimeError, TimeoutError) as error:
             if not is_of_the_connection(error):

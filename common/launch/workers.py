@@ -19,7 +19,16 @@ def starts_ray(launch: LaunchSettings) -> bool:
 
 
 def check_launch(launch: LaunchSettings) -> None:
-    """Raise UserError where Ray is asked for and missing, cannot be told from torchrun, or would join a cluster without a token."""
+    """Raise UserError where accelerate started one process instead of several.
+
+    Also where Ray is asked for and missing, cannot be told from torchrun, or would join a cluster without a token.
+    """
+    by_accelerate = any(name.startswith("ACCELERATE_") for name in os.environ)
+    if by_accelerate and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "accelerate launch was asked for several processes and started one, as it does with --cpu; start them with torchrun "
+            "--nproc_per_node N, or ask for one"
+        )
     if not starts_ray(launch):
         return
     problems = []
