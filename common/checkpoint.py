@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
-from common.disk import checkpoint_bytes, is_out_of_space, mib
+from common.disk import amount, checkpoint_bytes, is_out_of_space
 from common.errors import UserError
 from common.fault_points import reached
 from common.provenance import code_state, host_facts, package_versions, without_home
@@ -170,9 +170,9 @@ def atomic_directory(destination: Path, need: int | None = None) -> Iterator[Pat
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if is_out_of_space(error):
-            takes, free = "" if need is None else f"it needs about {mib(need)}, ", shutil.disk_usage(destination.parent).free
+            takes, free = "" if need is None else f"it needs about {amount(need)}, ", shutil.disk_usage(destination.parent).free
             raise UserError(
-                f"{destination}: no space left to save it: {takes}{mib(free)} are free on that disk (a "
+                f"{destination}: no space left to save it: {takes}{amount(free)} are free on that disk (a "
                 "limit on the size of files counts, too); nothing of it stays, checkpoints before it are whole; make room, then --resume"
             ) from None
         raise

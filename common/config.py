@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from common.command_line import Parser
 from common.config_groups import chosen_group_file, merge_group
-from common.config_keys import apply_override, check_script, rename_old_keys
+from common.config_keys import apply_override, check_script, rename_old_keys, without_spaces
 from common.config_report import located, problem_lines
 from common.config_secrets import KEY_VARIABLE, move_to_environment, take_key_out, without_secrets
 from common.config_yaml import MarkedData, read_marked_yaml
@@ -52,6 +52,10 @@ class Invocation(Generic[C]):
         """Whether the command line gives one of these settings or sections, or one inside or around them."""
         paths = [tuple(setting.split(".")) for setting in settings]
         return any(all(one == other for one, other in zip(given, path, strict=False)) for given in self.overridden for path in paths)
+
+    def say_valid(self, *facts: str) -> None:
+        """What `--validate` ends with: the config is in order, and so is what it names."""
+        print(f"valid: {self.config_path}; {': '.join(facts)}")
 
     def print_notes(self) -> None:
         """Say which keys were read under old names or have no effect any more, and what relative paths stand for."""
@@ -170,10 +174,10 @@ def _load(schema: type[C], path: Path, overrides: Sequence[str], base_dir: Path)
     marked = read_marked_yaml(path, str(path))
     check_script(marked.data, schema, marked.source)
     notes: list[str] = []
-    unusable: list[str] = []
     translate(marked, schema, notes)
     rename_old_keys(marked, schema, notes)
-    for text in overrides:
+    whole, unusable = without_spaces(overrides)
+    for text in whole:
         try:
             group = chosen_group_file((path.parent, base_dir / "configs"), text)
             if group is not None:

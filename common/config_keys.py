@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -112,6 +112,25 @@ def rename_old_keys(marked: MarkedData, schema: type[BaseModel], notes: list[str
         inner = section_of(field.annotation)
         if inner is not None and isinstance(section.get(key), dict):
             rename_old_keys(marked, inner, notes, (*path, key))
+
+
+def without_spaces(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides as the command line has them -> those that are whole, and a problem for each that is in several words (`key = value`)."""
+    whole: list[str] = []
+    problems = []
+    words = list(overrides)
+    while words:
+        text = words.pop(0)
+        if "=" not in text and words and words[0].startswith("="):
+            key, spent = text, 2 if words[0] == "=" else 1
+        elif text.endswith("=") and text.count("=") == 1 and words and "=" not in words[0]:
+            key, spent = text[:-1], 1
+        else:
+            whole.append(text)
+            continue
+        del words[:spent]
+        problems.append(f"override {dotted((key.strip(),))}: got a space beside =, expected {key.strip()}=value in one word, or in quotes")
+    return whole, problems
 
 
 def apply_override(marked: MarkedData, schema: type[BaseModel], text: str, notes: list[str]) -> None:

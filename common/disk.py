@@ -35,8 +35,8 @@ def check_room(folder: Path, one: int, kept: int, resumed: Path | None = None) -
         need -= size_of(resumed / CHECKPOINTS_FOLDER)
     if need > free:
         raise UserError(
-            f"{folder}: checkpoints need about {mib(need)} ({kept + 1} of {mib(one)}: keep_last, keep_best and the one being written), "
-            f"{mib(free)} are free on that disk; make room, lower keep_last, or choose another disk"
+            f"{folder}: checkpoints need about {amount(need)} ({kept + 1} of {amount(one)}: keep_last, keep_best and the one being "
+            f"written), {amount(free)} are free on that disk; make room, lower keep_last, or choose another disk"
         )
 
 
@@ -60,8 +60,10 @@ def size_of(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
 
 
-def mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+def amount(size: float) -> str:
+    """Bytes in words: `0.5 KiB`, `12.0 MiB`, `1.50 GiB`."""
+    unit, power, digits = next((entry for entry in (("KiB", 10, 1), ("MiB", 20, 1)) if size < 1000 * 2 ** entry[1]), ("GiB", 30, 2))
+    return f"{size / 2**power:.{digits}f} {unit}"
 
 
 def nearest(path: Path) -> Path:

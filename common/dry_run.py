@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from common.config import resolved_dict
-from common.disk import nearest
+from common.disk import amount, nearest
 from common.errors import UserError
 from common.model_source import ModelSource, positions_in
-from common.progress import duration, format_figure
+from common.progress import duration
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -134,13 +134,6 @@ def model_bytes(model: nn.Module, tokenizer: Any) -> int:
 def counted(count: int, what: str) -> str:
     """`1 row`, `2 rows`."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def amount(size: float) -> str:
-    """`512 KiB`, `1.3 GiB`."""
-    unit = next((unit for unit, power in (("KiB", 10), ("MiB", 20)) if size < 1000 * 2**power), "GiB")
-    size /= 2 ** {"KiB": 10, "MiB": 20, "GiB": 30}[unit]
-    return f"{format_figure(round(size, 1))} {unit}"
 
 
 def start_line(name: str | None, config: Any, tokenizer: Any, max_length: int, prompt_format: str) -> str:

@@ -64,7 +64,8 @@ class ModelSource:
     def readouts(self) -> int:
         """Readouts of a reward model: more than one for an ensemble."""
         saved = (self.manifest.readout if self.manifest is not None else None) or {}
-        return int(saved.get("ensemble", 1))
+        ensemble = saved.get("ensemble")
+        return ensemble if isinstance(ensemble, int) else 1  # what else it may be, loading tells
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -279,7 +280,9 @@ def remove_leftovers(folder: Path) -> None:
 
 def _named(wish: Path) -> tuple[Path, Path | None]:
     """Run directory and checkpoint that a path names; None: the run's last good one."""
-    path = wish.resolve()
+    path = Path(os.path.abspath(wish))
+    if path.is_symlink():
+        path = path.resolve()  # `last`, `best`, `latest`
     if not path.is_dir():
         raise UserError(f"--resume: {wish} is no directory; expected a run (…/desc-…,index-N) or one of its checkpoints")
     if path.parent.name == CHECKPOINTS_FOLDER:

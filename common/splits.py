@@ -35,6 +35,11 @@ class Splits(Generic[R]):
         rows: dict[str, Sequence[R]] = {"train": self.train, "val": self.val, "test": self.test}
         return rows[name]
 
+    @property
+    def counts(self) -> str:
+        """`19 train, 6 val, 0 test`."""
+        return ", ".join(f"{len(self.split(name)):,} {name}" for name in SPLITS)
+
 
 def hold_out(rows: Sequence[Any], percentage: float, seed: int, path: str) -> tuple[Sequence[Any], Sequence[Any], list[str]]:
     """Move a share of the questions from train to val; which ones depends on the seed and on the questions, not on their order."""

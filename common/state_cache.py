@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.cached_rows import CachedRows, Integers
-from common.disk import is_out_of_space
+from common.disk import amount, is_out_of_space
 from common.errors import UserError
 from common.notes import say
 from common.run_lock import Held, hold, release
@@ -91,7 +91,7 @@ class StateCache:
         free = shutil.disk_usage(there).free
         if size + _FREE_BYTES > free:
             raise UserError(
-                f"{self.root}: the states take {gib(size)}, and {gib(free)} are free; name another model_params.cache_dir, "
+                f"{self.root}: the states take {amount(size)}, and {amount(free)} are free; name another model_params.cache_dir, "
                 "or cache fewer layers or a shorter type (model_params.cache_states)"
             )
 
@@ -264,13 +264,6 @@ class ShardWriter:
         for path in (self._path, self.cache.path(self._name)):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-
-
-def gib(size: int) -> str:
-    """A size in words: `1.50 GiB`, `12.0 MiB`, `0.5 KiB`."""
-    if size >= 2**30:
-        return f"{size / 2**30:.2f} GiB"
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
 def wider(root: Path, facts: StateFacts, digests: Digests) -> StateCache:

@@ -42,7 +42,7 @@ from common.runs import (
 from common.score_transform import ScoreTransform
 from reward_model.classification.margins import check_margins
 from reward_model.comparison_config import ComparisonConfig
-from reward_model.inputs import Kind, check_fresh_model, check_models, describe, idle_settings, read_training_data
+from reward_model.inputs import Kind, check_fresh_model, check_models, idle_settings, read_training_data
 from reward_model.regression.train_reward import check_pairs
 
 # What may differ when a comparison goes on: how much is compared, and what changes no figure.
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         ScoreTransform.fit(config.model_params.score_transform, [record.score for record in splits.train])
     if invocation.validate_only:
         check_fresh_model(config)
-        print(describe(config, splits))
+        invocation.say_valid(config.data.data_dir, splits.counts)
         return 0
 
     from reward_model.comparison import BACKBONE, compare

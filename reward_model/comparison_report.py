@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.disk import amount
 from common.records import PairRecord, ScoreRecord, question_key
 from reward_model.metrics import Floats, Interval, Ints, bootstrap_ratio, group_ids, mean, wins
 from reward_model.report import number
@@ -229,10 +230,7 @@ def notes(comparison: Comparison) -> list[str]:
         f"{comparison.metric.unit}: {rows}. Seeds {', '.join(map(str, comparison.seeds))}: mean (least to most). In bold the readout whose "
         f"{comparison.monitor} is best on average.",
     ]
-    kept = [
-        f"{', '.join(one.readouts)}: {one.kept}, {one.bytes / 2**20:,.1f} MiB, {one.seconds:.1f} {comparison.unit}"
-        for one in comparison.states
-    ]
+    kept = [f"{', '.join(one.readouts)}: {one.kept}, {amount(one.bytes)}, {one.seconds:.1f} {comparison.unit}" for one in comparison.states]
     if kept:
         lines.append(f"States of the backbone ({comparison.backbone_parameters:,} parameters), computed once: {'; '.join(kept)}.")
     for why in dict.fromkeys(comparison.left_out.values()):

@@ -54,13 +54,6 @@ def read_training_data(config: RewardConfig, kind: Kind) -> Splits:
     return read_rows(config.data.data_dir, kind, config.data, seed=config.seed, require=("train", "val"))
 
 
-def describe(config: RewardConfig, splits: Splits) -> str:
-    """What `--validate` says when everything is in order."""
-    start = config.trainer.ckpt_path or config.model_name or f"a fresh {config.model_init.model_type}"  # type: ignore[union-attr]
-    rows = ", ".join(f"{len(splits.split(name))} {name}" for name in ("train", "val", "test"))
-    return "\n".join([f"model: {start}", f"data: {config.data.data_dir}: {rows} rows", "config and data are in order"])
-
-
 def read_test_data(config: RewardTestConfig, kind: Kind) -> tuple[ModelSource, Splits]:
     """The model to evaluate and validated rows; the split that the config names is needed."""
     data, name = config.data, tested_model(config)

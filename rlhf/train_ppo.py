@@ -52,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
         say(note)
     check_data(invocation, resume, splits.fingerprint)
     if invocation.validate_only:
-        print(f"valid: {invocation.config_path}; {len(prompts):,} training prompts, {len(splits.val):,} val; {steps:,} PPO steps")
+        counts = f"{len(prompts):,} training prompts, {len(splits.val):,} val; {steps:,} PPO steps"
+        invocation.say_valid(config.data_config.data_file_path, counts)
         return 0
 
     if starts_ray(config.launch) and not invocation.dry_run:

@@ -67,8 +67,7 @@ def main(argv: Sequence[str]) -> int:
     if invocation.validate_only:
         if config.model_init is not None and config.trainer.ckpt_path is None:
             check_buildable(config.model_init, data.max_length, writes_text=True)
-        counts = ", ".join(f"{len(splits.split(name)):,} {name}" for name in ("train", "val", "test"))
-        print(f"valid: {invocation.config_path}; {data.data_dir}: {counts}")
+        invocation.say_valid(data.data_dir, splits.counts)
         return 0
 
     if starts_ray(config.launch) and not invocation.dry_run:

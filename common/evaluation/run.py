@@ -69,7 +69,7 @@ def run_generation_test(argv: Sequence[str], *, stage_dir: Path, description: st
     for note in _notes(config, data):
         print(f"note: {note}")
     if invocation.validate_only:
-        print(f"valid: {invocation.config_path}; {config.data.data_dir}: {len(data.rows):,} {config.data.split} questions")
+        invocation.say_valid(config.data.data_dir, f"{len(data.rows):,} {config.data.split} questions")
         return 0
     evaluations = [_evaluate(subject, data, config, only_resume=invocation.options.only_resume) for subject in subjects]
     _report(evaluations, config)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from common.cached_rows import CachedRows
 from common.checkpoint import tokenizer_fingerprint
 from common.chunks import CHUNK_TOKENS
+from common.disk import amount
 from common.models.answers import CachedAnswer, CachedStates
 from common.models.backbone import RewardBatch, RewardInput, collate_rewards, hidden_size
 from common.models.modes import evaluating
@@ -24,7 +25,7 @@ from common.models.reward import RewardModel
 from common.notes import say
 from common.progress import Progress
 from common.readout_settings import Token
-from common.state_cache import StateCache, gib, wider
+from common.state_cache import StateCache, wider
 from common.state_facts import TORCH_DTYPES, StateDtype, StateFacts, code_digest, row_digests
 from common.training_state import weights_digest
 
@@ -145,9 +146,9 @@ def cached_rows(
         cache.check_room(size)
         again = len(answers) - rows
         once = f"; equal texts are computed once ({again:,} of {len(answers):,} answers repeat another one)" if again else ""
-        say(f"states of {len(missing):,} answers take {gib(size)} in {cache.folder}, which may be deleted at any time{once}")
+        say(f"states of {len(missing):,} answers take {amount(size)} in {cache.folder}, which may be deleted at any time{once}")
         if facts.token == "all":
-            say(f"{reads}: {gib(size // len(missing))} of an answer's {tokens[missing].mean():.0f} tokens are kept; {remedy}")
+            say(f"{reads}: {amount(size // len(missing))} of an answer's {tokens[missing].mean():.0f} tokens are kept; {remedy}")
         model.to(device)
         lengths = np.array([answer.length for answer in answers])
         with evaluating(model), torch.inference_mode(), prepacked(model), _autocast(device, autocast):

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     for note in splits.notes:
         print(f"note: {note}")
     if invocation.validate_only:
-        print(f"{title}; config and data are in order")
+        invocation.say_valid(title)
         return 0
 
     from reward_model import evaluation

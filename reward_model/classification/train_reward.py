@@ -25,7 +25,7 @@ from common.run_length import check_training_length
 from common.runs import stage_runs_root
 from reward_model.classification.margins import check_margins
 from reward_model.config import ClassificationConfig
-from reward_model.inputs import check_fresh_model, check_models, describe, idle_settings, read_training_data
+from reward_model.inputs import check_fresh_model, check_models, idle_settings, read_training_data
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     check_data(invocation, resume, splits.fingerprint)
     if invocation.validate_only:
         check_fresh_model(config)
-        print(describe(config, splits))
+        invocation.say_valid(config.data.data_dir, splits.counts)
         return 0
 
     if starts_ray(config.launch) and not invocation.dry_run:

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     if not splits.train:
         print("no train split: the baseline is the mean of the scored split itself, which no model could have known")
     if invocation.validate_only:
-        print(f"{title}; config and data are in order")
+        invocation.say_valid(title)
         return 0
 
     from reward_model import evaluation

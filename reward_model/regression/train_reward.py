@@ -27,7 +27,7 @@ from common.runs import stage_runs_root
 from common.schema import resolve_monitor
 from common.score_transform import ScoreTransform
 from reward_model.config import RegressionConfig, RewardConfig
-from reward_model.inputs import check_fresh_model, check_models, describe, idle_settings, read_training_data
+from reward_model.inputs import check_fresh_model, check_models, idle_settings, read_training_data
 from reward_model.metrics import group_ids, pairs_within
 
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     check_data(invocation, resume, splits.fingerprint)
     if invocation.validate_only:
         check_fresh_model(config)
-        print(describe(config, splits))
+        invocation.say_valid(config.data.data_dir, splits.counts)
         return 0
 
     if starts_ray(config.launch) and not invocation.dry_run:

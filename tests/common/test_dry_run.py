@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from common.disk import nearest
-from common.dry_run import Cost, amount, disk_problems, length_lines, model_bytes, seconds_of
+from common.dry_run import Cost, disk_problems, length_lines, model_bytes, seconds_of
 from common.tokenization import TextLengths
 
 
@@ -40,10 +40,6 @@ def test_lengths_are_those_of_the_texts_before_cutting() -> None:
     ]
 
 
-def test_amounts_have_units() -> None:
-    assert [amount(size) for size in (512, 2048, 1_500_000, 3 * 2**31)] == ["0.5 KiB", "2 KiB", "1.4 MiB", "6 GiB"]
-
-
 def test_a_weight_with_two_names_is_saved_once() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 3, bias=False), "b": nn.Linear(4, 3, bias=False), "c": nn.Linear(2, 1, bias=False)})
     model["b"].weight = model["a"].weight
@@ -56,6 +52,6 @@ def test_a_place_that_is_too_small_or_cannot_be_written_is_named(tmp_path: Path,
     assert nearest(root) == tmp_path
     assert disk_problems(tmp_path, root, 2048, 2048) == []
     [problem] = disk_problems(tmp_path, root, 4096, 2048)
-    assert str(root) in problem and "need 4 KiB, 2 KiB are free" in problem and "keep_last" in problem
+    assert str(root) in problem and "need 4.0 KiB, 2.0 KiB are free" in problem and "keep_last" in problem
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert disk_problems(tmp_path, root, 0, 1) == [f"{root}: {tmp_path} cannot be written"]

@@ -60,6 +60,13 @@ def test_missing_directory_and_dangling_latest(tmp_path: Path) -> None:
     assert problem(tmp_path / "link") == f"model_name: {tmp_path / 'link'} points to gone/best, which does not exist"
 
 
+def test_an_ensemble_of_no_number_is_left_to_loading(tmp_path: Path) -> None:
+    write_model(tmp_path / "m")
+    facts = {"stage": "reward_classification", "tokenizer_fingerprint": "", "readout": {"name": "last_token", "ensemble": "two"}}
+    (tmp_path / "m" / "manifest.json").write_text(json.dumps(facts))
+    assert check_model_source(str(tmp_path / "m"), role="reward").readouts == 1
+
+
 def test_file_and_url_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "f.bin").write_text("")
     assert "is a file, expected a model directory" in problem(tmp_path / "f.bin", setting="trainer.ckpt_path")

@@ -23,7 +23,7 @@ from common import cached_rows, run_lock, state_cache
 from common.cached_rows import CachedRows
 from common.errors import UserError
 from common.models.backbone import RewardInput
-from common.state_cache import StateCache, gib, wider
+from common.state_cache import StateCache, wider
 from common.state_facts import TORCH_DTYPES, StateFacts, row_digests
 from common.training_state import weights_digest
 
@@ -373,8 +373,3 @@ def test_a_reader_keeps_few_pages(tmp_path: Path) -> None:
         most = max(most, resident() - before)
     assert rows.paths[0].stat().st_size > 128 * 2**20
     assert most < 96 * 2**20
-
-
-@pytest.mark.parametrize(("size", "words"), [(512, "0.5 KiB"), (2**20, "1.0 MiB"), (3 * 2**29, "1.50 GiB")])
-def test_sizes_are_never_said_to_be_nothing(size: int, words: str) -> None:
-    assert gib(size) == words

@@ -265,6 +265,11 @@ def test_what_a_resumed_run_says_and_refuses(tmp_path: Path, monkeypatch: pytest
     with locked(run_dir), pytest.raises(UserError, match=rf"another process writes this run \(process {os.getpid()}\)"):
         main(["--config", str(path), "--resume", "--allow_data_change"])
     capsys.readouterr()
+    (tmp_path / "other").symlink_to(tmp_path / "models", target_is_directory=True)
+    with locked(run_dir), pytest.raises(UserError, match=f"^{tmp_path}/other/desc-run,index-0: another process"):  # as it was named
+        main(["--config", str(path), "--resume", str(tmp_path / "other" / "desc-run,index-0"), "--allow_data_change"])
+    with locked(run_dir), pytest.raises(UserError, match=f"^{run_dir}: another process"):
+        main(["--config", str(path), "--resume", str(tmp_path / "other" / "desc-run,index-0" / "last"), "--allow_data_change"])
     assert main(["--config", str(path), "--resume", str(run_dir), "--allow_data_change", "trainer.checkpoint.keep_last=3"]) == 0
     said = capsys.readouterr().out
     assert "keep_last: 3 from here on, 2 before" in said and "is not what an undisturbed run would give" in said
