@@ -67,7 +67,8 @@ def _refuse_taken(root: Path, desc: str, index: int | str) -> None:
 
 def _taken(root: Path, desc: str, index: int) -> UserError:
     free = next_free_index(root, desc)
-    return UserError(f"index: {root / run_name(desc, index)} exists already; the next free index is {free} (or index: auto)")
+    taken = root / run_name(desc, index)
+    return UserError(f"index: {taken} exists already; the next free index is {free} (or index: auto), --resume goes on with this one")
 
 
 def run_name(desc: str, index: int) -> str:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from common.devices import check_cuda, check_trainer_devices
 from common.errors import UserError, both
+from common.launch.workers import starts_ray
 from common.model_init import check_buildable, check_fresh_length, check_room
 from common.model_source import ModelSource, check_layers, check_length, check_model_source, check_prompt_format, start_config
 from common.records import PairRecord, Prompt, ScoreRecord, Splits, read_rows
@@ -17,7 +18,8 @@ Kind = Literal["pair", "score"]
 
 def check_models(config: RewardConfig) -> None:
     """Raise UserError where the backbone, the checkpoint to start from or the GPUs are missing or do not fit the settings."""
-    check_trainer_devices(config.trainer.params)
+    if not starts_ray(config.launch):  # its workers may have what this machine lacks
+        check_trainer_devices(config.trainer.params)
     named = {"model_name": (config.model_name, "backbone"), "trainer.ckpt_path": (config.trainer.ckpt_path, "reward")}
     for setting, (name, role) in named.items():
         if name is None:

@@ -36,7 +36,8 @@ def check_models(config: SFTConfig) -> None:
         generation_options(config.evaluation.generate_params)
     except UserError as error:
         raise UserError(*(f"evaluation.{problem}" for problem in error.problems)) from None
-    check_trainer_devices(config.trainer.params)
+    if not starts_ray(config.launch):  # its workers may have what this machine lacks
+        check_trainer_devices(config.trainer.params)
     for setting, name in {"model_name": config.model_name, "trainer.ckpt_path": config.trainer.ckpt_path}.items():
         if name is not None:
             source = check_model_source(name, setting=setting, role="generator", trust_remote_code=config.trust_remote_code)

@@ -45,6 +45,7 @@ def cluster(launch: LaunchSettings, signals: StopSignals) -> Iterator[Path]:
         arguments = _own_cluster(folder) if launch.address is None else {"address": _checked_address(launch.address)}
         import ray  # reads its environment now
 
+        ray._private.worker.print_to_stdstream = lambda *_, **__: None  # of lost workers, in a paragraph; the run has a line
         try:
             ray.init(**arguments, log_to_driver=False, logging_level="CRITICAL")
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:

@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
     WorkerGroupStartupTimeoutError,
@@ -71,6 +72,13 @@ class Mailbox:
         return await asyncio.shield(self._stop)
 
 
+class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
+    """Without the process that would hand out Ray's data sets, and the libraries for them in every worker: the scripts read files."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]
+
+
 @dataclass
 class _Attempt:
     """What came of one start of all workers. `lost`: why a worker is gone; `problems`: what the user can mend."""
@@ -107,6 +115,7 @@ def train(
     root: Path,
     resumed: Path | None,
     timeout_s: float,
+    lightning: bool,
 ) -> int:
     """As `common.launch.ray.train_on_ray`, in a process that is connected to the cluster. scratch: a folder for Ray's own files."""
     relay = _Relay(resumed)
@@ -117,7 +126,7 @@ def train(
         for failures in range(launch.max_failures + 1):
             mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
             again = () if failures == 0 else _going_on(relay)
-            order = Order(main, (*argv, *again), Path.cwd(), _environment(), launch.resources_per_worker.CPU, marker, mailbox)
+            order = Order(main, (*argv, *again), lightning, Path.cwd(), _environment(), launch.resources_per_worker.CPU, marker, mailbox)
             attempt = _run(launch, order, scratch, relay, signals, timeout_s)
             if attempt.lost is None or signals.received:
                 break
@@ -135,7 +144,7 @@ def train(
 def _run(launch: LaunchSettings, order: Order, scratch: Path, relay: _Relay, signals: StopSignals, timeout_s: float) -> _Attempt:
     """Start the workers once, and relay words and signals until all of them have ended."""
     resources = launch.resources_per_worker
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         work,
         train_loop_config={"order": order},
         torch_config=MeetingConfig(timeout_s=round(timeout_s), gpu=resources.GPU > 0),

@@ -32,10 +32,14 @@ _SEND_EVERY_S = 0.1
 
 @dataclass(frozen=True)
 class Order:
-    """What a worker is to do. `main(argv)` is the stage's script, in the folder `cwd`, where `marker` can be read."""
+    """What a worker is to do: `main(argv)`, the stage's script, in the folder `cwd`.
+
+    lightning: whether Lightning trains in it. marker: a file that it sees where it sees the folder of runs.
+    """
 
     main: Callable[[Sequence[str]], int]
     argv: tuple[str, ...]
+    lightning: bool
     cwd: Path
     environment: dict[str, str]
     threads: int
@@ -67,6 +71,8 @@ def work(config: dict[str, Order]) -> int:
         else:
             out = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(out))
+        if order.lightning:
+            stack.enter_context(_as_lightning_sees_it())
         try:
             _check_files(order)
             os.chdir(order.cwd)
@@ -79,6 +85,14 @@ def work(config: dict[str, Order]) -> int:
             if problems is None and not lost:
                 raise
             raise WorkerFailed(problems or [" ".join(str(error).split())], lost) from None
+
+
+def _as_lightning_sees_it() -> contextlib.AbstractContextManager[None]:
+    from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
+
+    from common.launch.lightning import Engine, launched_by
+
+    return launched_by(Engine(RayDDPStrategy, (RayLightningEnvironment(),)))
 
 
 def _check_files(order: Order) -> None:

@@ -162,7 +162,9 @@ def test_a_taken_index_and_a_checkout_that_is_not_clean_are_refused_before_a_run
     check_start(RunSettings(desc="other", index=3), tmp_path / "none")
     with pytest.raises(UserError) as raised:
         check_start(RunSettings(desc="run", index=3, require_clean_git=True), tmp_path)
-    taken = f"index: {tmp_path / 'desc-run,index-3'} exists already; the next free index is 4 (or index: auto)"
+    taken = (
+        f"index: {tmp_path / 'desc-run,index-3'} exists already; the next free index is 4 (or index: auto), --resume goes on with this one"
+    )
     files = f"1 file is changed or untracked in {REPOSITORY}: new.py (untracked)"
     not_clean = f"require_clean_git: got true, but {files}; commit or ignore them"
     assert raised.value.problems == (taken, not_clean)
