@@ -258,13 +258,17 @@ def measure(speeds: Sequence[Case], once: Sequence[Case], rounds: int, size: str
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         configs: dict[str, Path] = {}
+        steps: dict[str, int] = {}
         for stage in dict.fromkeys(case[0] for case in (*speeds, *once)):
             (folder / stage).mkdir()
             configs[stage] = STAGES[stage].write(folder / stage, size)
-        for case in [*speeds * rounds, *once]:
+        for case in [*(case for _ in range(rounds) for case in speeds), *once]:
             stage, launcher, threads = case
             try:
                 result = run(STAGES[stage], LAUNCHERS[launcher], threads, configs[stage], folder / stage / "runs")
+                expected = steps.setdefault(stage, len(result.steps))
+                if len(result.steps) != expected:
+                    raise RunFailed(f"made {len(result.steps)} steps instead of {expected}: its processes did not share the batches")
             except RunFailed as failure:
                 print(f"left out: {stage}, {launcher}: {failure}", file=sys.stderr)
                 whole = False

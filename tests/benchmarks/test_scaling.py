@@ -110,3 +110,19 @@ def test_a_run_that_fails_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setitem(scaling.STAGES, "sft", broken)
     assert main(["--stages", "sft", "--launchers", "plain", "--rounds", "1"]) == 1
     assert "no luck" in capsys.readouterr().err
+
+
+def test_a_run_whose_processes_do_not_share_batches_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {"plain": 8, "ddp": 16}
+
+    def fake_run(stage: Any, launcher: scaling.Launcher, *_: Any) -> Found:
+        return Found(1.0, 1.0, [1.0] * made["plain" if launcher.processes == 1 else "ddp"], [1.0] * 16, [1.0, 1.0])
+
+    monkeypatch.setattr(scaling, "run", fake_run)
+    monkeypatch.setitem(scaling.STAGES, "sft", scaling.Stage("", lambda folder, size: folder, {}, (), "ddp"))
+    assert main(["--stages", "sft", "--launchers", "plain", "ddp", "--rounds", "1"]) == 1
+    said = capsys.readouterr()
+    assert "sft, ddp: made 16 steps instead of 8" in said.err
+    assert "| ddp |" not in said.out

@@ -97,6 +97,44 @@ def test_an_update_is_three_forwards_and_a_sum_of_gradients_per_optimizer_step()
     assert eight["products"] == eight["idle"] == 4 * 3 * TINY.forward(1, 5, 2) / 250 / 2
 
 
+def test_adapters_need_no_gradient_of_the_weights_below_and_mixed_precision_casts_them() -> None:
+    forward = TINY.forward(4, 5, 2)
+    lora = update(DEVICE, TINY, ONE, 1, 4, False, trained=0.5)
+    assert lora["products"] == 4 * 2 * forward / 250
+    assert lora["optimizer"] == 4 * ADAM_TRAFFIC * TINY.parameters / 2 / 50
+    assert update(DEVICE, TINY, ONE, 2, 2, False, shards=2)["optimizer"] == lora["optimizer"]
+    mixed = replace(ONE, mixed=True)
+    casts = 6 * TINY.parameters / 50  # float32 read, bfloat16 written
+    assert update(DEVICE, TINY, mixed, 1, 2, False)["weights"] == pytest.approx(4 * 2 * casts)  # two forwards in each optimizer step
+    assert forwards(DEVICE, TINY, mixed, 4, 2, cast=True)["weights"] == pytest.approx(casts)
+    assert forwards(DEVICE, TINY, ONE, 4, 2, cast=True)["weights"] == 0
+
+
+def test_weights_that_fit_nowhere_are_collected_for_every_token() -> None:
+    quick = replace(DEVICE, peak=1e12, bandwidth=1e12)
+    longer = replace(ONE, longest=4)
+    times = decode(quick, TINY, longer, 1, 1, collected=2)
+    assert times["network"] == pytest.approx(3 * quick.gather(4 * TINY.read, 2), rel=1e-6)
+    policy = of("70B")
+    room = replace(H100, memory=400e9)
+    short, wide = (fsdp(device, policy, judge_of(policy), RUN, 64) for device in (H100, room))
+    assert "copy to sample from" not in short.memory
+    assert short.generate["network"] > 100 * wide.generate["network"] > 0
+
+
+def test_bytes_sent_are_those_of_the_collectives() -> None:
+    small = of("125M")
+    gradients = 4 * small.parameters
+    assert ddp(H100, small, small, RUN, 4).sent == 16 * 2 * gradients * 3 / 4
+    # 8 GPUs: a minibatch's 32 texts in one forward, 128 answers scored in four forwards by three networks, one copy to sample from.
+    sharded = fsdp(H100, small, small, RUN, 8)
+    assert sharded.forward_rows == 32
+    per_layer = (16 * (2 + 2 + 4) + 4 * 3 * 2) * small.trunk
+    assert sharded.sent == pytest.approx(7 / 8 * (per_layer + 2 * small.parameters))
+    divided = split(H100, small, small, RUN, 2)
+    assert divided.sent == pytest.approx(2 * small.parameters / 2)  # one GPU trains alone and sends the other its weights
+
+
 def test_sharded_updates_hide_their_traffic_behind_products() -> None:
     quick = replace(DEVICE, peak=1e12)
     gathers = 2 * (2 * quick.gather(4 * LAYER, 2) + quick.gather(4 * LAYER, 2))
