@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         from rlhf.train_ppo import main as worker
 
         resumed, timeout_s = resume and resume.run_dir, config.ppo_config.process_timeout_s
-        return train_on_ray(worker, argv, config.launch, root=root, resumed=resumed, timeout_s=timeout_s, lightning=False)
+        return train_on_ray(worker, argv, config.launch, root=root, resumed=resumed, timeout_s=timeout_s)
 
     from rlhf.training import train  # torch is imported here, after everything that can be checked without it
 

@@ -22,15 +22,13 @@ def train_on_ray(
     root: Path,
     resumed: Path | None,
     timeout_s: float,
-    lightning: bool = True,
 ) -> int:
     """Run `main(argv)`, a function of a module, in as many workers as `launch` says; returns the exit code.
 
-    root: the folder that runs lie in. resumed: the run that goes on. timeout_s: how long workers wait for one another. lightning: whether
-    Lightning trains.
+    root: the folder that runs lie in. resumed: the run that goes on. timeout_s: how long workers wait for one another.
     Raises UserError where the cluster has no room or the workers find a problem; `Stopped` where a second SIGINT ends them without a save.
     """
     with StopSignals() as signals, cluster(launch, signals) as scratch:
         from common.launch import ray_driver  # Ray reads its environment when it is imported
 
-        return ray_driver.train(main, argv, launch, signals, scratch, root=root, resumed=resumed, timeout_s=timeout_s, lightning=lightning)
+        return ray_driver.train(main, argv, launch, signals, scratch, root=root, resumed=resumed, timeout_s=timeout_s)

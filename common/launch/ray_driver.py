@@ -115,7 +115,6 @@ def train(
     root: Path,
     resumed: Path | None,
     timeout_s: float,
-    lightning: bool,
 ) -> int:
     """As `common.launch.ray.train_on_ray`, in a process that is connected to the cluster. scratch: a folder for Ray's own files."""
     relay = _Relay(resumed)
@@ -126,7 +125,7 @@ def train(
         for failures in range(launch.max_failures + 1):
             mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
             again = () if failures == 0 else _going_on(relay)
-            order = Order(main, (*argv, *again), lightning, Path.cwd(), _environment(), launch.resources_per_worker.CPU, marker, mailbox)
+            order = Order(main, (*argv, *again), Path.cwd(), _environment(), launch.resources_per_worker.CPU, marker, mailbox)
             attempt = _run(launch, order, scratch, relay, signals, timeout_s)
             if attempt.lost is None or signals.received:
                 break

@@ -34,12 +34,11 @@ _SEND_EVERY_S = 0.1
 class Order:
     """What a worker is to do: `main(argv)`, the stage's script, in the folder `cwd`.
 
-    lightning: whether Lightning trains in it. marker: a file that it sees where it sees the folder of runs.
+    marker: a file that it sees where it sees the folder of runs.
     """
 
     main: Callable[[Sequence[str]], int]
     argv: tuple[str, ...]
-    lightning: bool
     cwd: Path
     environment: dict[str, str]
     threads: int
@@ -71,8 +70,6 @@ def work(config: dict[str, Order]) -> int:
         else:
             out = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(out))
-        if order.lightning:
-            stack.enter_context(_as_lightning_sees_it())
         try:
             _check_files(order)
             os.chdir(order.cwd)
@@ -85,14 +82,6 @@ def work(config: dict[str, Order]) -> int:
             if problems is None and not lost:
                 raise
             raise WorkerFailed(problems or [" ".join(str(error).split())], lost) from None
-
-
-def _as_lightning_sees_it() -> contextlib.AbstractContextManager[None]:
-    from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
-
-    from common.launch.lightning import Engine, launched_by
-
-    return launched_by(Engine(RayDDPStrategy, (RayLightningEnvironment(),)))
 
 
 def _check_files(order: Order) -> None:
