@@ -1,8 +1,9 @@
 """Convert a data file between the accepted formats: `python -m common.convert IN OUT --to FORMAT`.
 
 Scored answers become preference pairs, too (`common/pairing.py`), and the chosen answers of pairs rows for SFT.
-IN is whatever a stage reads: a file, a folder of splits, or `hf:NAME[/FOLDER][:CONFIG]`. OUT is JSON with splits (`.json`) or JSON
-Lines of one split (`.jsonl`), gzipped where its name ends in `.gz`. What FORMAT cannot hold is dropped and said; a row that would
+IN is whatever a stage reads: a file, a folder of splits, or `hf:NAME[/FOLDER][:CONFIG]`; also a file or hub data set of messages, as Open
+Assistant's (`common/message_trees.py`). OUT is JSON with splits (`.json`) or JSON Lines of one split (`.jsonl`), gzipped where its name
+ends in `.gz`, or a folder (`OUT/`) of JSON Lines, a file for each split. What FORMAT cannot hold is dropped and said; a row that would
 not read back the same is an error. Nothing is written until everything fits, and then all at once.
 """
 
@@ -19,11 +20,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from common.command_line import Parser
 from common.errors import UserError, run_main
 from common.json_rows import SPLITS, SplitName
+from common.message_trees import MessageTrees, read_message_trees
 from common.pairing import Pairing, pairs_of
 from common.problem_lines import RowFault, fault_lines, raise_problems
 from common.records import (
@@ -52,16 +54,83 @@ CAN_BECOME: dict[RecordKind, tuple[RecordKind, ...]] = {
 ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
+class _Source(NamedTuple):
+    """What was read: records by split, of which pairs may still have to be made."""
+
+    records: dict[SplitName, Sequence[Record]]
+    makes_pairs: bool
+    notes: tuple[str, ...] = ()
+
+
 def main(argv: Sequence[str]) -> int:
     """Read, convert and write; prints what was written and what was dropped."""
     options = _parser().parse_args(argv)
     destination = Path(options.destination)
-    _check_destination(destination, options.force)
+    in_folder = options.destination.endswith("/") or destination.is_dir()
+    if not in_folder:
+        _check_destination(destination, options.force)
     form = TARGETS[options.to]
+    dropped: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
+    broken: Counter[str] = Counter()
+    source = _read(options, form, broken)
+    pairing = _pairing(options, source.makes_pairs)
+    chosen: list[SplitName] = [options.split] if options.split else list(source.records)
+    if missing := [name for name in chosen if name not in source.records]:
+        raise UserError(f"{options.source}: {missing[0]}: got no rows, expected some; there are {', '.join(source.records)}")
+    if not chosen:
+        raise UserError(f"{options.source}: got no rows that can be {form.name}, expected some")
+    files = {destination: chosen} if not in_folder else {destination / f"{name}.jsonl": [name] for name in chosen}
+    if in_folder:
+        for file in files:
+            _check_destination(file, options.force, in_folder=True)
+    elif _is_lines(destination) and len(chosen) > 1:
+        raise UserError(
+            f"{destination}: JSON Lines hold one split, got {', '.join(chosen)}; choose one with --split, or write .json or a folder (OUT/)"
+        )
+    records = {name: source.records[name] for name in chosen}
+    if source.makes_pairs:
+        scored = cast("dict[SplitName, Sequence[ScoreRecord]]", records)
+        records = {name: pairs_of(part, pairing, dropped, left_out) for name, part in scored.items()}
+        if not any(records.values()):
+            why = ", ".join(f"{what} ({count:,})" for what, count in left_out.items())
+            raise UserError(f"{options.source}: no question gives a pair: {why}")
+        count = sum(len(pair.rejected) for part in records.values() for pair in part if isinstance(pair, PairRecord))
+        print(f"{_count(count, 'pair')} of chosen and rejected answers from {_count(dropped['score'], 'question')} with a pair")
+    rows = {name: convert(records[name], form, dropped) for name in chosen}
+    if not options.validate:
+        if in_folder:
+            _make_folder(destination)
+        for file, names in files.items():
+            _write(file, {name: rows[name] for name in names})
+    for note in source.notes:
+        print(note)
+    for what, count in sorted(dropped.items()):
+        print(f"dropped, since {form.name} cannot hold it: {what} ({_count(count, 'question' if source.makes_pairs else 'row')})")
+    for what, count in left_out.items():
+        print(f"left out: {_count(count, 'question')} with {what}")
+    for what, count in broken.items():
+        print(f"left out: {what} ({count:,})")
+    counts = ", ".join(f"{name} {len(rows[name])}" for name in chosen)
+    print(f"{'valid, and not written: ' if options.validate else ''}{destination}: {counts} rows as {form.name}")
+    return 0
+
+
+def _read(options: argparse.Namespace, form: RowFormat, broken: Counter[str]) -> _Source:
+    """The rows of IN, or its messages, as records that `form` can hold; `broken` counts messages without their beginning.
+
+    Raises UserError where they hold too little.
+    """
+    trees = read_message_trees(options.source, options.lang, broken)
+    if trees is not None:
+        if form.kind == "score":
+            raise UserError(f"{options.source}: got messages, whose ranks order the answers to one message alone; expected another format")
+        found = {name: _of_messages(tree, form.kind) for name, tree in trees.items()}
+        return _Source({name: part for name, part in found.items() if part}, makes_pairs=form.kind == "pair")
+    if options.lang is not None:
+        raise UserError(f"--lang: got {options.lang}, but the rows of {options.source} are no messages with a lang; leave it out")
     columns = dict(_renaming(text) for text in options.columns)
     kind = source_kind(options.source, columns)
-    makes_pairs = kind == "score" and form.kind == "pair"
-    pairing = _pairing(options, makes_pairs)
     if form.kind not in CAN_BECOME[kind]:
         fitting = ", ".join(name for name, target in TARGETS.items() if target.kind in CAN_BECOME[kind])
         raise UserError(
@@ -76,31 +145,14 @@ def main(argv: Sequence[str]) -> int:
         unusable_rows=options.unusable_rows,
         drop_setting="--unusable_rows drop",
     )
-    chosen: list[SplitName] = [options.split] if options.split else [name for name in SPLITS if splits.split(name)]
-    if _is_lines(destination) and len(chosen) > 1:
-        raise UserError(f"{destination}: JSON Lines hold one split, got {', '.join(chosen)}; choose one with --split, or write .json")
-    dropped: Counter[str] = Counter()
-    left_out: Counter[str] = Counter()
-    records: dict[SplitName, Sequence[Record]] = {name: splits.split(name) for name in chosen}
-    if makes_pairs:
-        records = {name: pairs_of(splits.split(name), pairing, dropped, left_out) for name in chosen}
-        if not any(records.values()):
-            why = ", ".join(f"{what} ({count:,})" for what, count in left_out.items())
-            raise UserError(f"{options.source}: no question gives a pair: {why}")
-        count = sum(len(pair.rejected) for part in records.values() for pair in part if isinstance(pair, PairRecord))
-        print(f"{_count(count, 'pair')} of chosen and rejected answers from {_count(dropped['score'], 'question')} with a pair")
-    rows = {name: convert(records[name], form, dropped) for name in chosen}
-    if not options.validate:
-        _write(destination, rows)
-    for note in splits.notes:
-        print(note)
-    for what, count in sorted(dropped.items()):
-        print(f"dropped, since {form.name} cannot hold it: {what} ({_count(count, 'question' if makes_pairs else 'row')})")
-    for what, count in left_out.items():
-        print(f"left out: {_count(count, 'question')} with {what}")
-    counts = ", ".join(f"{name} {len(rows[name])}" for name in chosen)
-    print(f"{'valid, and not written: ' if options.validate else ''}{destination}: {counts} rows as {form.name}")
-    return 0
+    records = {name: splits.split(name) for name in SPLITS if splits.split(name)}
+    return _Source(records, makes_pairs=kind == "score" and form.kind == "pair", notes=splits.notes)
+
+
+def _of_messages(tree: MessageTrees, kind: RecordKind) -> list[Record]:
+    """What the conversations hold of one kind; for pairs every ranked answer."""
+    assert kind in ("sft", "pair", "prompt"), kind
+    return list(tree.best_answers() if kind == "sft" else tree.answers() if kind == "pair" else tree.prompts())
 
 
 def _count(number: int, noun: str) -> str:
@@ -225,14 +277,22 @@ def _is_lines(destination: Path) -> bool:
     return ".jsonl" in destination.suffixes
 
 
-def _check_destination(destination: Path, force: bool) -> None:
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {error.strerror or error}") from None
+
+
+def _check_destination(destination: Path, force: bool, *, in_folder: bool = False) -> None:
+    """Raise UserError where a file of this name cannot be written, or is there already; `in_folder`: its folder may be made."""
     if not destination.name.endswith(ENDINGS):
-        raise UserError(f"{destination}: got this name, expected one that ends in {', '.join(ENDINGS)}")
+        raise UserError(f"{destination}: got this name, expected one that ends in {', '.join(ENDINGS)}, or a folder (OUT/)")
     if destination.is_dir():
         raise UserError(f"{destination}: got a folder, expected a file's name")
     if destination.exists() and not force:
         raise UserError(f"{destination}: is there already; --force replaces it")
-    if not destination.absolute().parent.is_dir():
+    if not in_folder and not destination.absolute().parent.is_dir():
         raise UserError(f"{destination}: its folder does not exist")
 
 
@@ -289,7 +349,9 @@ def _parser() -> argparse.ArgumentParser:
         "of scores, pairs are made question by question; of pairs, the chosen answer is imitated by SFT",
     )
     parser.add_argument("source", metavar="IN", help="file, folder of splits, or hf:NAME[/FOLDER][:CONFIG]; its format is recognised")
-    parser.add_argument("destination", metavar="OUT", help=".json (splits) or .jsonl (one split), either with .gz")
+    parser.add_argument(
+        "destination", metavar="OUT", help=".json (splits) or .jsonl (one split), either with .gz; a folder (OUT/): a .jsonl for each split"
+    )
     parser.add_argument("--to", required=True, choices=list(TARGETS), metavar="FORMAT", help=", ".join(TARGETS))
     parser.add_argument("--split", choices=SPLITS, help="only this split; default: all of them")
     parser.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="rename columns of IN")
@@ -310,6 +372,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="scores to pairs: write the difference as margin, by which the loss then wants the answers' scores to differ (default: none)",
     )
+    parser.add_argument("--lang", metavar="LANG", help="messages (Open Assistant's) to rows: only those in this language, en say")
     parser.add_argument("--validate", action="store_true", help="read and convert everything, report, and write nothing")
     parser.add_argument("--force", action="store_true", help="replace OUT")
     return parser

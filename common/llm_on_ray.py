@@ -202,9 +202,14 @@ KEYS: dict[str, Row] = {
 
 # What their code fixed, where ours has a setting with another default.
 _FIXED: dict[Stage, dict[str, Any]] = {
-    "sft": {"model_params.warmup_steps_per_cent": 0.0},
-    "reward": {"model_params.warmup_steps_per_cent": 0.0},
-    "ppo": {"ppo_config.adap_kl_ctrl": False, "ppo_config.ppo_epochs": 1, "generation_config.max_new_tokens": 50},
+    "sft": {"model_params.warmup_steps_per_cent": 0.0, "data.unusable_rows": "drop"},
+    "reward": {"model_params.warmup_steps_per_cent": 0.0, "data.unusable_rows": "drop"},
+    "ppo": {
+        "ppo_config.adap_kl_ctrl": False,
+        "ppo_config.ppo_epochs": 1,
+        "generation_config.max_new_tokens": 50,
+        "data_config.unusable_rows": "drop",
+    },
 }
 SECTIONS = ("General", "Dataset", "Training", "failure_config")
 _INNER = ("General.config",)

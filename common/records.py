@@ -44,6 +44,7 @@ __all__ = [
     "SFTRecord",
     "ScoreRecord",
     "Splits",
+    "load_hub",
     "normalise_question",
     "question_key",
     "read_rows",
@@ -174,7 +175,7 @@ class _Reading:
         named = False
         if path.startswith("hf:"):
             try:
-                self._collect(_load_hub(path), path, rows)
+                self._collect(load_hub(path), path, rows)
             except UserError as error:
                 raise UserError(*(f"{setting}: {problem}" if setting else problem for problem in error.problems)) from None
             return rows, True
@@ -370,7 +371,7 @@ def _check_columns(columns: Mapping[str, str], section: str = "") -> None:
         raise UserError(*problems)
 
 
-def _load_hub(path: str) -> RawRows:
+def load_hub(path: str) -> RawRows:
     """A data set through `datasets`; missing values (None) of optional keys count as absent."""
     name, _, config = path.removeprefix("hf:").partition(":")
     if not name:

@@ -245,3 +245,99 @@ def test_real_dialogues_come_back_to_the_letter(shared: Path, tmp_path: Path) ->
     original = [json.loads(line) for line in gzip.decompress(source.read_bytes()).decode().splitlines()]
     back = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
     assert back == [row for number, row in enumerate(original, 1) if number not in (159, 346)]
+
+
+# --- what llm-on-ray's process_data*.py did ---------------------------------------------------------------------------------------------
+
+
+def message(name: str, parent: str | None, text: str, rank: float | None = None, **more: Any) -> dict[str, Any]:
+    role = "prompter" if parent is None or parent.startswith("a") else "assistant"
+    return {"message_id": name, "parent_id": parent, "role": role, "text": text, "rank": rank, "lang": "en", **more}
+
+
+MESSAGES = [
+    message("q1", None, "Why?"),
+    message("a1", "q1", "Because.", 0.0),
+    message("a2", "q1", "No idea.", 2.0),
+    message("a3", "q1", "Hm.", 1.0),
+    message("q2", "a1", "Really?"),
+    message("a4", "q2", "Really.", 0),
+    message("q3", None, "Warum?", lang="de"),
+    message("a5", "q3", "Darum.", 0.0, lang="de"),
+    message("a6", "q9", "An answer to nothing.", 0.0),
+    message("a7", "q2", "Nobody compared this."),
+    message("a8", "q2", "Taken back.", 3.0, deleted=True),
+]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_best_answers_in_message_trees_become_rows_for_sft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "messages.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in MESSAGES))
+    run(source, tmp_path / "out.jsonl", "--to", "instruction", "--lang", "en")
+    assert lines(tmp_path / "out.jsonl") == [
+        {"instruction": "Why?", "context": "", "response": "Because."},
+        {"instruction": "\n\nHuman: Why?\n\nAssistant: Because.\n\nHuman: Really?\n\nAssistant:", "response": " Really."},
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        "left out: answers to a message that is not there (1)",
+        f"{tmp_path}/out.jsonl: train 2 rows as instruction",
+    ]
+    run(source, tmp_path / "all.jsonl", "--to", "instruction")
+    assert lines(tmp_path / "all.jsonl")[2] == {"instruction": "Warum?", "context": "", "response": "Darum."}
+
+
+def test_ranks_in_message_trees_become_pairs_and_every_message_a_prompt(tmp_path: Path) -> None:
+    source = write(tmp_path / "messages.json", {"train": MESSAGES, "validation": [message("x", None, "Eh?")]})
+    run(source, tmp_path / "best.jsonl", "--to", "prompt_pair", "--split", "train")
+    assert lines(tmp_path / "best.jsonl") == [{"prompt": "Why?", "chosen": "Because.", "rejected": ["Hm.", "No idea."]}]
+    run(source, tmp_path / "all.jsonl", "--to", "prompt_pair", "--split", "train", "--pairs", "all")
+    assert [(row["chosen"], row["rejected"]) for row in lines(tmp_path / "all.jsonl")] == [
+        ("Because.", ["Hm.", "No idea."]),
+        ("Hm.", "No idea."),
+    ]
+    run(source, f"{tmp_path}/prompts/", "--to", "prompt", "--lang", "en")
+    assert [row["prompt"][:5] for row in lines(tmp_path / "prompts/train.jsonl")] == ["Why?", "\n\nHum"]
+
+
+def test_messages_with_faults_are_told_by_row(tmp_path: Path) -> None:
+    rows = [message("q", None, "Why?"), {**message("a", "q", "So."), "role": "user", "rank": "first"}, message("b", "q", None)]  # type: ignore[arg-type]
+    source = write(tmp_path / "m.json", rows)
+    with pytest.raises(UserError) as caught:
+        run(source, tmp_path / "out.json", "--to", "qa")
+    assert list(caught.value.problems) == [
+        f"{source}: train row 2: role: got 'user', expected prompter or assistant",
+        f"{source}: train row 2: rank: got 'first', expected a number or null",
+        f"{source}: train row 3: text: got None, expected text",
+    ]
+    with pytest.raises(UserError, match="whose ranks order the answers to one message alone"):
+        run(write(tmp_path / "ok.json", MESSAGES), tmp_path / "o.json", "--to", "qa_score")
+    with pytest.raises(UserError, match="got no rows that can be qa, expected some"):
+        run(tmp_path / "ok.json", tmp_path / "o.json", "--to", "qa", "--lang", "fr")
+    with pytest.raises(UserError, match=r"--lang: got en, but the rows of .* are no messages"):
+        run(write(tmp_path / "p.json", PAIRS), tmp_path / "o.json", "--to", "qa_pair", "--lang", "en")
+
+
+def test_a_folder_gets_a_file_for_each_split_that_stages_read(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{number}", "response": "r", "chosen": "c", "rejected": "d"} for number in range(3)]  # as in Dahoas/rm-static
+    source = write(tmp_path / "in.json", {"train": rows[:2], "test": rows[2:]})
+    arguments = [source, f"{tmp_path}/reward/", "--to", "prompt_pair"]
+    assert convert.main(arguments) == 0
+    assert sorted(path.name for path in (tmp_path / "reward").iterdir()) == ["test.jsonl", "train.jsonl"]
+    assert lines(tmp_path / "reward/test.jsonl") == [{"prompt": "p2", "chosen": "c", "rejected": "d"}]
+    splits = read_splits(str(tmp_path / "reward"), "pair", validation_split_percentage=0)
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (2, 0, 1)
+    with pytest.raises(UserError, match=r"train\.jsonl: is there already"):
+        convert.main(arguments)
+    assert convert.main([*arguments, "--force"]) == 0
+
+
+def test_columns_of_other_names_become_the_formats_own(tmp_path: Path) -> None:
+    """As in alpaca; an answer that is empty is left out."""
+    rows = [{"instruction": "Add.", "input": "1 and 1", "output": "2"}, {"instruction": "Say nothing.", "input": "", "output": ""}]
+    source = write(tmp_path / "in.json", rows)
+    run(source, tmp_path / "out.jsonl", "--to", "instruction", "--columns", "context=input", "response=output", "--unusable_rows", "drop")
+    assert lines(tmp_path / "out.jsonl") == [{"instruction": "Add.", "context": "1 and 1", "response": "2"}]
