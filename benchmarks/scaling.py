@@ -87,7 +87,7 @@ def write_sft(folder: Path, size: str) -> Path:
     from benchmarks.sft import build_rows, records
     from benchmarks.synthetic import build_policy
 
-    rows = build_rows(64)
+    rows = build_rows(48)
     return write_run(folder, build_policy(size), {"train": records(rows), "val": records(rows[:2])}, batch=8, log_every=1)
 
 
@@ -95,7 +95,7 @@ def write_pairs(folder: Path, size: str) -> Path:
     from benchmarks.reward import build_rows, pair_records
     from benchmarks.synthetic import build_judge
 
-    rows = build_rows(48)
+    rows = build_rows(40)
     return write_run(folder, build_judge(size), {"train": pair_records(rows), "val": pair_records(rows[:2])}, batch=8, log_every=1)
 
 
@@ -112,7 +112,7 @@ def write_ppo(folder: Path, size: str) -> Path:
     config = {
         "data_config": {"data_file_path": str(folder / "prompts.json"), "max_prompt_length": 96},
         "generation_config": {"max_new_tokens": 64, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
-        "ppo_config": {"model_name": str(folder / "policy"), "steps": PPO_STEPS, "ppo_epochs": 2, "learning_rate": 1e-6},
+        "ppo_config": {"model_name": str(folder / "policy"), "steps": PPO_STEPS, "ppo_epochs": 1, "learning_rate": 1e-6},
         "reward_config": {"reward_model_name": str(folder / "judge")},
         "evaluation": {"num_prompts": 2, "every_n_steps": PPO_STEPS},
         "save_config": {"checkpoint_dir": str(folder / "runs")},
@@ -134,14 +134,16 @@ STAGES: dict[str, Stage] = {
         "torchrun",
     ),
 }
+ACCELERATE = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no"
+"""`--multi_gpu` for several processes, on CPUs too: with `--cpu` it starts one."""
 LAUNCHERS: dict[str, Launcher] = {
     PLAIN: Launcher(1),
     "ddp": Launcher(2, after=("trainer.params.devices=2",)),
     "torchrun": Launcher(2, ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")),
-    "accelerate": Launcher(2, ("-m", "accelerate.commands.launch", "--config_file", "rlhf/configs/accelerate/cpu.yaml")),
+    "accelerate": Launcher(2, ("-m", "accelerate.commands.launch", *ACCELERATE.split())),
     "ray": Launcher(2, after=("launch.engine=ray", "launch.num_training_workers=2", "launch.resources_per_worker={CPU: 1}")),
 }
-STARTS = {"sft": (PLAIN, "ddp", "ray"), "pairs": (PLAIN, "ddp"), "ppo": (PLAIN, "torchrun", "accelerate", "ray")}
+STARTS = {"sft": (PLAIN, "ddp", "torchrun", "ray"), "pairs": (PLAIN, "ddp"), "ppo": (PLAIN, "torchrun", "accelerate", "ray")}
 """Stage -> the launchers whose start is measured."""
 
 

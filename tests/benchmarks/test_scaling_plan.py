@@ -133,6 +133,10 @@ def test_bytes_sent_are_those_of_the_collectives() -> None:
     assert sharded.sent == pytest.approx(7 / 8 * (per_layer + 2 * small.parameters))
     divided = split(H100, small, small, RUN, 2)
     assert divided.sent == pytest.approx(2 * small.parameters / 2)  # one GPU trains alone and sends the other its weights
+    eight = split(H100, small, small, RUN, 8)
+    trainers, chunks = 8 - eight.rollout, 256 / (8 - eight.rollout) / eight.forward_rows
+    trained = 16 * chunks * (2 + 2 + 4) * small.trunk * (trainers - 1) / trainers
+    assert eight.sent == pytest.approx((trained * trainers + 2 * small.parameters * eight.rollout) / 8)
 
 
 def test_sharded_updates_hide_their_traffic_behind_products() -> None:
