@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +97,8 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        copied = tensor.detach().to("cpu", copy=True)  # memory that numpy has seen could not be freed by sharding
+        digest.update(copied.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -129,15 +130,21 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     return trained | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
-def load_trained_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put back what `trained_weights` gave. Raises UserError where the model is another one."""
+def load_trained_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], load: Callable[[nn.Module, Mapping[str, Tensor]], None] | None = None
+) -> None:
+    """Put back what `trained_weights` gave; `load` does so where copying is not enough. Raises UserError where the model is another one."""
     import torch
 
     own = trained_weights(model)
     if problem := next(iter(own.keys() ^ weights.keys()), None):
         raise UserError(f"the checkpoint's weights are of another model: {problem} is in {'the model' if problem in own else 'them'} alone")
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape or tensor.dtype != weights[name].dtype:
+            raise UserError(f"the checkpoint's weights are of another model: {name} is {tuple(weights[name].shape)} there")
+    if load is not None:
+        load(model, weights)
+        return
     with torch.no_grad():
         for name, tensor in own.items():
-            if tensor.shape != weights[name].shape or tensor.dtype != weights[name].dtype:
-                raise UserError(f"the checkpoint's weights are of another model: {name} is {tuple(weights[name].shape)} there")
             tensor.copy_(weights[name])

@@ -92,12 +92,10 @@ def rehearse(
     evaluation = max(0.0, seconds - sum(measured)) / 2 if eval_prompts else 0.0  # before the first step and after the last
     every = config.evaluation.every_n_steps
     evaluations = (1 + -(-steps // every)) if eval_prompts else 0
-    state = {
-        "weights": trained_weights(trainer.model.pretrained_model),
-        "trainer": trainer.state_dict(),
-        "reward": trainer.reward.state_dict(),
-    }
-    checkpoint = model_bytes(trainer.model.pretrained_model, trainer.tokenizer) + state_size(state)
+    trainer_state, rewards = trainer.state_dict(), trainer.reward.state_dict()
+    with trainer.sharding.whole(trainer.model) as model:
+        state = {"weights": trained_weights(model.pretrained_model), "trainer": trainer_state, "reward": rewards}
+        checkpoint = model_bytes(model.pretrained_model, trainer.tokenizer) + state_size(state)
     words = [f"{name} {statistics.fmean(line[phase] for line in lines if phase in line):.3g} s" for name, phase in _named(PHASES)]
     return Forecast(
         device=str(trainer.runtime.device),

@@ -18,6 +18,7 @@ from common.freezing import apply_freezing
 from common.launch.checkpointing import BEST
 from common.launch.memory import telling_out_of_memory
 from common.launch.runtime import Runtime
+from common.launch.sharding import launched_sharding
 from common.launch.signals import Stopped
 from common.lora import add_lora
 from common.models.fused import set_fused
@@ -79,6 +80,9 @@ def _train(
 ) -> Path:
     params, generation = config.ppo_config, config.generation_config
     seed = config.seed if params.seed is None else params.seed
+    sharding = launched_sharding(runtime, params.mixed_precision)
+    if sharding.spreads:
+        say("weights are sharded: cache_frozen_layers and static_decoding have no effect, every process reads the models' files")
 
     # 1. policy, reward pipeline
     start = start_files(params.model_name, params.model_pretrain)
@@ -86,8 +90,9 @@ def _train(
     if resume is not None:
         resume.check_tokenizer(tokenizer)
     model, table = load_policy(config, tokenizer, seed)
-    model.to(runtime.device)
     pipeline = build_pipeline(config.reward_config, device=runtime.device, trust_remote_code=config.trust_remote_code)
+    if pipeline.needs_calibration or not sharding.spreads:  # else it goes there in parts
+        model.to(runtime.device)
 
     # 2. prompts -> ids
     limit = prompt_limit(config, positions_of(model.config), bool(model.config.is_encoder_decoder))
@@ -117,7 +122,13 @@ def _train(
     if critic is not None:
         set_fused(critic, config.fused)
     trainer = PPOTrainer(
-        PPOConfig.from_params(params, seed, config.on_nan), model, tokenizer=tokenizer, reward=pipeline, critic=critic, runtime=runtime
+        PPOConfig.from_params(params, seed, config.on_nan),
+        model,
+        tokenizer=tokenizer,
+        reward=pipeline,
+        critic=critic,
+        runtime=runtime,
+        sharding=sharding,
     )
     steps = total_steps(config, len(prompts), runtime.world_size)
     warmup = warmup_steps(params.warmup_steps_per_cent, steps)

@@ -59,7 +59,8 @@ class Evaluator:
     def __call__(self) -> Evaluation:
         ids = [prompt.ids for prompt in self.prompts]
         rollout = self.trainer.rollout_of_all(ids, self.params, seed=self.seed, step=NOISE_STREAM, **self.decoding)
-        result, _ = score_rollout(self.trainer.runtime, self.pipeline, self.prompts, rollout)
+        with self.trainer.sharding.gathered(*self.pipeline.networks):
+            result, _ = score_rollout(self.trainer.runtime, self.pipeline, self.prompts, rollout)
         scores = result.scores
         kl = self.trainer.sampled_kl(rollout, self.params.temperature)
         texts = Counter(rollout.texts)

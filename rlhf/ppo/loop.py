@@ -115,8 +115,9 @@ def train(
     A second call goes on where the first ended. SIGINT and SIGTERM save, then raise `Stopped`. Raises UserError for what cannot be used.
     """
     # 1. what judges the answers, how they are sampled, which prompts
-    config, runtime, model = trainer.config, trainer.runtime, trainer.model
+    config, runtime, model, sharding = trainer.config, trainer.runtime, trainer.model, trainer.sharding
     pipeline = as_pipeline(_given(reward, trainer.reward, "reward"), device=runtime.device)
+    sharding.place(*pipeline.networks)
     params = _sampling(generation)
     limit = max_prompt_length or _room(model.config, params.max_new_tokens)
     encoded = partial(
@@ -132,7 +133,8 @@ def train(
     each, answers = config.samples_per_prompt, config.batch_size * runtime.world_size
     if pipeline.needs_calibration:
         first_prompts = training[: max(answers, len(held_out))]
-        calibrate(pipeline, model, trainer.tokenizer, first_prompts, params, config.seed, decoding, runtime)
+        with sharding.gathered(model, *pipeline.networks):
+            calibrate(pipeline, model, trainer.tokenizer, first_prompts, params, config.seed, decoding, runtime)
     penalise = partial(
         _penalised, missing_eos_penalty=missing_eos_penalty, missing_eos_score=missing_eos_score, length_penalty=length_penalty
     )
@@ -154,7 +156,10 @@ def train(
         if runtime.is_main:
             say_finished(point)
         return read_history(point.run_dir)
-    began_with = weights_digest(model.pretrained_model.state_dict()) if output is not None else ""
+    began_with = ""
+    if output is not None:
+        with sharding.whole(model) as held:
+            began_with = weights_digest(held.pretrained_model.state_dict())
     state: dict[str, Any] | None = None
     if point is not None:
         state = point.state
@@ -163,7 +168,7 @@ def train(
         if steps != state["steps"]:
             raise UserError(f"steps: got {steps}, but the run began with {state['steps']}; a resumed run keeps them")
         check_start_weights(began_with, state["began_with"], "policy's weights")
-        load_trained_weights(model.pretrained_model, state["weights"])
+        load_trained_weights(model.pretrained_model, state["weights"], sharding.load_weights)
         trainer.load_state_dict(state["trainer"])
         pipeline.load_state_dict(state["reward"])
         first = state["first"]
@@ -215,7 +220,7 @@ def train(
             note(f"step {step}: {shown(evaluation.figures)}{remark}")
             return evaluation.figures
 
-        def position(looks: bool = False) -> dict[str, Any]:
+        def position(weights: Mapping[str, Tensor], trainer_state: Mapping[str, Any], looks: bool) -> dict[str, Any]:
             """What the run needs to go on from here; `looks`: with the evaluation of this step."""
             return {
                 "looks": looks,
@@ -224,19 +229,22 @@ def train(
                 "steps": steps,
                 "start": start,
                 "began_with": began_with,
-                "weights": trained_weights(model.pretrained_model),
-                "trainer": trainer.state_dict(),
+                "weights": weights,
+                "trainer": trainer_state,
                 "reward": pipeline.state_dict(),
                 "metrics": tracker.position,
             }
 
         def save_now(step: int, evaluated: Mapping[str, float] | None = None, looks: bool = False) -> None:
             """All processes call it; the first one, which has the keeper, writes."""
-            for network in (model, trainer.critic):
-                if network is not None:
-                    check_finite(network, step)
-            if keeper is not None:
-                keeper.save(step, evaluated, partial(position, looks))
+            if trainer.critic is not None:
+                with sharding.whole(trainer.critic) as critic:
+                    check_finite(critic, step)
+            trainer_state = trainer.state_dict()
+            with sharding.whole(model) as held:
+                check_finite(held, step)
+                if keeper is not None:
+                    keeper.save(step, evaluated, partial(position, trained_weights(held.pretrained_model), trainer_state, looks))
 
         together = f" of {runtime.world_size} processes" if runtime.world_size > 1 else ""
         lines = opening_lines(
@@ -264,7 +272,8 @@ def train(
             rollout = trainer.rollout_of_all([prompt.ids for prompt in batch], params, group=each, seed=config.seed, step=step, **decoding)
             sampled = time.perf_counter()
             try:
-                result, texts_cut = score_rollout(runtime, pipeline, batch, rollout, each)
+                with sharding.gathered(*pipeline.networks):
+                    result, texts_cut = score_rollout(runtime, pipeline, batch, rollout, each)
             except UserError as error:
                 if output is not None and step - 1 > first:
                     save_now(step - 1)
@@ -494,9 +503,11 @@ def _save(
         **facts,
     )
 
-    def extra(staging: Path) -> None:
-        if trainer.estimator.reads_values and trainer.critic is None:
-            trainer.model.v_head.save(staging)
-        write_state(staging)
+    with trainer.sharding.whole(trainer.model) as model:
 
-    save_model_directory(directory, trainer.model.pretrained_model, trainer.tokenizer, manifest, extra=extra)
+        def extra(staging: Path) -> None:
+            if trainer.estimator.reads_values and trainer.critic is None:
+                model.v_head.save(staging)
+            write_state(staging)
+
+        save_model_directory(directory, model.pretrained_model, trainer.tokenizer, manifest, extra=extra)

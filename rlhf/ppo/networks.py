@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from common.launch.sharding import Sharding
 from common.models.lower_layers import LowerLayers
 from common.models.prepacked import prepacked
 from rlhf.ppo.answers import Answers, Forward, Output, Trunk
@@ -71,8 +73,12 @@ class Networks:
         cache_frozen_layers: bool = True,
         pack: bool = True,
         static_decoding: bool = False,
+        sharding: Sharding | None = None,
     ) -> None:
-        """`pack`: read batches without padding, where a model can. `static_decoding`: sample as `rlhf.ppo.static_decoding` does, too."""
+        """`pack`: read batches without padding, where a model can. `static_decoding`: sample as `rlhf.ppo.static_decoding` does, too.
+
+        `sharding`: how the networks lie in the processes; those that train are placed with their optimizer.
+        """
         plain = ref_model.pretrained_model if isinstance(ref_model, ModelWithValueHead) else ref_model
         self.model, self.ref_model, self.critic = model, ref_model, critic
         self.policy, self.reference = (Forward(network, pack=pack) for network in (model.pretrained_model, plain))
@@ -88,6 +94,21 @@ class Networks:
         self.reference_lower = None
         if self.lower is not None and self.reference.trunk is not None:
             self.reference_lower = self.lower.in_twin(self.reference.trunk.module)
+        self.sharding = sharding = sharding or Sharding()
+        if sharding.spreads and mixed_precision != "no":
+            self._short_copy = self._copy_in_bfloat16()  # what is sharded cannot be copied any more
+            sharding.place(self._short_copy[0])
+        sharding.place(self.ref_model)
+
+    @property
+    def critics(self) -> list[Critic]:
+        """The critic of its own, where there is one."""
+        return [] if self.critic is None else [self.critic]
+
+    @property
+    def trained(self) -> list[nn.Module]:
+        """The networks that an update may change."""
+        return [self.model, *self.critics]
 
     @property
     def device(self) -> torch.device:
@@ -104,22 +125,32 @@ class Networks:
         if self.mixed_precision == "no":
             return self.model, self.policy
         if self._short_copy is None:
-            copied = reference_copy(self.model, share_frozen=False)
-            for parameter in copied.pretrained_model.parameters():
-                parameter.data = parameter.data.to(torch.bfloat16)
-            self._short_copy = copied, Forward(copied.pretrained_model, pack=False)
-            self._decode_statically(self._short_copy[1])
+            self._short_copy = self._copy_in_bfloat16()
         for short, parameter in zip(self._short_copy[0].parameters(), self.model.parameters(), strict=True):
             short.data.copy_(parameter.data)
         return self._short_copy
+
+    def _copy_in_bfloat16(self) -> tuple[ModelWithValueHead, Forward]:
+        copied = reference_copy(self.model, share_frozen=False)
+        for parameter in copied.pretrained_model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        forward = Forward(copied.pretrained_model, pack=False)
+        self._decode_statically(forward)
+        return copied, forward
 
     def _decode_statically(self, forward: Forward) -> None:
         if self.static_decoding:
             forward.static = StaticDecoding.find(forward)
 
-    def _prepacked(self, *networks: nn.Module) -> AbstractContextManager[None]:
-        """In float32 alone: in shorter types rounding would part these passes from the update's, and the first ratio from 1."""
-        return prepacked(*networks, dtypes=(torch.float32,)) if self.mixed_precision == "no" else nullcontext()
+    @contextmanager
+    def _reading(self, *networks: nn.Module) -> Iterator[None]:
+        """Inside, these networks are whole, to be read only, their weights laid out for the CPU's kernels.
+
+        In float32 alone: in shorter types rounding would part these passes from the update's, and the first ratio from 1.
+        """
+        laid_out = prepacked(*networks, dtypes=(torch.float32,)) if self.mixed_precision == "no" else nullcontext()
+        with self.sharding.gathered(*networks), laid_out:
+            yield
 
     def switch_off_dropout(self) -> None:
         """Eval mode for every network, whatever mode the caller left it in."""
@@ -138,7 +169,7 @@ class Networks:
         """Log-probabilities (B, T) of the answers in `rows` (default: all), 0 in others and outside answers."""
         logprobs = torch.zeros(answers.mask.shape, device=answers.ids.device)
         rows = torch.arange(len(answers), device=answers.ids.device) if rows is None else rows
-        with self._prepacked(forward.model):
+        with self._reading(self.model if forward is self.policy else self.ref_model):
             for chunk in self.chunks(rows, answers):
                 part = answers.select(chunk)
                 with self.autocast():
@@ -162,8 +193,8 @@ class Networks:
             if sampled.values is not None and values and self.critic is None:
                 critic_values[own] = sampled.values[:, : critic_values.shape[1]].to(critic_values.device)[own]
         lower = LowerStates(self.lower, answers, own) if self.lower is not None else None
-        runs = [self.policy.model] if kept is None or full or lower is not None else []
-        with self._prepacked(self.reference.model, *runs, *([self.critic] if self.critic is not None and values else [])):
+        runs: list[nn.Module] = [self.model] if kept is None or full or lower is not None else []
+        with self._reading(self.ref_model, *runs, *(self.critics if values else [])):
             for rows in self.chunks(own, answers):
                 part = answers.select(rows)
                 targets = part.targets[part.present]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.launch.runtime import Runtime
+from common.launch.sharding import Sharding
 from common.models.load import set_dropout
 from common.models.parts import without_adapters
 from common.models.recompute import recompute_activations
@@ -88,6 +89,7 @@ class PPOTrainer(ClassicAttributes):
         reward: Any = None,
         critic: Critic | None = None,
         runtime: Runtime | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         _check_arguments(config, model, ref_model, tokenizer, num_shared_layers, training_data_collator)
         assert model is not None
@@ -96,7 +98,11 @@ class PPOTrainer(ClassicAttributes):
         if critic is not None and not self.estimator.reads_values:
             raise ValueError(f"critic: advantage_estimator {self.config.advantage_estimator} needs none")
         self.runtime = runtime or Runtime.local(model.device if model.device.type != "cpu" else None)
-        device = self.runtime.device
+        self.sharding = sharding or Sharding()
+        spreads = self.sharding.spreads
+        if spreads and optimizer is not None:
+            raise ValueError("optimizer: sharded weights have one of their own; leave it out")
+        device = torch.device("cpu") if spreads else self.runtime.device  # sharding moves them, a block at a time
         self.model = model.eval().to(device)
         self.tokenizer = tokenizer
         self.reward = reward
@@ -121,25 +127,27 @@ class PPOTrainer(ClassicAttributes):
             self.ref_model,
             self.critic,
             mixed_precision=self.config.mixed_precision,
-            cache_frozen_layers=self.config.cache_frozen_layers,
+            cache_frozen_layers=self.config.cache_frozen_layers and not spreads,
             # What others set up to be recomputed in backward knows no line there; on a GPU each text would start kernels of its own.
             pack=self.config.padding_free
             and bool(self.recomputing) is self.config.gradient_checkpointing
             and self.runtime.device.type == "cpu",
-            static_decoding=self.config.static_decoding and self.runtime.device.type == "cuda",
+            static_decoding=self.config.static_decoding and self.runtime.device.type == "cuda" and not spreads,
+            sharding=self.sharding,
         )
         self.policy = self.networks.policy
         trained = nn.ModuleList([model] if critic is None else [model, critic])
-        self.parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-        if not self.parameters:
+        kinds = {parameter.dtype for parameter in trained.parameters() if parameter.requires_grad}
+        if not kinds:
             raise ValueError("no parameter is left to train: every one has requires_grad=False")
-        rounded = sorted({str(p.dtype).removeprefix("torch.") for p in self.parameters if p.dtype in (torch.bfloat16, torch.float16)})
+        rounded = sorted(str(kind).removeprefix("torch.") for kind in kinds & {torch.bfloat16, torch.float16})
         if rounded and optimizer is None:
             raise ValueError(
                 f"the weights to train are {', '.join(rounded)}, where updates as small as Adam's are lost in rounding; load them as "
                 "float32, train LoRA adapters (float32) over them, or pass an optimizer that keeps float32 copies"
             )
-        self.optimizer = optimizer or make_optimizer(
+        new_optimizer = partial(
+            make_optimizer,
             trained,
             self.config.optimizer,
             learning_rate=self.config.learning_rate,
@@ -147,6 +155,8 @@ class PPOTrainer(ClassicAttributes):
             momentum=self.config.momentum,
             weight_decay=self.config.weight_decay,
         )
+        self.optimizer = self.sharding.train(self.networks.trained, lambda: optimizer or new_optimizer())
+        self.parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
         self.lr_scheduler = lr_scheduler
         self.dataset = dataset
         self.dataloader = self.prepare_dataloader(dataset, data_collator) if dataset is not None else None
@@ -221,7 +231,8 @@ class PPOTrainer(ClassicAttributes):
             options: dict[str, Any] = {"seed": self.config.seed, "step": self.steps_done, "rows": rows, "batch_size": batch_size}
             networks = (self.networks.sampler(), (self.ref_model, self.networks.reference))
             for answers, (model, forward) in zip(results, networks, strict=False):
-                rollout = collect_rollout(model, self.tokenizer, asked, params, forward=forward, **options)
+                with self.sharding.gathered(model):
+                    rollout = collect_rollout(model, self.tokenizer, asked, params, forward=forward, **options)
                 for query, response in zip(asked, rollout.responses, strict=True):
                     with_prompt = return_prompt and not self.is_encoder_decoder
                     answers.append(torch.tensor([*query, *response] if with_prompt else response, device=self.current_device))
@@ -231,7 +242,8 @@ class PPOTrainer(ClassicAttributes):
     def rollout(self, queries: Sequence[Sequence[int]], params: GenerateParams, **options: Any) -> Rollout:
         """`collect_rollout` of the policy; options are its keyword arguments."""
         model, forward = self.networks.sampler()
-        return collect_rollout(model, self.tokenizer, queries, params, forward=forward, **options)
+        with self.sharding.gathered(model):
+            return collect_rollout(model, self.tokenizer, queries, params, forward=forward, **options)
 
     def rollout_of_all(self, queries: Sequence[Sequence[int]], params: GenerateParams, *, group: int = 1, **options: Any) -> Rollout:
         """As `rollout`, of prompts that all processes know, numbered from 0; they share the work, and each gets all answers.
@@ -445,8 +457,8 @@ class PPOTrainer(ClassicAttributes):
     # --- state -----------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything beside the model's own weights that the next step depends on."""
-        return {
+        """Everything beside the model's own weights that the next step depends on; sharded, whole in the main process alone."""
+        state = {
             "v_head": self.model.v_head.state_dict(),
             "critic": None if self.critic is None else self.critic.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -457,6 +469,8 @@ class PPOTrainer(ClassicAttributes):
             "optimizer_steps": self.optimizer_steps,
             "sampled_rows": self.sampled_rows,
         }
+        whole: dict[str, Any] = self.sharding.whole_state(state)
+        return whole
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave; the model's own weights are the caller's to load.
@@ -469,10 +483,10 @@ class PPOTrainer(ClassicAttributes):
             if has is not had:
                 owners = ("the state", "this trainer") if had else ("this trainer", "the state")
                 raise ValueError(f"{name}: {owners[0]} has one and {owners[1]} has none; make the trainer as the one that was saved")
-        self.model.v_head.load_state_dict(state["v_head"])
+        self.sharding.load_weights(self.model.v_head, state["v_head"])
         if self.critic is not None:
-            self.critic.load_state_dict(state["critic"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            self.sharding.load_weights(self.critic, state["critic"])
+        self.sharding.load_optimizer_state(self.optimizer, state["optimizer"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.kl_coef = state["kl_coef"]
@@ -483,8 +497,10 @@ class PPOTrainer(ClassicAttributes):
 
     def save_pretrained(self, folder: str) -> None:
         """Write the policy as a plain Hugging Face directory with its tokenizer and `value_head.safetensors`."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        with self.sharding.whole(self.model) as model:
+            if self.runtime.is_main:
+                model.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
 
 
 def _check_arguments(

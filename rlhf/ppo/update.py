@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.launch.runtime import Runtime
+from common.launch.sharding import Sharding
 from common.sampling import Stream, stream_keys
 from rlhf.ppo.answers import Answers
 from rlhf.ppo.config import PPOConfig
@@ -62,18 +63,20 @@ class Update:
         """
         config, record = self.config, self.record
         count = record.mask[rows].sum().float()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
         sums: dict[str, Tensor] = {}
         unusable = torch.zeros(len(record.answers), dtype=torch.bool, device=rows.device)
         own = self.own(rows)
         if len(own) == 0 and self.lower is not None:  # the sums below have a part of every process
             sums, _ = self.backward(self.lower.rows[:1], count.clamp(min=1), counts=False)
-        for minibatch in own.split(config.mini_batch_size):
-            for chunk in self.networks.chunks(minibatch, record.answers):
-                figures_of_chunk, bad = self.backward(chunk, count.clamp(min=1))
-                unusable[chunk] = bad
-                for name, value in figures_of_chunk.items():
-                    sums[name] = sums[name] + value if name in sums else value
+        chunks = [chunk for part in own.split(config.mini_batch_size) for chunk in self.networks.chunks(part, record.answers)]
+        most = max(self.runtime.gather([len(chunks)])) if self.sharding.spreads else len(chunks)
+        for number in range(most):  # as many in each process where they go in step, the last ones without effect
+            chunk = chunks[min(number, len(chunks) - 1)]
+            figures_of_chunk, bad = self.backward(chunk, count.clamp(min=1), number < len(chunks), last=number == most - 1)
+            unusable[chunk] = bad
+            for name, value in figures_of_chunk.items():
+                sums[name] = sums[name] + value if name in sums else value
         names = list(sums)
         summed = self.runtime.sum(torch.cat([torch.stack([sums[name] for name in names]), unusable.float()]))
         not_finite = self.not_finite("losses", summed[len(names) :] > 0)
@@ -84,16 +87,24 @@ class Update:
                 figures |= {f"{name}/mean": float(mean), f"{name}/var": float(var)}
         figures |= {"skipped": 0.0, "empty": 0.0, "not_finite": 0.0, "early_stopped": 0.0, "gradient_norm": 0.0}
         if not_finite:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.drop_gradients()
             return {**figures, "not_finite": 1.0}
         if float(count) == 0:  # nothing to learn from; a step of Adam would move by its momentum alone
-            self.optimizer.zero_grad(set_to_none=True)
+            self.drop_gradients()
             return {**figures, "empty": 1.0}
         if figures["policy/ratio"] > config.ratio_threshold:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.drop_gradients()
             return {**figures, "skipped": 1.0, **{name: 0.0 for name in figures if name.startswith("loss/")}}
         norm = self.apply_gradients(rows)
         return {**figures, "not_finite": 1.0} if norm is None else {**figures, "gradient_norm": norm}
+
+    @property
+    def sharding(self) -> Sharding:
+        """How the networks lie in the processes."""
+        return self.networks.sharding
+
+    def drop_gradients(self) -> None:
+        self.sharding.drop_gradients(self.optimizer)
 
     def own(self, rows: Tensor) -> Tensor:
         """This process's share of some rows: those whose lower states it holds, else as many as any other process has, of like length."""
@@ -110,11 +121,20 @@ class Update:
         self.refuse(what, bad, rows)
         return False
 
-    def backward(self, rows: Tensor, count: Tensor, counts: bool = True) -> tuple[dict[str, Tensor], Tensor]:
+    def backward(self, rows: Tensor, count: Tensor, counts: bool = True, *, last: bool = True) -> tuple[dict[str, Tensor], Tensor]:
         """Add the gradient of some rows, unless their loss is not finite; without `counts` it is 0, as is all that is returned.
 
+        `last`: of those before a step of the optimizer.
         Returns their part of each figure (a sum over tokens divided by `count`), and which rows' losses are not finite (B,).
         """
+        loss, figures, bad = self.sharding.forward(self.networks.trained, lambda: self.loss(rows, count, counts))
+        # Where processes go in step, none leaves out a backward: what is not finite is dropped with the whole update.
+        if loss.requires_grad and (self.sharding.spreads or not bool(bad.any())):
+            self.sharding.backward(loss, last=last)
+        return {**figures, "loss/total": loss.detach()}, bad
+
+    def loss(self, rows: Tensor, count: Tensor, counts: bool) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss of some rows, and what `backward` returns beside it."""
         config, record, networks = self.config, self.record, self.networks
         warming = self.step < config.critic_warmup_steps
         answers = record.answers.select(rows)
@@ -152,8 +172,6 @@ class Update:
         if not bool(torch.isfinite(loss)):
             per_token = torch.zeros_like(answers.mask).masked_scatter_(answers.present, ~torch.isfinite(checked))
             bad = (per_token if bool(per_token.any()) else answers.present).any(1)
-        elif loss.requires_grad:
-            loss.backward()
         with torch.no_grad():
             moved = logprobs - old_logprobs
             means |= {
@@ -163,7 +181,7 @@ class Update:
                 "policy/advantages_mean": advantages,
             }
             figures |= {name: masked_sum(tensor, mask) / count for name, tensor in means.items()}
-        return {name: figure.detach() for name, figure in {**figures, "loss/total": loss}.items()}, bad
+        return loss, {name: figure.detach() for name, figure in figures.items()}, bad
 
     def values(self, states: Tensor, answers: Answers) -> Tensor:
         """Values (N,) at the answers' places: of the head on the policy's `states` (N, D), or of the critic."""
@@ -176,8 +194,8 @@ class Update:
         return values
 
     def sum_gradients(self) -> None:
-        """Over processes. A parameter without a gradient in some of them gets the others', one without in all of them none."""
-        if self.runtime.world_size == 1:
+        """Over processes, where sharding has not. A parameter without a gradient in some gets the others', one without in all none."""
+        if self.runtime.world_size == 1 or self.sharding.spreads:
             return
         there = self.runtime.sum(torch.tensor([float(parameter.grad is not None) for parameter in self.parameters])).tolist()
         parameters = [parameter for parameter, count in zip(self.parameters, there, strict=True) if count]
@@ -192,16 +210,16 @@ class Update:
         Gradients that are not finite are refused, or change nothing, and the norm is None.
         """
         self.sum_gradients()
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        norm = self.sharding.gradient_norm(self.parameters)
         if not bool(torch.isfinite(norm)):
-            self.optimizer.zero_grad(set_to_none=True)
+            self.drop_gradients()
             if self.not_finite("gradients", torch.ones(len(rows), dtype=torch.bool), rows):
                 return None
         clips = not (self.config.classic_quirks and self.optimizer_steps)
         self.optimizer_steps += 1
         if self.config.max_grad_norm is not None and clips:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
-        self.optimizer.step()
+            self.sharding.clip_gradients(self.parameters, self.config.max_grad_norm, norm)
+        self.sharding.step(self.optimizer)
         return float(norm)
 
 

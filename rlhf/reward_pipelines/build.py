@@ -22,6 +22,7 @@ from rlhf.reward_pipelines.rules import LengthRule, MustEndRule, RegexRule, Repe
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 _EXTRA_FIGURES: dict[str, dict[str, str]] = {
@@ -64,6 +65,12 @@ class RewardPipeline:
                 raise ValueError(f"column {name} has {len(values)} values for {len(responses)} responses")
         rows = [{name: values[row] for name, values in columns.items()} for row in range(len(responses))]
         return self.score(prompts, responses, rows).scores
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The reward models in it."""
+        scorers = [part.scorer for part in self.root.walk() if isinstance(part, TrainedRewardModel)]
+        return [model for scorer in scorers if (model := getattr(scorer, "model", None)) is not None]
 
     @property
     def needs_calibration(self) -> bool:

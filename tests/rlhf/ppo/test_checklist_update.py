@@ -137,7 +137,7 @@ def test_28_each_epoch_visits_every_answer_once_in_an_order_of_its_own(build: Bu
     trainer = build(ppo_epochs=6, mini_batch_size=1, learning_rate=0.0)
     visited: list[int] = []
     original = Update.backward
-    monkeypatch.setattr(Update, "backward", lambda self, rows, count: visited.extend(rows.tolist()) or original(self, rows, count))
+    monkeypatch.setattr(Update, "backward", lambda *given, **named: visited.extend(given[1].tolist()) or original(*given, **named))
     trainer.step(*batch)
     epochs = [tuple(visited[start : start + 4]) for start in range(0, 24, 4)]
     assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs) and len(set(epochs)) >= 4

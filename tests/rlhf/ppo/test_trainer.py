@@ -279,8 +279,8 @@ def test_33_what_is_not_finite_in_another_process_stops_this_one_too(
 
     original = Update.backward
 
-    def one_bad_loss(self: Update, rows: torch.Tensor, count: torch.Tensor) -> Any:
-        figures, bad = original(self, rows, count)
+    def one_bad_loss(self: Update, rows: torch.Tensor, *others: Any, **named: Any) -> Any:
+        figures, bad = original(self, rows, *others, **named)
         return figures, bad | (rows == 3)
 
     in_ranks(2, work)

@@ -1,0 +1,131 @@
+"""How the networks of a training lie in its processes: whole in each, or spread over them as `accelerate launch` asks for (FSDP)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from common.errors import UserError
+from common.launch.runtime import Runtime
+
+T = TypeVar("T")
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class Sharding:
+    """How networks lie in the processes. This one: whole in each, so that there is nothing to gather, and gradients are summed."""
+
+    spreads = False
+    """Whether networks are spread; processes then run the same forwards and backwards in an update."""
+
+    def place(self, *networks: nn.Module) -> None:
+        """Spread networks that do not train. What copies a network, looks at its modules or tries it comes before."""
+
+    def train(self, networks: Sequence[nn.Module], make_optimizer: Callable[[], Optimizer]) -> Optimizer:
+        """Spread networks that train, and make their optimizer."""
+        return make_optimizer()
+
+    @contextmanager
+    def gathered(self, *networks: nn.Module) -> Iterator[None]:
+        """Inside, each process has these networks whole, to read; all processes enter together, and run what forwards they like."""
+        yield
+
+    @contextmanager
+    def whole(self, network: Network) -> Iterator[Network]:
+        """Inside, a network of ordinary classes with the weights as they are, to be looked at and saved."""
+        yield network
+
+    def forward(self, networks: Sequence[nn.Module], function: Callable[[], T]) -> T:
+        """`function()`, which runs forwards of these networks and returns the loss, perhaps among other things."""
+        return function()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """`last`: of those before a step of the optimizer."""
+        loss.backward()
+
+    def drop_gradients(self, optimizer: Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=True)
+
+    def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+    def clip_gradients(self, parameters: Sequence[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+
+    def step(self, optimizer: Optimizer) -> None:
+        optimizer.step()
+
+    def whole_state(self, state: Any) -> Any:
+        """A nested state as one process has it; where networks are spread, in the main process alone."""
+        return state
+
+    def load_weights(self, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Put whole weights, those of `state_dict` or some of them, into a network."""
+        network.load_state_dict(weights, strict=False)
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Put back what `whole_state` made of an optimizer's state."""
+        optimizer.load_state_dict(dict(state))
+
+
+def launched_sharding(runtime: Runtime, mixed_precision: str = "no") -> Sharding:
+    """What `accelerate launch` asks for; without it, networks lie whole in each process.
+
+    Raises UserError with every setting of accelerate's that would have no effect here, or another one than PPO's `mixed_precision`.
+    """
+    problems = [f"accelerate: {name} is not served here; use FSDP, DeepSpeed or neither" for name in _UNSERVED if _flag(name)]
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != mixed_precision and precision != "no":
+        problems.append(
+            f"accelerate's mixed_precision: got {precision}, but ppo_config.mixed_precision is {mixed_precision}, which is what counts; "
+            "leave it at no there"
+        )
+    fsdp = _flag("ACCELERATE_USE_FSDP")
+    reshards = True
+    if fsdp:
+        more, reshards = _fsdp_settings(runtime)
+        problems += more
+    if problems:
+        raise UserError(*problems)
+    from common.launch.fsdp import FullySharded
+
+    return FullySharded(runtime, reshard_after_forward=reshards) if fsdp else Sharding()
+
+
+_UNSERVED = ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
+
+
+def _fsdp_settings(runtime: Runtime) -> tuple[list[str], bool]:
+    """What is wrong with accelerate's settings of FSDP, and `fsdp_reshard_after_forward`."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import CPUOffloadPolicy
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    if runtime.world_size == 1:
+        return ["accelerate asks for FSDP, but this process is alone; set num_processes to 2 or more, or start it with python"], True
+    if os.environ.get("FSDP_VERSION") != "2":
+        return [f"accelerate's fsdp_version: got {os.environ.get('FSDP_VERSION', '1')}, expected 2"], True
+    try:
+        plugin = FullyShardedDataParallelPlugin()
+    except ValueError as error:
+        return [f"accelerate's FSDP settings: {error}"], True
+    blocks = plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None
+    wrong = {
+        "fsdp_auto_wrap_policy": (not blocks, "TRANSFORMER_BASED_WRAP without fsdp_transformer_layer_cls_to_wrap: blocks are found here"),
+        "fsdp_offload_params": (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "false"),
+        "fsdp_cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "false: each process reads the files"),
+        "fsdp_activation_checkpointing": (plugin.activation_checkpointing, "false; ppo_config.gradient_checkpointing does it"),
+        "fsdp_ignored_modules": (plugin.ignored_modules, "none"),
+    }
+    problems = [f"accelerate's {name}: expected {expected}" for name, (given, expected) in wrong.items() if given]
+    return problems, bool(plugin.reshard_after_forward)
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
