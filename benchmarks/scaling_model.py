@@ -457,7 +457,7 @@ def together(
     score = total(
         forwards(device, policy, run, rows, run.answer, shards=shards, cast=not adapters),
         forwards(device, judge, run, rows, 0, shards=shards),
-        forwards(device, policy, run, rows if run.rescored else 0, run.answer, shards=shards, cast=not adapters) if run.rescored else {},
+        forwards(device, policy, run, rows, run.answer, shards=shards, cast=not adapters) if run.rescored else {},
     )
     step = total(generate, score, train)
     sampling = {"keys and values": sampling_memory(policy, run, at_once), **({"copy to sample from": sampler} if whole else {})}
