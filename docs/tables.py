@@ -1,9 +1,9 @@
-"""Regenerates the README's tables: settings and metrics from the code, results from the files in docs/results.
+"""Regenerates tables of the README and of docs/llm_on_ray.md: settings, metrics and keys from the code, results from docs/results.
 
     python docs/tables.py [--check]
 
-A table stands between `<!-- KIND:NAME -->` and `<!-- /KIND -->`, KIND being settings, readouts, metrics or results. `--check` changes
-nothing and exits with 1 where the README is not current.
+A table stands between `<!-- KIND:NAME -->` and `<!-- /KIND -->`, KIND being settings, readouts, metrics, results or keys. `--check` changes
+nothing and exits with 1 where a document is not current.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pydantic import BaseModel
 
 from benchmarks import frontier_results
 from common.evaluation.config import GenerationTestConfig
+from common.llm_on_ray import KEYS, NO_EFFECT, REFUSED
 from common.readout_settings import READS, SETTINGS, Place, ReadoutName
 from common.schema_docs import settings_table
 from common.tracking import markdown_table
@@ -43,7 +44,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "reward_test": RewardTestConfig,
     "comparison": ComparisonConfig,
 }
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "llm_on_ray.md")
 RESULTS = ROOT / "docs" / "results"
 
 
@@ -124,6 +125,21 @@ def results_section(name: str) -> str:
     return f"\n{real_results.markdown(found)}\n"
 
 
+def keys_table(section: str) -> str:
+    """The keys of a section of llm-on-ray's configs, with what they are in every stage."""
+
+    def cell(text: str) -> str:
+        return {NO_EFFECT: "no effect", REFUSED: "—"}.get(text, f"`{text}`")
+
+    rows = []
+    for key, row in KEYS.items():
+        where, _, name = key.partition(".")
+        if section == (where if where in ("General", "Dataset") else "Training"):
+            shown = name if where == section else key
+            rows.append([f"`{shown}`", *map(cell, (row.sft, row.reward, row.ppo)), row.why])
+    return f"\n{markdown_table((f'`{section}`', 'SFT', 'reward models', 'PPO', ''), rows)}\n\n"
+
+
 def regenerate(text: str) -> str:
     """A document with every table made anew."""
     makers: dict[str, Callable[[str], str]] = {
@@ -131,6 +147,7 @@ def regenerate(text: str) -> str:
         "readouts": readouts_table,
         "metrics": metrics_table,
         "results": results_section,
+        "keys": keys_table,
     }
 
     def replace(match: re.Match[str]) -> str:
@@ -140,16 +157,19 @@ def regenerate(text: str) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    text = README.read_text(encoding="utf-8")
-    current = regenerate(text)
-    if current == text:
-        return 0
-    if "--check" in argv:
-        print(f"{README.name} is not current; make docs regenerates it")
-        return 1
-    README.write_text(current, encoding="utf-8")
-    print(f"{README.name} regenerated")
-    return 0
+    code = 0
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        current = regenerate(text)
+        if current == text:
+            continue
+        if "--check" in argv:
+            print(f"{document.name} is not current; make docs regenerates it")
+            code = 1
+            continue
+        document.write_text(current, encoding="utf-8")
+        print(f"{document.name} regenerated")
+    return code
 
 
 if __name__ == "__main__":
