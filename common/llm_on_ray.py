@@ -230,18 +230,18 @@ def translate(marked: MarkedData, schema: type[BaseModel], notes: list[str]) -> 
 
     Raises UserError where the script is none that trains, or where an override names a key that has no place.
     """
-    theirs = [section for section in SECTIONS if isinstance(marked.data.get(section), dict)]
+    theirs = [section for section in SECTIONS if section in marked.data]
     if not theirs:
         return
     stage = stage_of(schema)
     if stage is None:
         raise UserError(f"{marked.at((theirs[0],))}: is a section of llm-on-ray's training configs, and this script does not train")
-    from_file = [section for section in theirs if (section,) in marked.lines]
     given: dict[str, str] = {}  # our path -> their key
     try:
         for path in _ordered(marked):
             _translate_key(marked, stage, path, given, notes)
-        if "Training" in from_file:
+        _follow(marked, given, notes)
+        if "Training" in theirs and ("Training",) in marked.lines:
             _add_what_was_fixed(marked, stage, given, notes)
     finally:
         for section in theirs:
@@ -251,12 +251,18 @@ def translate(marked: MarkedData, schema: type[BaseModel], notes: list[str]) -> 
 
 def _ordered(marked: MarkedData) -> list[KeyPath]:
     """The paths of their keys: known ones in the table's order, then the others."""
+
+    def below(path: KeyPath) -> list[KeyPath]:
+        content = _value(marked.data, path)
+        if content is not None and not isinstance(content, dict):
+            kind = "a list" if isinstance(content, list) else "a single value"
+            _refuse(marked, path, f"{dotted(path)}: got {kind}, expected a section")
+        return [(*path, key) for key in content] if isinstance(content, dict) else []
+
     paths: list[KeyPath] = []
     for section in SECTIONS:
-        content = marked.data.get(section)
-        for key, value in content.items() if isinstance(content, dict) else ():
-            inner = value if f"{section}.{key}" in _INNER and isinstance(value, dict) else None
-            paths += [(section, key)] if inner is None else [(section, key, below) for below in inner]
+        for path in below((section,)):
+            paths += below(path) if dotted(path) in _INNER else [path]
     rank = {name: number for number, name in enumerate(KEYS)}
     return sorted(paths, key=lambda path: rank.get(dotted(path), len(rank)))
 
@@ -283,11 +289,14 @@ def _translate_key(marked: MarkedData, stage: Stage, path: KeyPath, given: dict[
         return
     target: KeyPath = tuple(cell.split("."))
     taken = _value(marked.data, target)
-    if taken is not None and path not in marked.overrides:
+    overrides = marked.origin(path)[1] == 0
+    if taken is not None and not overrides:
         _refuse(marked, path, f"{key}: is llm-on-ray's name of {cell}, which {marked.origin(target)[0]} gives too; keep {cell}")
         return
     given[cell] = key
     ours = _our_value(stage, key, row, value)
+    if cell == "ppo_config.steps" and taken is not None and _value(marked.data, ("global_epochs",)) == taken:
+        _set(marked, ("global_epochs",), ours)  # it was there for the steps that now are others
     notes.append(f"{place}: {key} is read as {cell}" + ("" if ours == value or isinstance(ours, dict) else f": {_shown(ours)}"))
     marked.forget(target)
     _set(marked, target, ours)
@@ -300,22 +309,26 @@ def _our_value(stage: Stage, key: str, row: Row, value: Any) -> Any:
     return row.read(value)
 
 
-def _add_what_was_fixed(marked: MarkedData, stage: Stage, given: Mapping[str, str], notes: list[str]) -> None:
-    """Settings that follow from their keys, and those that their code knew no others of."""
-    follow: dict[str, Any] = dict(_FIXED[stage])
-    if "launch.num_training_workers" in given:
-        follow["launch.engine"] = "ray"
-    optimizer = _value(marked.data, ("model_params", "optimizer"))
-    if stage != "ppo" and optimizer in (None, "AdamW", "Adam"):
-        follow["model_params.adam_betas"] = [0.9, 0.999]
-    place = marked.origin(("Training",))[0]
+def _follow(marked: MarkedData, given: Mapping[str, str], notes: list[str]) -> None:
+    """Numbers of steps decide where they are given: no number of epochs ends the training before."""
     if "trainer.params.max_steps" in given:
-        if given.get("trainer.params.max_epochs") is not None:
-            notes.append(f"{place}: Training.epochs has no effect: Training.max_train_steps says when training ends")
+        place = marked.origin(("trainer", "params", "max_steps"))[0]
+        if _value(marked.data, ("trainer", "params", "max_epochs")) not in (None, -1):
+            notes.append(f"{place}: Training.max_train_steps says when training ends, and no number of epochs")
         _set(marked, ("trainer", "params", "max_epochs"), -1)
-    if "ppo_config.steps" in given and "global_epochs" not in given:
-        follow["global_epochs"] = _value(marked.data, ("ppo_config", "steps"))  # each pass has a step at least
-    for name, value in follow.items():
+    if "ppo_config.steps" in given and _value(marked.data, ("global_epochs",)) is None:
+        _set(marked, ("global_epochs",), _value(marked.data, ("ppo_config", "steps")))  # each pass has a step at least
+
+
+def _add_what_was_fixed(marked: MarkedData, stage: Stage, given: Mapping[str, str], notes: list[str]) -> None:
+    """Settings that their code knew no others of, unless the config has its own."""
+    fixed: dict[str, Any] = dict(_FIXED[stage])
+    if "launch.num_training_workers" in given:
+        fixed["launch.engine"] = "ray"
+    if stage != "ppo" and _value(marked.data, ("model_params", "optimizer")) in (None, "AdamW", "Adam"):
+        fixed["model_params.adam_betas"] = [0.9, 0.999]
+    place = marked.origin(("Training",))[0]
+    for name, value in fixed.items():
         target: KeyPath = tuple(name.split("."))
         if _value(marked.data, target) is None:
             _set(marked, target, value)
@@ -343,11 +356,14 @@ def _value(data: Any, path: KeyPath) -> Any:
 
 
 def _set(marked: MarkedData, path: KeyPath, value: Any) -> None:
+    """Put a value in its place, unless what should be a section there is none, which the schema refuses."""
     section: Any = marked.data
     for part in path[:-1]:
-        if not isinstance(section.get(part), dict):
+        if section.get(part) is None:
             section[part] = {}
         section = section[part]
+        if not isinstance(section, dict):
+            return
     section[path[-1]] = value
 
 

@@ -182,8 +182,29 @@ def test_steps_end_a_run_where_they_are_given(here: Path) -> None:
     config = invoke(SFTConfig, here, FINETUNE + "  max_train_steps: 20\n").config
     assert (config.trainer.params["max_steps"], config.trainer.params["max_epochs"]) == (20, -1)
     text = PPO_CONF.replace('"epochs": 3', '"training_iteration": 1000')
-    ppo = invoke(PPORunConfig, here, text).config
-    assert (ppo.ppo_config.steps, ppo.global_epochs) == (1000, 1000)
+    for overrides, steps in (((), 1000), (("Training.training_iteration=2000",), 2000)):
+        ppo = invoke(PPORunConfig, here, text, *overrides).config
+        assert (ppo.ppo_config.steps, ppo.global_epochs) == (steps, steps)
+    ppo = invoke(PPORunConfig, here, PPO_CONF, "Training.training_iteration=20").config
+    assert (ppo.ppo_config.steps, ppo.global_epochs) == (20, 3)
+    assert invoke(SFTConfig, here, FINETUNE, "Training.max_train_steps=20").config.trainer.params["max_epochs"] == -1
+
+
+def test_sections_of_another_kind_are_refused_and_empty_ones_are_none(here: Path) -> None:
+    text = "General: {base_model: m, config: null}\nDataset: {train_file: a}\nTraining:\n"
+    assert invoke(SFTConfig, here, text).config.model_name == "m"
+    assert problems(SFTConfig, here, text.replace("Training:", "Training: [1]").replace("config: null", "config: x")) == [
+        "C:1: General.config: got a single value, expected a section",
+        "C:3: Training: got a list, expected a section",
+    ]
+    assert problems(SFTConfig, here, text + "data: rows\n") == [
+        "C:4: data: got 'rows', expected a section with keys such as data_dir, columns, validation_file, validation_split_percentage"
+    ]
+
+
+def test_a_whole_section_may_come_from_the_command_line(here: Path) -> None:
+    config = invoke(SFTConfig, here, FINETUNE, "Dataset={train_file: /b.jsonl, max_length: 64}").config
+    assert (config.data.data_dir, config.data.max_length, config.data.batching) == ("/b.jsonl", 64, "packed")
 
 
 def test_what_has_no_place_is_a_line_each_that_says_what_to_do(here: Path) -> None:

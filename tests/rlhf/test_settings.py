@@ -26,7 +26,8 @@ def readers(root: Path) -> str:
 def test_every_setting_is_read(section: type, root: Path) -> None:
     text = readers(root)
     read_as = {"mini_batch_size": "minibatch"}
-    shared = {*RowSettings.model_fields, "desc", "require_clean_git"}  # read by common/records.py, common/resume.py and common/runs.py
+    # read by common/records.py, common/resume.py, common/runs.py and common/schema.py
+    shared = {*RowSettings.model_fields, "desc", "require_clean_git", "results_root"}
     unread = [
         name
         for name in section.model_fields
