@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import load_file
 
 import reward_model.classification.train_reward
 import reward_model.regression.train_reward
@@ -27,11 +26,11 @@ from common.checkpoint import verify_directory
 from common.errors import run_main
 from common.runs import checkpoints_in, step_of
 from common.tracking import read_metrics
-from common.training_state import read_training_state
 from reward_model.classification.module import PairModule
 from reward_model.regression.module import ScoreModule
 from rlhf.ppo.trainer import PPOTrainer
 from sft.module import SFTModule
+from tests import runs
 
 MAINS: dict[str, Callable[[Sequence[str]], int]] = {
     "sft": sft.train_sft.main,
@@ -246,19 +245,7 @@ def run_dir(config: Path) -> Path:
 
 def left_by(config: Path) -> dict[str, Any]:
     """What a finished run leaves, without times and paths."""
-    folder = run_dir(config)
-    lines = [{name: value for name, value in line.items() if "perf/" not in name and "time" not in name} for line in read_metrics(folder)]
-    summary = json.loads((folder / "summary.json").read_text())
-    state = read_training_state(folder / "last")
-    best = {name: tensor for file in sorted((folder / "best/").glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    kept = ("step", "epoch", "batches", "weights", "optimizers", "schedulers", "trainer", "reward", "skipped")
-    return {
-        "metrics": lines,
-        "summary": {name: summary[name] for name in ("steps", "best_value", "best_metrics")},
-        "best": {name: tensor.tolist() for name, tensor in sorted(best.items()) if name.split(".")[0] not in {"training_state"}},
-        "tables": {path.name: path.read_text() for path in sorted((folder / "tables").glob("*"))},
-        "state": {name: repr(state[name]) for name in kept if name in state},
-    }
+    return runs.left_by(run_dir(config))
 
 
 def steps_there(config: Path) -> list[int]:

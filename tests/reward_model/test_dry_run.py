@@ -14,6 +14,7 @@ import torch._dynamo  # noqa: F401  # makes an empty folder among the temporary 
 from common.errors import UserError
 from reward_model.classification.train_reward import main as train_pairs
 from reward_model.regression.train_reward import main as train_scores
+from tests.runs import contents
 
 KINDS = {"pair": train_pairs, "score": train_scores}
 FIRST_WORDS = ["config", "data", "parameters", "models", "steps", "measured", "time", "memory", "disk"]
@@ -25,10 +26,6 @@ def everything_in_sight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     monkeypatch.chdir(tmp_path)
-
-
-def contents(folder: Path) -> dict[Path, tuple[int, int]]:
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize(

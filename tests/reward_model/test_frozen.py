@@ -15,6 +15,7 @@ from common.models.frozen_states import cached_answers
 from common.models.reward import RewardModel
 from reward_model.classification import train_reward as train_pairs
 from reward_model.regression import train_reward as train_scores
+from tests.runs import trap
 
 MAINS = {"pair": train_pairs.main, "score": train_scores.main}
 QUICK = ("trainer.params.max_steps=2", "trainer.params.val_check_interval=1", "trainer.params.log_every_n_steps=1")
@@ -49,12 +50,9 @@ def test_losses_scores_and_weights_are_those_of_training_without_a_cache(
     plain = run(kind, config, *QUICK, "model_params.cache_states=never")
     assert not (config.parent / "models" / "state_cache").exists()
 
-    def forward(*_: Any) -> None:
-        raise AssertionError("the backbone runs, though all its states are known")
-
     def answers_and_trap(*arguments: Any, **keywords: Any) -> Any:
         found = cached_answers(*arguments, **keywords)
-        monkeypatch.setattr(RewardModel, "_states", forward)  # from now on, in training, validation and score moments
+        monkeypatch.setattr(RewardModel, "_states", trap("the backbone"))  # from now on, in training, validation and score moments
         return found
 
     monkeypatch.setattr("reward_model.training.cached_answers", answers_and_trap)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,35 +11,16 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
-from safetensors.torch import load_file
 
-from common.tracking import read_metrics
 from reward_model.classification import train_reward as train_pairs
 from reward_model.classification.module import PairModule
 from reward_model.regression import train_reward as train_scores
 from reward_model.regression.module import ScoreModule
+from tests.runs import left_by, stop_at
 
 ROOT = Path(__file__).resolve().parents[2]
 MAINS: dict[str, Any] = {"pair": train_pairs.main, "score": train_scores.main}
 MODULES: dict[str, type[pl.LightningModule]] = {"pair": PairModule, "score": ScoreModule}
-
-
-def left_by(run_dir: Path) -> dict[str, Any]:
-    """What a run leaves, without times and paths."""
-    lines = [{k: v for k, v in line.items() if k != "time" and not k.startswith("perf/")} for line in read_metrics(run_dir)]
-    summary = json.loads((run_dir / "summary.json").read_text())
-    weights = {
-        f"{link}/{file.name}/{name}": tensor.tolist()
-        for link in ("best", "last")
-        for file in sorted((run_dir / link / "").glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-        if file.name != "training_state.safetensors"
-    }
-    return {
-        "metrics": lines,
-        "summary": {name: summary[name] for name in ("steps", "best_value", "best_metrics", "score_mean", "score_scale")},
-        "weights": weights,
-    }
 
 
 FROZEN = {f"freeze_{group}": True for group in ("emb", "ln", "attn", "ff")}
@@ -70,16 +50,9 @@ def test_a_stopped_run_goes_on_with_the_same_bits(name: str, write_config: Any, 
     assert MAINS[kind]([*command, "desc=whole"]) == 0
     models = config.parent / "models"
     expected = left_by(models / "desc-whole,index-0")
-    original = MODULES[kind].training_step
     for step in steps:
-
-        def training_step(module: Any, *arguments: Any, step: int = step, **options: Any) -> Any:
-            if module.trainer.global_step == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(module, *arguments, **options)
-
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
-            patch.setattr(MODULES[kind], "training_step", training_step)
+            stop_at(patch, MODULES[kind], "training_step", lambda module, step=step: module.trainer.global_step == step)
             MAINS[kind]([*command, f"desc=stopped-{step}"])
         assert left.value.code == 143
         assert MAINS[kind]([*command, f"desc=stopped-{step}", "--resume"]) == 0

@@ -17,6 +17,7 @@ import yaml
 from common.errors import UserError
 from common.tracking import read_metrics
 from rlhf.train_ppo import main
+from tests.runs import contents
 
 FIRST_WORDS = ["config", "data", "parameters", "models", "models", "steps", "measured", "time", "memory", "disk"]
 
@@ -41,10 +42,6 @@ def config(tmp_path: Path, policy_dir: Path, reward_dir: Path, monkeypatch: pyte
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
-
-
-def contents(folder: Path) -> dict[Path, tuple[int, int]]:
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
 def reported(path: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:

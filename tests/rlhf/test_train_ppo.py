@@ -26,7 +26,6 @@ from common.models.reward import RewardModel, RewardScorer
 from common.record_types import Prompt
 from common.score_transform import ScoreTransform
 from common.tracking import read_metrics
-from common.training_state import read_training_state
 from rlhf import training
 from rlhf.config import PPOData, PPOParams, PPORunConfig, RewardSettings
 from rlhf.critic_start import start_critic
@@ -39,6 +38,7 @@ from rlhf.prompt_order import PromptOrder
 from rlhf.reward_pipelines.build import RewardPipeline
 from rlhf.reward_pipelines.model import TrainedRewardModel
 from rlhf.train_ppo import main
+from tests.runs import left_by, stop_at
 
 QUESTIONS = [f"Is {number} a number?" for number in range(20)]
 
@@ -171,7 +171,7 @@ def test_weights_over_base_models_are_those_of_the_run(
         ppo_config__model_pretrain=str(policy_dir / "model.safetensors"),
         reward_config={"reward_model_name": str(tmp_path / "base"), "rm_pretrain": str(reward_dir)},
     )
-    assert left_by(over)["best"] == left_by(whole)["best"]
+    assert left_by(over)["weights"] == left_by(whole)["weights"]
     assert left_by(over)["metrics"] == left_by(whole)["metrics"]
 
 
@@ -581,30 +581,8 @@ def test_a_judge_with_a_padding_token_of_its_own_may_still_be_the_critic_but_not
 # --- going on ----------------------------------------------------------------------------------------------------------------------
 
 
-def left_by(folder: Path) -> dict[str, Any]:
-    """What a run leaves, without times and paths."""
-    lines = [{name: value for name, value in line.items() if "perf/" not in name and "time" not in name} for line in read_metrics(folder)]
-    summary = json.loads((folder / "summary.json").read_text())
-    state = read_training_state(folder / "last")
-    return {
-        "metrics": lines,
-        "summary": {name: summary[name] for name in ("steps", "best_value", "best_metrics", "first_score")},
-        "best": {name: tensor.tolist() for name, tensor in load_file(folder / "best" / "model.safetensors").items()},
-        "tables": {path.name: path.read_text() for path in sorted((folder / "tables").glob("*"))},
-        "trainer": repr(state["trainer"]),
-        "reward": repr(state["reward"]),
-    }
-
-
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    original = PPOTrainer.step
-
-    def stopping(trainer: PPOTrainer, *arguments: Any, **options: Any) -> Any:
-        if trainer.steps_done + 1 == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(trainer, *arguments, **options)
-
-    monkeypatch.setattr(PPOTrainer, "step", stopping)
+    stop_at(monkeypatch, PPOTrainer, "step", lambda trainer: trainer.steps_done + 1 == step, signal.SIGINT)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

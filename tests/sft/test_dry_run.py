@@ -16,6 +16,7 @@ import yaml
 from common.errors import UserError
 from common.tracking import read_metrics
 from sft.train_sft import main
+from tests.runs import contents
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 FIRST_WORDS = ["config", "data", "parameters", "models", "steps", "measured", "time", "memory", "disk"]
@@ -46,10 +47,6 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
-
-
-def contents(folder: Path) -> dict[Path, tuple[int, int]]:
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
 def reported(path: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
@@ -97,7 +94,7 @@ def test_generated_answers_and_packed_rows_are_measured_too(config: Path, capsys
 
 def test_a_disk_that_is_too_small_ends_it(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100 * 1024))
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'models'}: checkpoints need ") + r".* 100 KiB are free; .*keep_last"):
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'models'}: checkpoints need ") + r".* 100.0 KiB are free; .*keep_last"):
         main(["--config_file", str(config), "--dry_run"])
     assert not (tmp_path / "models").exists()
 

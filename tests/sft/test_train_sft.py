@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from common.checkpoint import read_manifest, verify_directory
@@ -21,6 +19,7 @@ from common.run_lock import locked
 from common.tracking import read_metrics
 from sft.module import SFTModule
 from sft.train_sft import main
+from tests.runs import left_by, stop_at
 
 ROWS = [
     {"Question": f"What is {a} and {b}?", "Answer": f"It is {a + b}, friend."} for a in range(5) for b in range(5)
@@ -184,29 +183,9 @@ def test_packing_is_refused_where_rows_would_see_each_other(tmp_path: Path, mode
 # --- going on ----------------------------------------------------------------------------------------------------------------------
 
 
-def left_by(run_dir: Path) -> dict[str, Any]:
-    """What a run leaves, without times and paths."""
-    lines = [{k: v for k, v in line.items() if k != "time" and not k.startswith("perf/")} for line in read_metrics(run_dir)]
-    summary = json.loads((run_dir / "summary.json").read_text())
-    best = load_file(run_dir / "best" / "model.safetensors")
-    return {
-        "metrics": lines,
-        "summary": {name: summary[name] for name in ("steps", "best_value", "best_metrics")},
-        "best": {name: tensor.tolist() for name, tensor in best.items()},
-        "tables": {path.name: path.read_text() for path in sorted((run_dir / "tables").glob("*"))},
-    }
-
-
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Ask the process to stop in the training step after `step` of them, once."""
-    original = SFTModule.training_step
-
-    def training_step(module: SFTModule, batch: Any, batch_idx: int) -> Any:
-        if module.trainer.global_step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(module, batch, batch_idx)
-
-    monkeypatch.setattr(SFTModule, "training_step", training_step)
+    """Ask the process to stop in the training step after `step` of them."""
+    stop_at(monkeypatch, SFTModule, "training_step", lambda module: module.trainer.global_step == step)
 
 
 @pytest.mark.parametrize(
