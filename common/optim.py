@@ -9,6 +9,7 @@ from typing import Any, Protocol, get_args
 import torch
 from torch import nn
 
+from common.errors import UserError
 from common.schema import OptimizerName, ScheduleName, ScheduleSettings
 
 
@@ -62,19 +63,23 @@ def make_optimizer(
     """The optimizer of that name over the trainable parameters, in one fused kernel where torch has one for their device and type.
 
     AdamW and Adam read `betas` and `eps`, SGD `momentum`. Adafactor is transformers' with an absolute learning rate, as its trainer has
-    it: no scale of the parameters, no step size of its own, updates clipped to a root mean square of 1.
+    it: no scale of the parameters, no step size of its own, updates clipped to a root mean square of 1. It keeps sums over rows and
+    columns of whole matrices: weights that are spread over processes are a UserError.
     """
     groups = decay_groups(model, weight_decay)
     assert groups, "no parameter is trainable"
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    spread = any(hasattr(parameter, "placements") for parameter in parameters)  # torch's DTensor
     if name == "Adafactor":
         from transformers import Adafactor
 
+        if spread:
+            raise UserError("optimizer: got Adafactor, which needs whole weights, and these are spread over processes; use AdamW or SGD")
         return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
-    parameters = [parameter for group in groups for parameter in group["params"]]
     fused = all(parameter.device.type in {"cpu", "cuda"} and parameter.is_floating_point() for parameter in parameters)
     optimizer: torch.optim.Optimizer
     if name == "SGD":
-        optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, fused=fused)
+        optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, fused=fused and not spread)
     else:
         make = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}[name]
         optimizer = make(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)

@@ -507,6 +507,14 @@ class TrainingSettings(RunSettings):
         return self
 
     @model_validator(mode="after")
+    def _optimizer_fits_the_strategy(self) -> Self:
+        strategy = str(self.trainer.params.get("strategy"))
+        if getattr(getattr(self, "model_params", None), "optimizer", None) == "Adafactor" and strategy.startswith(("fsdp", "deepspeed")):
+            whole = f"got Adafactor, which needs whole weights, but trainer.params.strategy is {strategy}; use AdamW or ddp"
+            raise KeyedProblems({("model_params", "optimizer"): whole})
+        return self
+
+    @model_validator(mode="after")
     def _known_monitor(self) -> Self:
         monitor = self.trainer.checkpoint.monitor
         try:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import UserError
 from common.optim import build_optimizer, decay_groups, lr_lambda, make_optimizer, warmup_steps
 from common.schema import ModelParams, OptimizerName, ScheduleName, ScheduleSettings
 from common.training_state import read_training_state, write_training_state
+from sft.config import SFTConfig
 
 
 def tiny_model() -> nn.Module:
@@ -134,6 +136,30 @@ def test_the_state_of_every_optimizer_comes_back_from_files_with_all_its_bits(na
     again.load_state_dict(state["optimizer"])
     train(resumed, again, range(3, 6))
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+def test_adafactor_refuses_weights_that_are_spread_over_processes() -> None:
+    with pytest.raises(ValueError, match=r"Adafactor, which needs whole weights, but trainer\.params\.strategy is fsdp"):
+        SFTConfig.model_validate(
+            {
+                "model_name": "m",
+                "data": {"data_dir": "a"},
+                "model_params": {"optimizer": "Adafactor"},
+                "trainer": {"params": {"strategy": "fsdp"}},
+            }
+        )
+
+    class Spread(nn.Linear):
+        """Its weight looks like a DTensor."""
+
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.weight.placements = ()  # type: ignore[attr-defined]
+
+    with pytest.raises(UserError, match="optimizer: got Adafactor, which needs whole weights"):
+        make_optimizer(Spread(), "Adafactor", learning_rate=1.0)
+    assert not make_optimizer(Spread(), "SGD", learning_rate=1.0).defaults["fused"]  # torch has no such kernel for spread weights
+    assert make_optimizer(tiny_model(), "SGD", learning_rate=1.0).defaults["fused"]
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])
