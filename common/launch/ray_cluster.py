@@ -6,14 +6,16 @@ import contextlib
 import os
 import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 
 from common.errors import UserError
+from common.launch import ray_watchdog
 from common.launch.signals import Stopped, StopSignals
 from common.launch.workers import token_file
 from common.run_lock import LOCK_FILE, hold, release
@@ -23,7 +25,6 @@ _FOLDER = "rlhf-qa-ray-"
 _LONGEST_BASE = 40  # sockets lie below it, and a socket's path has 107 bytes
 _OBJECT_STORE_BYTES = 100 * 2**20  # nothing big goes through it: workers read files
 _PROBE_S = 10.0
-_REMOVE_TRIES = 20
 # What Ray says in the workers' words: nothing but errors; the run says the rest.
 _QUIET = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -67,11 +68,12 @@ def _own_cluster(folder: Path) -> dict[str, object]:
         file.write(secrets.token_hex(32))
     os.environ.pop("RAY_AUTH_TOKEN", None)  # it would go before the file
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let everything else on the machine go first
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # keeps loopback as it is; Ray would take an address that others reach
     return {
         "address": "local",
         "_node_ip_address": "127.0.0.1",
-        "_temp_dir": str(folder),
+        "_temp_dir": str(folder / "ray"),  # Ray opens it to everyone; the folder above stays closed
         "num_cpus": len(os.sched_getaffinity(0)),
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE_BYTES,
@@ -119,7 +121,10 @@ def _token() -> str:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder of this process alone, removed at the end; those that killed processes have left behind are removed, too."""
+    """A folder of this process alone. At its end, however that comes, a cluster that has it ends and it is removed.
+
+    Those that an earlier process has left behind (the machine went down, say) are removed first.
+    """
     base = Path(tempfile.gettempdir())
     if len(str(base)) > _LONGEST_BASE:
         base = Path("/tmp")
@@ -127,15 +132,15 @@ def scratch_folder() -> Iterator[Path]:
         _remove_if_left(left)
     folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=base))
     held = hold(folder / LOCK_FILE)
+    command = [sys.executable, "-I", ray_watchdog.__file__, str(folder)]
+    # in a session of its own, where no Ctrl-C reaches it
+    watchdog = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield folder
     finally:
+        ray_watchdog.end(folder)
         release(held)
-        for _ in range(_REMOVE_TRIES):  # processes that are ending still write logs
-            shutil.rmtree(folder, ignore_errors=True)
-            if not folder.exists():
-                break
-            time.sleep(0.1)
+        watchdog.communicate()
 
 
 def _remove_if_left(folder: Path) -> None:

@@ -73,7 +73,7 @@ class Mailbox:
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
-    """Without the process that would hand out Ray's data sets, and the libraries for them in every worker: the scripts read files."""
+    """Without the process that would hand out Ray's data sets: the scripts read files."""
 
     def _create_default_callbacks(self) -> list[Any]:
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]

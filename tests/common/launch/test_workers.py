@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from common.config import load_config
 from common.errors import UserError
-from common.launch.workers import check_number_of_workers, idle_launch_settings
+from common.launch.workers import WORKER_VARIABLE, check_launch, check_number_of_workers, idle_launch_settings
 from common.resume import is_free
 from common.schema import LaunchSettings, Section
 from reward_model.config import ClassificationConfig, RegressionConfig
@@ -86,6 +88,50 @@ def test_settings_of_ray_are_named_where_nothing_reads_them() -> None:
     assert idle_launch_settings(LaunchSettings(max_failures=3, address="auto")) == [
         "launch.address, launch.max_failures: without effect, since launch.engine is local"
     ]
+
+
+def problems(monkeypatch: pytest.MonkeyPatch, launch: LaunchSettings, **environment: str) -> list[str]:
+    """What is wrong with a start on Ray in such an environment, and nothing else in it that Ray or a launcher would read."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    try:
+        check_launch(launch)
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
+def test_what_ray_needs_is_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("common.launch.workers.find_spec", lambda name: name)
+    own, joined = (LaunchSettings(engine="ray", num_training_workers=2, address=address) for address in (None, "head:6379"))
+    (tmp_path / "token").write_text("secret")
+    file = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    assert problems(monkeypatch, own, HOME=str(tmp_path)) == []
+    assert problems(monkeypatch, joined, RAY_AUTH_TOKEN="secret") == problems(monkeypatch, joined, **file) == []
+    (no_token,) = problems(monkeypatch, joined, HOME=str(tmp_path))
+    assert no_token.startswith("launch.address: got head:6379, but no token to join it with")
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret")
+    assert problems(monkeypatch, joined, HOME=str(tmp_path)) == []
+    (disabled,) = problems(monkeypatch, own, RAY_AUTH_MODE="disabled")
+    assert disabled.startswith("RAY_AUTH_MODE is disabled")
+    (torchrun,) = problems(monkeypatch, own, RANK="0", WORLD_SIZE="2")
+    assert torchrun.startswith("launch.engine: got ray, which starts its workers itself")
+    (client,) = problems(monkeypatch, own.model_copy(update={"address": "ray://head:10001"}))
+    assert client.startswith("launch.address: got ray://head:10001, expected HOST:PORT or auto")
+    monkeypatch.setattr("common.launch.workers.find_spec", lambda name: None)
+    (missing,) = problems(monkeypatch, own)
+    assert missing == "launch.engine: got ray, which is not installed here; pip install -r requirements-ray.txt"
+    assert problems(monkeypatch, own, **{WORKER_VARIABLE: "1", "RANK": "0", "WORLD_SIZE": "2"}) == []  # in a worker
+
+
+def test_ray_is_imported_for_ray_alone() -> None:
+    code = (
+        "import sys, common.resume, common.launch.ray, sft.training; print([name for name in sys.modules if name.split('.')[0] == 'ray'])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_a_run_may_go_on_under_another_engine() -> None:

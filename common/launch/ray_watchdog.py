@@ -1,0 +1,47 @@
+"""Ends the processes of a Ray cluster that was started for one run, however that run ends; as a program, when its parent is gone.
+
+Ray's own processes notice for themselves that their cluster is gone, some of them after minutes. As a program this imports nothing of here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+_ENDS_BY_ITSELF_S = 3.0
+_REMOVE_TRIES = 20
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Other processes that have files below the folder open, as all of a cluster have their logs."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # gone by now, or another user's
+            if process.pid != os.getpid() and any(Path(file.path).is_relative_to(folder) for file in process.open_files()):
+                found.append(process)
+    return found
+
+
+def end(folder: Path) -> None:
+    """End every process of a cluster, and remove its folder."""
+    psutil.wait_procs(processes_of(folder), timeout=_ENDS_BY_ITSELF_S)
+    while left := processes_of(folder):
+        for process in left:
+            process.kill()
+        psutil.wait_procs(left, timeout=_ENDS_BY_ITSELF_S)
+    for _ in range(_REMOVE_TRIES):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            break
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    sys.stdin.read()  # ends when the other end does
+    end(Path(sys.argv[1]))
