@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import yaml
 
 from common.config import resolved_dict
@@ -106,9 +106,9 @@ def length_lines(split: str, lengths: Mapping[str, TextLengths]) -> list[str]:
     """How long the texts of a split are before anything is cut, and how much is."""
     lines = []
     for name, found in lengths.items():
-        if found.tokens:
-            ordered = sorted(found.tokens)
-            marks = [ordered[0], statistics.median_high(ordered), ordered[int(0.95 * (len(ordered) - 1))], ordered[-1]]
+        if len(found.tokens):
+            ordered = np.sort(found.tokens)
+            marks = [ordered[0], ordered[len(ordered) // 2], ordered[int(0.95 * (len(ordered) - 1))], ordered[-1]]
             cut = f"{found.cut:,} of {len(ordered):,} cut ({found.cut_tokens:,} tokens)" if found.cut else "none cut"
             lines.append(f"{split} {name}s: {' / '.join(f'{mark:,}' for mark in marks)} tokens (min / median / 95 % / max), {cut}")
     return lines

@@ -57,6 +57,7 @@ FREE_SETTINGS = frozenset(
         "hf_hub_name",
         "launch",
         "data.num_workers",
+        "data.cache_dir",
         "trainer.checkpoint.dirpath",
         "trainer.checkpoint.every_n_train_steps",
         "trainer.checkpoint.keep_last",

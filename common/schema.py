@@ -157,6 +157,11 @@ class DataSettings(RowSettings):
         description="Data file (JSON with splits or JSON Lines, gzip or plain), a folder of files named by split, or "
         "`hf:NAME[/FOLDER][:CONFIG]`."
     )
+    cache_dir: StagePath | None = Field(
+        None,
+        description="Folder of the token ids of JSON Lines above 64 MiB, which stay on disk; null: `token_cache` beside the runs. It may "
+        "be deleted while no run uses it.",
+    )
     batch_size: PositiveInt = Field(8, description="Rows per process and optimizer micro-batch.")
     val_batch_size: PositiveInt | None = Field(None, description="Rows per validation batch; default: `batch_size`.")
     max_length: PositiveInt = Field(512, description="Tokens of prompt + answer + EOS at most.")

@@ -12,7 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from common.errors import UserError
 from common.problem_lines import RowFault, fault_lines, raise_problems
@@ -51,9 +51,17 @@ class Encoded:
 class TextLengths:
     """Tokens of each text of a kind as it was read, EOS not among them, and how many texts and tokens were cut to fit."""
 
-    tokens: array[int] = field(default_factory=lambda: array("i"))
+    tokens: Any = field(default_factory=lambda: array("i"))
     cut: int = 0
     cut_tokens: int = 0
+
+
+class Counts(NamedTuple):
+    """What an Encoder counts: rows and tokens cut, texts seen, and for each kind of text the tokens of each as it was read."""
+
+    counts: Counter[str]
+    seen: Counter[str]
+    lengths: dict[str, Any]
 
 
 class Encoder:
@@ -138,6 +146,12 @@ class Encoder:
 
     def prompts(self, prompts: Sequence[Prompt], wheres: Sequence[str] | None = None) -> list[list[int]]:
         """`prompt` of many rows, tokenized together. Raises UserError with a line for each row that does not fit."""
+        fitted, problems = self.try_prompts(prompts, wheres)
+        raise_problems(problems)
+        return fitted
+
+    def try_prompts(self, prompts: Sequence[Prompt], wheres: Sequence[str] | None = None) -> tuple[list[list[int]], list[str]]:
+        """The rows that fit, and a line for each other one."""
         limit = self.max_length if self.max_prompt_length is None else min(self.max_prompt_length, self.max_length)
         self._count(prompts)
         problems: list[str] = []
@@ -148,8 +162,7 @@ class Encoder:
                 fitted.append(self._fit_prompt(prompt, ids, limit, where)[0])
             except UserError as error:
                 problems.extend(error.problems)
-        raise_problems(problems)
-        return fitted
+        return fitted, problems
 
     def pairs(
         self,
@@ -174,6 +187,20 @@ class Encoder:
         """`answers` of many rows, tokenized together. `first_differs`: a row whose first answer equals another of its own, as ids
         after cutting, is unusable (chosen and rejected).
         """
+        out, problems, unusable = self.try_groups(prompts, answers, wheres, unusable_rows, first_differs=first_differs)
+        raise_problems([*problems, *fault_lines(unusable)])
+        return out
+
+    def try_groups(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[str]],
+        wheres: Sequence[str] | None,
+        unusable_rows: Literal["error", "drop"],
+        *,
+        first_differs: bool,
+    ) -> tuple[list[list[Encoded] | None], list[str], list[RowFault]]:
+        """`groups`, with lines for rows that do not fit and faults of those that nothing can be learnt from."""
         prompt_ids = self._prompt_ids(prompts)
         texts = [answer for group in answers for answer in group]
         self._count(prompts, texts)
@@ -203,8 +230,20 @@ class Encoder:
                 out.append(None)
             except UserError as error:
                 problems.extend(error.problems)
-        raise_problems([*problems, *fault_lines(unusable)])
-        return out
+        return out, problems, unusable
+
+    def take_counts(self) -> Counts:
+        """What was counted since the last call, or since notes were taken."""
+        taken = Counts(self.counts, self.seen, {name: lengths.tokens for name, lengths in self._lengths.items()})
+        self.counts, self.seen, self._lengths = Counter(), Counter(), _no_lengths()
+        return taken
+
+    def add_counts(self, counts: Counts) -> None:
+        """Count what another one has counted, too; its lengths take the place of the own ones."""
+        self.counts.update(counts.counts)
+        self.seen.update(counts.seen)
+        for name, tokens in counts.lengths.items():
+            self._lengths[name].tokens = tokens
 
     # --- ids -----------------------------------------------------------------------------------------------------------------------
 
@@ -352,6 +391,11 @@ class Encoder:
         return [len(text) * (number + 1) // count for number in range(count)]
 
 
+def answers_of(record: SFTRecord | ScoreRecord | PairRecord) -> list[str]:
+    """The answers of a record, the chosen one first."""
+    return [record.chosen, *record.rejected] if isinstance(record, PairRecord) else [record.answer]
+
+
 def encode_answers(
     encoder: Encoder, records: Sequence[SFTRecord | ScoreRecord], unusable_rows: Literal["error", "drop"] = "error"
 ) -> list[Encoded | None]:
@@ -364,7 +408,7 @@ def encode_preferences(
     encoder: Encoder, records: Sequence[PairRecord], unusable_rows: Literal["error", "drop"] = "error"
 ) -> list[list[Encoded] | None]:
     """Rows with a chosen answer (first) and rejected ones after the same prompt; None for dropped ones."""
-    answers = [(record.chosen, *record.rejected) for record in records]
+    answers = [answers_of(record) for record in records]
     wheres = [record.where for record in records]
     return encoder.groups([record.prompt for record in records], answers, wheres, unusable_rows, first_differs=True)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.freezing import freeze_eval
 from common.optim import build_optimizer
+from common.record_types import SFTRecord
 from common.schema import ModelParams
 from sft.losses import answer_figures, answer_loss
 from sft.reader import AnswerReader
@@ -26,11 +27,11 @@ class SFTModule(pl.LightningModule):
         params: ModelParams,
         total_steps: int,
         generate: Callable[[int], dict[str, float]] | None = None,
-        where: Sequence[str] = (),
+        records: Sequence[SFTRecord] = (),
     ) -> None:
         """`generate(step)` answers the fixed validation questions and returns their metrics; None leaves that out.
 
-        where: where each training row stands in the data, for errors.
+        records: those of the training rows, for errors.
         """
         super().__init__()
         self.model = reader.model
@@ -38,14 +39,14 @@ class SFTModule(pl.LightningModule):
         self.params = params
         self.total_steps = total_steps
         self.generate = generate
-        self.where = where
+        self.records = records
         self._validation = torch.zeros(3, dtype=torch.float64)
         self.model.train()  # Lightning keeps the mode it finds
         freeze_eval(self.model)
 
     def describe_rows(self, batch: dict[str, Any]) -> str:
         """Where the rows of a batch stand in the data."""
-        return ", ".join(self.where[row] for row in batch["rows"]) if self.where else "unknown"
+        return ", ".join(self.records[row].where for row in batch["rows"]) if self.records else "unknown"
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = [answer_loss(*predictions, self.reader.head, self.reader.vocab) for predictions in self.reader(batch)]

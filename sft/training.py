@@ -19,6 +19,7 @@ from common.disk import checkpoint_bytes
 from common.errors import UserError
 from common.evaluation.generate import Answer, generate_answers
 from common.evaluation.text_metrics import corpus_metrics
+from common.file_records import FileRecords
 from common.followers import follows, rank
 from common.freezing import apply_freezing
 from common.gathered import Gathered, own_share
@@ -54,6 +55,7 @@ from common.prompts import answer_text, render_prompt
 from common.records import SFTRecord, Splits
 from common.resume import ResumePoint
 from common.runs import stage_runs_root
+from common.token_rows import StoredRows, TokenCache, TokenIds, lengths_of, stored_rows, token_cache
 from common.tokenization import Encoded, Encoder, encode_answers
 from common.tracking import Tracker
 from sft.config import SFTConfig
@@ -95,10 +97,11 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
         truncate_prompt=config.data.truncate_prompt,
         is_encoder_decoder=is_encoder_decoder,
     )
-    train_rows, train_records = encode(encoder, splits.train, config, "train")
-    val_rows, val_records = encode(encoder, splits.val, config, "val")
     root = stage_runs_root(config.trainer.checkpoint.dirpath, config.runs_root, "sft")
-    started = None if dry_run else started_rows(reader, tokenizer, [*train_rows, *val_rows], config, root)
+    cache = token_cache(config.data.cache_dir, root, splits.fingerprint, dry_run=dry_run)
+    train_rows, train_records = encode(encoder, splits.train, config, "train", cache)
+    val_rows, val_records = encode(encoder, splits.val, config, "val", cache)
+    started = None if dry_run else started_rows(reader, tokenizer, (train_rows, val_rows), config, root)
     train_loader, val_loader = loaders(config, train_rows, val_rows, tokenizer.pad_token_id, reader, started)
     answered = val_records[: config.evaluation.num_generated] if config.model_params.do_compute_metrics else []
     prompts = answer_prompts(config, model, tokenizer, answered)
@@ -146,7 +149,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
             is_main=not follows(),
         ) as tracker:
             answer = answering(config, model, tokenizer, answered, prompts, tracker) if answered else None
-            module = SFTModule(reader, config.model_params, total_steps, answer, [record.where for record in train_records])
+            module = SFTModule(reader, config.model_params, total_steps, answer, train_records)
 
             def save(directory: Path, figures: dict[str, float], step: int, extra: Callable[[Path], None]) -> None:
                 manifest = new_manifest(
@@ -204,21 +207,33 @@ def load_model(
     return model, tokenizer
 
 
-def encode(encoder: Encoder, records: Sequence[SFTRecord], config: SFTConfig, split: str) -> tuple[list[Encoded], list[SFTRecord]]:
-    """Usable rows as ids, with their records; prints what was cut or dropped."""
-    encoded = encode_answers(encoder, records, config.data.unusable_rows)
-    kept = [(row, record) for row, record in zip(encoded, records, strict=True) if row is not None]
+def encode(
+    encoder: Encoder, records: Sequence[SFTRecord], config: SFTConfig, split: str, cache: TokenCache
+) -> tuple[Sequence[Encoded], Sequence[SFTRecord]]:
+    """Usable rows as ids, with their records; prints what was cut or dropped. `cache`: for ids of records that stay in their file."""
+    rows: Sequence[Encoded]
+    if isinstance(records, FileRecords):
+        rows = stored_rows(_one_answer, encoder, records, cache, split, config.data.unusable_rows)
+        kept: Sequence[SFTRecord] = rows.records
+    else:
+        encoded = encode_answers(encoder, records, config.data.unusable_rows)
+        rows = [row for row in encoded if row is not None]
+        kept = [record for row, record in zip(encoded, records, strict=True) if row is not None]
     for note in encoder.take_notes(split, remedy="raise data.max_length"):
         say(note)
-    if not kept:
+    if not rows:
         raise UserError(f"{config.data.data_dir}: no usable row is left in {split}")
-    return [row for row, _ in kept], [record for _, record in kept]
+    return rows, kept
+
+
+def _one_answer(ids: TokenIds, records: Sequence[SFTRecord], row: int) -> Encoded:
+    return ids.answers(row)[0]
 
 
 def loaders(
     config: SFTConfig,
-    train_rows: list[Encoded],
-    val_rows: list[Encoded],
+    train_rows: Sequence[Encoded],
+    val_rows: Sequence[Encoded],
     pad_id: int,
     reader: AnswerReader,
     started: list[StartedAnswer] | None = None,
@@ -232,8 +247,8 @@ def loaders(
     pad_to = data.max_length if data.on_tpu else None
     capacity = data.max_length if data.batching == "packed" else None
     train_plan = BatchPlan(
-        [row.length for row in train_rows],
-        weights=[len(row.answer_ids) for row in train_rows],
+        lengths_of(train_rows),
+        weights=train_rows.answers if isinstance(train_rows, StoredRows) else [len(row.answer_ids) for row in train_rows],
         batch_size=data.batch_size,
         accumulate=trainer_params(config.trainer).get("accumulate_grad_batches", 1),
         seed=config.seed,
@@ -243,7 +258,7 @@ def loaders(
         **processes,
     )
     val_plan = BatchPlan(
-        [row.length for row in val_rows],
+        lengths_of(val_rows),
         batch_size=data.val_batch_size or data.batch_size,
         seed=config.seed,
         mode="sequential",
@@ -260,9 +275,9 @@ def loaders(
 
 
 def started_rows(
-    reader: AnswerReader, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], config: SFTConfig, runs_root: Path
+    reader: AnswerReader, tokenizer: PreTrainedTokenizerBase, splits: Sequence[Sequence[Encoded]], config: SFTConfig, runs_root: Path
 ) -> list[StartedAnswer] | None:
-    """The rows with the states that enter the lowest layer that trains, where the config keeps them; `reader` starts there then.
+    """All splits' rows with the states that enter the lowest layer that trains, where the config keeps them; `reader` starts there then.
 
     States that no earlier run has left are computed here.
     """
@@ -273,7 +288,7 @@ def started_rows(
     autocast = autocast_dtype(config.trainer)
     return started_answers(
         reader.lower,
-        [RewardInput(row.input_ids) for row in rows],
+        [RewardInput(row.input_ids) for rows in splits for row in rows],
         Path(params.cache_dir) if params.cache_dir else runs_root / "state_cache",
         lower_facts(reader.lower, tokenizer, params.kept_states, autocast),
         packs=reader.packs,
