@@ -250,9 +250,12 @@ def total(*parts: Seconds, weights: Sequence[float] | None = None) -> dict[str, 
 
 
 def decode(
-    device: Device, model: Transformer, run: Run, rows: int, at_once: int, *, tensor: int = 1, collected: int = 1
+    device: Device, model: Transformer, run: Run, rows: int, at_once: int, *, tensor: int = 1, collected: int = 1, graphs: bool = True
 ) -> dict[str, float]:
-    """Sample `rows` answers, `at_once` of them together; `collected`: GPUs that hold a part of each layer and send it for every token."""
+    """Sample `rows` answers, `at_once` of them together.
+
+    collected: GPUs that hold a part of each layer and send it for every token. graphs: a step is launched as one.
+    """
     times = dict.fromkeys(("products", "states", "weights", "cache", "launches", "network"), 0.0)
     waves = [at_once] * (rows // at_once) + ([rows % at_once] if rows % at_once else [])
     steps = max(0.0, run.longest - 1)
@@ -262,7 +265,7 @@ def decode(
         prompts, each = (model.traffic(wave * tokens, run.short) / device.states / tensor for tokens in (run.prompt, 1))
         times["products"] += model.forward(wave, run.prompt, 1) / tensor / (device.peak * device.score_share)
         times["states"] += prompts + steps * each
-        times["launches"] += model.layers * (device.launch + steps * device.replay)
+        times["launches"] += model.layers * (device.launch + steps * (device.replay if graphs else device.launch))
         products = wave * model.step(run.prompt + run.longest / 2) / tensor / (device.peak * device.generate_share)
         weights, cache = run.short * model.read / reading, wave * context * model.cache(run.short) / reading
         if products > weights + cache:
@@ -307,11 +310,12 @@ def update(
     trained: float = 1.0,
     overlapped: bool = False,
     outputs: float | None = None,
+    shortened: bool = True,
 ) -> dict[str, float]:
     """All optimizer steps of a PPO step on `gpus` GPUs, of which `shards` together hold one copy.
 
     `trained`: share of the parameters. `overlapped`: gradients are summed while the backward pass runs. `outputs`: places with logits
-    of each text (default: the answer's).
+    of each text (default: the answer's). `shortened`: parts are collected in the type of the products, else in float32 and then cast.
     """
     answers = math.ceil(run.answers / run.minibatches)
     rows = math.ceil(answers / gpus)
@@ -321,15 +325,14 @@ def update(
     forward = model.forward(rows, run.tokens, run.answer if outputs is None else outputs)
     products = passes * forward / (device.peak * device.train_share)
     size = trained * model.parameters
-    casting = (
-        chunks * 6 * model.parameters / (device.bandwidth * device.bandwidth_share) if run.mixed and shards == 1 and trained == 1 else 0
-    )
+    casts = run.mixed and trained == 1.0 and (shards == 1 or not shortened)
+    casting = chunks * 6 * model.parameters / (device.bandwidth * device.bandwidth_share) if casts else 0.0
     reduced = 0.0
     if gpus > shards:
         reduced = device.all_reduce(FULL * size, gpus) if shards == 1 else _between_nodes(device, size, gpus, shards)
     if shards > 1:
         each = model.trunk / model.layers
-        gathers = 2 * device.gather(run.short * each, shards) + device.gather(FULL * each, shards)
+        gathers = 2 * device.gather((run.short if shortened else FULL) * each, shards) + device.gather(FULL * each, shards)
         network = max(0.0, chunks * model.layers * gathers + reduced - products)
     else:
         network = max(0.0, reduced - products * 2 / 3) if overlapped else reduced
@@ -372,15 +375,37 @@ def most_rows(model: Transformer, run: Run, rows: int, room: float, tensor: int 
 
 
 def update_memory(
-    model: Transformer, run: Run, rows: int, checkpointing: bool, shards: int, trained: float, outputs: float
+    model: Transformer, run: Run, rows: int, checkpointing: bool, shards: int, trained: float, outputs: float, shortened: bool = True
 ) -> dict[str, float]:
-    """What a forward and backward over `rows` texts takes beside what stays: states, logits, weights as products read them."""
-    gathered = 2 * (SHORT + FULL) * model.layer + SHORT * model.hidden * model.vocabulary
-    copies = SHORT * model.parameters if run.mixed and trained == 1.0 else 0.0
+    """What a forward and backward over `rows` texts takes beside what stays: states, logits, weights as products read them.
+
+    Casts of weights stay until the backward pass has read them; layers that are collected in the products' type are collected twice.
+    """
+    casts = SHORT * model.parameters if run.mixed and trained == 1.0 and (shards == 1 or not shortened) else 0.0
+    ends = model.hidden * model.vocabulary
+    each = run.short if shortened else FULL
+    collected = 2 * (each + FULL) * model.layer + (each * ends if shortened else 2 * FULL * ends)
     return {
         "states": model.kept(rows * run.tokens, run.short, checkpointing),
         "logits": LOGITS * rows * outputs * model.vocabulary,
-        "copies for products": copies if shards == 1 else gathered,
+        "copies for products": casts + (collected if shards > 1 else 0.0),
+    }
+
+
+def scoring_memory(
+    model: Transformer, run: Run, rows: int, shards: int, adapters: bool = False, shortened: bool = True
+) -> dict[str, float]:
+    """What forwards of reference and policy over up to `rows` texts take beside what stays; weights in float32 are collected whole.
+
+    Casts of the policy's weights are kept over a forward, those of the reference's, which do not train, are not.
+    """
+    texts = min(rows, max(1, int(run.forward_tokens // run.tokens)))
+    networks = 1 + run.rescored
+    casts = SHORT * model.parameters if run.mixed and run.rescored and not adapters and (shards == 1 or not shortened) else 0.0
+    collected = 2 * run.short * model.layer if shortened else networks * FULL * model.parameters
+    return {
+        "logits": (LOGITS - FULL) * texts * run.answer * model.vocabulary,
+        "copies for products": casts + (collected if shards > 1 else 0.0),
     }
 
 
@@ -405,6 +430,7 @@ def best_update(
     trained: float = 1.0,
     overlapped: bool = False,
     outputs: float | None = None,
+    shortened: bool = True,
 ) -> tuple[dict[str, float], dict[str, float], int, bool] | float:
     """(seconds, memory, rows of a forward, checkpointing) of the quickest update that fits; bytes that are missing where none does."""
     found: list[tuple[float, tuple[dict[str, float], dict[str, float], int, bool]]] = []
@@ -412,12 +438,11 @@ def best_update(
     room = device.memory - device.unusable - resident
     places = run.answer if outputs is None else outputs
     for rows, checkpointing in update_settings(run, gpus):
-        memory = update_memory(model, run, rows, checkpointing, shards, trained, places)
+        memory = update_memory(model, run, rows, checkpointing, shards, trained, places, shortened)
         missing = min(missing, sum(memory.values()) - room)
         if sum(memory.values()) <= room:
-            times = update(
-                device, model, run, gpus, rows, checkpointing, shards=shards, trained=trained, overlapped=overlapped, outputs=outputs
-            )
+            options = {"shards": shards, "trained": trained, "overlapped": overlapped, "outputs": outputs, "shortened": shortened}
+            times = update(device, model, run, gpus, rows, checkpointing, **options)  # type: ignore[arg-type]
             found.append((sum(times.values()), (times, memory, rows, checkpointing)))
     return min(found, key=lambda pair: pair[0])[1] if found else missing
 
@@ -429,40 +454,58 @@ Layout = Callable[[Device, Transformer, Transformer, Run, int], Plan]
 
 
 def together(
-    device: Device, policy: Transformer, judge: Transformer, run: Run, gpus: int, *, name: str, shards: int = 1, trained: float = 1.0
+    device: Device,
+    policy: Transformer,
+    judge: Transformer,
+    run: Run,
+    gpus: int,
+    *,
+    name: str,
+    shards: int = 1,
+    trained: float = 1.0,
+    here: bool = False,
 ) -> Plan:
-    """Every GPU samples, scores and trains on its part of the answers; `shards` GPUs together hold one copy of each network."""
+    """Every GPU samples, scores and trains on its part of the answers; `shards` GPUs together hold one copy of each network.
+
+    `here`: as `common/launch/fsdp.py` shards. Weights are collected in float32 and cast, for scoring whole and at once; decoding steps
+    are launched kernel by kernel; the copy to sample from lies in parts of its own.
+    """
     state = training_state(policy, shards, trained)
     adapters = trained < 1.0
     state["reference"] = 0.0 if adapters else FULL * policy.parameters / shards
     state["reward model"] = run.short * judge.parameters / shards
     sampler = run.short * policy.parameters
-    if run.mixed and shards == 1 and not adapters:
-        state["copy to sample from"] = sampler
+    if run.mixed and not adapters and (shards == 1 or here):
+        state["copy to sample from"] = sampler / shards
     resident = sum(state.values())
     room = device.memory - device.unusable - resident
     rows = math.ceil(run.answers / gpus)
     # Sampling with the whole policy on each GPU where there is room for one answer, else with weights collected for every token.
-    whole = shards > 1 and room - sampler >= sampling_memory(policy, run, 1)
+    whole = shards > 1 and (here or room - sampler >= sampling_memory(policy, run, 1))
     spare = room - (sampler if whole else 0.0 if shards == 1 else 2 * run.short * policy.layer)
-    at_once = most_rows(policy, run, rows, spare)
-    chosen = best_update(device, policy, run, gpus, resident, shards=shards, trained=trained)
-    if at_once < 1 or isinstance(chosen, float):
-        missing = max(sampling_memory(policy, run, 1) - spare, chosen if isinstance(chosen, float) else 0.0)
+    at_once = most_rows(policy, run, rows, max(0.0, spare))
+    scoring = scoring_memory(policy, run, rows, shards, adapters, shortened=not here)
+    chosen = best_update(device, policy, run, gpus, resident, shards=shards, trained=trained, shortened=not here)
+    missing = max(sampling_memory(policy, run, 1) - spare, sum(scoring.values()) - room, chosen if isinstance(chosen, float) else 0.0)
+    if missing > 0 or isinstance(chosen, float):
         return Plan(name, gpus, missing=missing)
     train, needed, forward_rows, checkpointing = chosen
-    generate = decode(device, policy, run, rows, at_once, collected=1 if whole else shards)
+    generate = decode(device, policy, run, rows, at_once, collected=1 if whole else shards, graphs=not here)
     if whole:
-        generate["network"] += policy.layers * device.gather(run.short * policy.parameters / policy.layers, shards)
+        generate["network"] += policy.layers * device.gather(sampler / policy.layers, shards)
+    long = FULL if not adapters else run.short
+    networks = [(policy, run.answer, long), (judge, 0.0, run.short), *([(policy, run.answer, long)] if run.rescored else [])]
     score = total(
-        forwards(device, policy, run, rows, run.answer, shards=shards, cast=not adapters),
-        forwards(device, judge, run, rows, 0, shards=shards),
-        forwards(device, policy, run, rows, run.answer, shards=shards, cast=not adapters) if run.rescored else {},
+        *(
+            forwards(device, model, run, rows, outputs, shards=1 if here else shards, cast=size > run.short)
+            for model, outputs, size in networks
+        )
     )
+    if here:
+        score["network"] += sum(model.layers * device.gather(size * model.parameters / model.layers, shards) for model, _, size in networks)
     step = total(generate, score, train)
     sampling = {"keys and values": sampling_memory(policy, run, at_once), **({"copy to sample from": sampler} if whole else {})}
-    extra = max(sampling, needed, key=lambda parts: sum(parts.values()))
-    sent = _sent_together(device, policy, judge, run, gpus, shards, trained, forward_rows, rows, whole)
+    extra = max(sampling, scoring, needed, key=lambda parts: sum(parts.values()))
     return Plan(
         name,
         gpus,
@@ -471,7 +514,7 @@ def together(
         train=train,
         step=step,
         seconds=sum(step.values()),
-        sent=sent,
+        sent=_sent_together(policy, judge, run, gpus, shards, trained, forward_rows, rows, whole, here),
         memory=total(state, extra),
         at_once=at_once,
         forward_rows=forward_rows,
@@ -480,7 +523,6 @@ def together(
 
 
 def _sent_together(
-    device: Device,
     policy: Transformer,
     judge: Transformer,
     run: Run,
@@ -490,6 +532,7 @@ def _sent_together(
     forward_rows: int,
     rows: int,
     whole: bool,
+    here: bool,
 ) -> float:
     """Bytes that each GPU sends in a step."""
     steps = run.epochs * run.minibatches
@@ -499,9 +542,10 @@ def _sent_together(
     part = (shards - 1) / shards
     copies = gpus // shards
     chunks = math.ceil(math.ceil(math.ceil(run.answers / run.minibatches) / gpus) / forward_rows)
-    scoring = max(1, math.ceil(rows * run.tokens / run.forward_tokens))
-    trained_bytes = steps * chunks * (2 * run.short + FULL) * policy.trunk * part + steps * gradients * (copies - 1) / copies
-    scored = scoring * run.short * ((1 + run.rescored) * policy.trunk + judge.trunk) * part
+    scorings = 1 if here else max(1, math.ceil(rows * run.tokens / run.forward_tokens))
+    collected = FULL if here else run.short
+    trained_bytes = steps * chunks * (2 * collected + FULL) * policy.trunk * part + steps * gradients * (copies - 1) / copies
+    scored = scorings * (collected * (1 + run.rescored) * policy.trunk + run.short * judge.trunk) * part
     sampled = run.short * policy.parameters * part * (1 if whole else max(0.0, run.longest - 1))
     return trained_bytes + scored + sampled
 
@@ -519,6 +563,11 @@ def lora(device: Device, policy: Transformer, judge: Transformer, run: Run, gpus
 def fsdp(device: Device, policy: Transformer, judge: Transformer, run: Run, gpus: int) -> Plan:
     """ZeRO-3: weights, gradients, moments, reference and reward model in as many parts as there are GPUs."""
     return together(device, policy, judge, run, gpus, name="FSDP", shards=gpus)
+
+
+def fsdp_here(device: Device, policy: Transformer, judge: Transformer, run: Run, gpus: int) -> Plan:
+    """FSDP as `rlhf/configs/accelerate/fsdp.yaml` starts it now."""
+    return together(device, policy, judge, run, gpus, name="FSDP here", shards=gpus, here=True)
 
 
 def hybrid(device: Device, policy: Transformer, judge: Transformer, run: Run, gpus: int) -> Plan:

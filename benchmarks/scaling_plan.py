@@ -37,9 +37,11 @@ from benchmarks.scaling_model import (
     behind,
     ddp,
     fsdp,
+    fsdp_here,
     hybrid,
     lora,
     sampling_memory,
+    scoring_memory,
     split,
     training_state,
     training_step,
@@ -114,6 +116,7 @@ GPUS = (1, 8, 64, 512)
 LAYOUTS: dict[str, Layout] = {
     "DDP": ddp,
     "DDP, LoRA": lora,
+    "FSDP here": fsdp_here,
     "FSDP": fsdp,
     "FSDP in nodes": hybrid,
     "split": split,
@@ -245,15 +248,16 @@ def detail(plan: Plan) -> list[str]:
 
 
 def memory() -> str:
-    """What stays on a GPU, in GB."""
-    head = ("policy", "DDP", "DDP, LoRA", "FSDP, 8", "FSDP, 64", "FSDP, 512", "split of 64: 32 train", "others sample, 8 a copy")
+    """What stays on a GPU, in GB, and what phases take beside it."""
+    head = ("policy", "DDP", "DDP, LoRA", "FSDP, 8", "FSDP, 64", "FSDP, 512", "FSDP here while it scores, more", "split of 64: 32 train")
     rows = []
     for policy in POLICIES:
         cells = [resident(policy, 1, 1.0), resident(policy, 1, 0.005), *(resident(policy, gpus, 1.0) for gpus in (8, 64, 512))]
-        cells += [sum(training_state(policy, 32).values()), SHORT * (2 * policy.parameters + judge_of(policy).parameters) / 8]
+        cells += [scoring_memory(policy, RUN, 1, 8, shortened=False)["copies for products"], sum(training_state(policy, 32).values())]
+        cells += [SHORT * (2 * policy.parameters + judge_of(policy).parameters) / 8]
         cells += [sum(training_state(policy, shards).values()) for shards in (1, 64)]
         rows.append([policy.name, *(figure(cell / 1e9) for cell in cells)])
-    return markdown((*head, "a critic of its own: DDP", "FSDP, 64"), rows)
+    return markdown((*head, "others sample, 8 a copy", "a critic of its own: DDP", "FSDP, 64"), rows)
 
 
 def resident(policy: Transformer, shards: int, trained: float) -> float:
@@ -330,7 +334,14 @@ def regenerate(text: str) -> str:
     return re.sub(r"<!-- plan:(\w+) -->.*?<!-- /plan -->", replaced, text, flags=re.DOTALL)
 
 
-COLOURS = {"DDP": "#4c72b0", "DDP, LoRA": "#64b5cd", "FSDP": "#dd8452", "FSDP in nodes": "#c44e52", "split": "#55a868"}
+COLOURS = {
+    "DDP": "#4c72b0",
+    "DDP, LoRA": "#64b5cd",
+    "FSDP here": "#937860",
+    "FSDP": "#dd8452",
+    "FSDP in nodes": "#c44e52",
+    "split": "#55a868",
+}
 PER_GPU = 16
 
 
