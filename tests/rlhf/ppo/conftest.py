@@ -110,9 +110,9 @@ class Meeting:
         self.brought: list[Any] = [None] * size
 
     def gather(self, rank: int, mine: Any) -> list[Any]:
-        self.brought[rank] = copy.deepcopy(mine)
+        self.brought[rank] = mine
         self.barrier.wait()
-        everything = list(self.brought)
+        everything = copy.deepcopy(self.brought)
         self.barrier.wait()
         return everything
 
