@@ -74,7 +74,7 @@ class Update:
         for number in range(most):  # as many in each process where they go in step, the last ones without effect
             chunk = chunks[min(number, len(chunks) - 1)]
             figures_of_chunk, bad = self.backward(chunk, count.clamp(min=1), number < len(chunks), last=number == most - 1)
-            unusable[chunk] = bad
+            unusable[chunk] |= bad  # one that is there again has no effect, and is never bad
             for name, value in figures_of_chunk.items():
                 sums[name] = sums[name] + value if name in sums else value
         names = list(sums)
