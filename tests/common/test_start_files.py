@@ -98,6 +98,25 @@ def test_weights_of_another_model_are_refused_in_a_line(folders: tuple[Path, Pat
         load_generator(str(base), weights=[other])
 
 
+class Trap:
+    """A pickle of it makes a file where it is read by a reader that runs what pickles hold."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_bare_weights_run_nothing(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    torch.save({"weight": Trap(tmp_path / "mark")}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"model.pt: no weights can be read from it: its pickle \(.bin\) holds more than weights"):
+        load_generator(str(folders[0]), weights=[tmp_path / "model.pt"])
+    assert not (tmp_path / "mark").exists()
+    torch.load(tmp_path / "model.pt", weights_only=False)  # the trap is one
+    assert (tmp_path / "mark").exists()
+
+
 def test_a_directory_of_another_size_or_without_weights_is_refused_before_torch(folders: tuple[Path, Path], tmp_path: Path) -> None:
     base, tuned = folders
     shutil.copytree(tuned, tmp_path / "wide")
