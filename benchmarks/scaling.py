@@ -1,6 +1,6 @@
 """One process against two: tokens per second of each stage's own script, start-up of each launcher, memory of each process.
 
-    python benchmarks/scaling.py [--stages sft pairs ppo] [--launchers plain ddp torchrun accelerate ray] [--rounds 2]
+    python benchmarks/scaling.py [--stages sft pairs ppo] [--launchers plain ddp torchrun accelerate fsdp ray]
 
 Every line is a run of a stage's script on the same seeded random GPT-Neo, data and global batches; runs follow each other in turn, round
 after round. `1 x 2` is one process with two threads, `2 x 1` two processes with a thread each and half of each batch, `1 x 1` one process
@@ -10,6 +10,7 @@ with one thread. Seconds are those that the runs log for their steps, without th
     efficiency   speed to the speed of `1 x 1` times the number of threads
     start        seconds from the command to the beginning of the first step; `over plain`: more than one process started plainly
     end          seconds from the last step's line to the end of the command: validation, saving, stopping what was started
+    fsdp         PPO by `accelerate launch` with weights spread over the processes; `accelerate`: with everything in each
     MiB          peak of each process that trains; `others`: of all that a launcher runs beside them, together
 
 A thread of `1 x 2` is bound to its core (OMP_PROC_BIND). Two processes are not: each would bind its thread to the same first core.
@@ -134,16 +135,22 @@ STAGES: dict[str, Stage] = {
         "torchrun",
     ),
 }
-ACCELERATE = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no"
-"""`--multi_gpu` for several processes, on CPUs too: with `--cpu` it starts one."""
+
+
+def accelerate(config: str) -> Launcher:
+    """One of the shipped configs, which are for two processes."""
+    return Launcher(2, ("-m", "accelerate.commands.launch", "--config_file", f"rlhf/configs/accelerate/{config}.yaml"))
+
+
 LAUNCHERS: dict[str, Launcher] = {
     PLAIN: Launcher(1),
     "ddp": Launcher(2, after=("trainer.params.devices=2",)),
     "torchrun": Launcher(2, ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")),
-    "accelerate": Launcher(2, ("-m", "accelerate.commands.launch", *ACCELERATE.split())),
+    "accelerate": accelerate("ddp"),
+    "fsdp": accelerate("fsdp"),
     "ray": Launcher(2, after=("launch.engine=ray", "launch.num_training_workers=2", "launch.resources_per_worker={CPU: 1}")),
 }
-STARTS = {"sft": (PLAIN, "ddp", "torchrun", "ray"), "pairs": (PLAIN, "ddp"), "ppo": (PLAIN, "torchrun", "accelerate", "ray")}
+STARTS = {"sft": (PLAIN, "ddp", "torchrun", "ray"), "pairs": (PLAIN, "ddp"), "ppo": (PLAIN, "torchrun", "accelerate", "fsdp", "ray")}
 """Stage -> the launchers whose start is measured."""
 
 
@@ -313,7 +320,8 @@ def start_rows(found: Mapping[Case, Sequence[Found]]) -> list[list[str]]:
         processes = LAUNCHERS[launcher].processes
         others = runs[-1].mib[processes:]
         trainers = " ".join(f"{peak:.0f}" for peak in runs[-1].mib[:processes])
-        rows.append([stage, launcher, str(processes), f"{start:.1f}", over, f"{end:.1f}", trainers, f"{sum(others):.0f} ({len(others)})"])
+        cells = [f"{start:.1f}", over, f"{step_seconds(runs):.2f}", f"{end:.1f}", trainers, f"{sum(others):.0f} ({len(others)})"]
+        rows.append([stage, launcher, str(processes), *cells])
     return rows
 
 

@@ -40,6 +40,7 @@ def test_every_launcher_of_a_stage_has_a_config_that_it_accepts(stage: str, tmp_
     config = STAGES[stage].write(tmp_path, "xs")
     for name in STARTS[stage]:
         shares = [f"{key}={value // LAUNCHERS[name].processes}" for key, value in STAGES[stage].halved.items()]
+        assert all((scaling.ROOT / part).is_file() for part in LAUNCHERS[name].before if part.endswith(".yaml"))
         assert load_config(SCHEMAS[stage], config, [*shares, *LAUNCHERS[name].after])
     assert all(value % launcher.processes == 0 for value in STAGES[stage].halved.values() for launcher in LAUNCHERS.values())
 
@@ -81,8 +82,8 @@ def test_two_processes_are_compared_on_the_same_cores_and_to_one_thread_each() -
         ["pairs", "2 x 1", "ddp", "200", "1.33", "1.00", "120 110", "3.00"],
     ]
     assert start_rows(runs) == [
-        ["pairs", "plain", "1", "5.0", "+0.0", "1.0", "100", "0 (0)"],
-        ["pairs", "ddp", "2", "9.0", "+4.0", "1.0", "120 110", "75 (2)"],
+        ["pairs", "plain", "1", "5.0", "+0.0", "6.00", "1.0", "100", "0 (0)"],
+        ["pairs", "ddp", "2", "9.0", "+4.0", "3.00", "1.0", "120 110", "75 (2)"],
     ]
 
 
