@@ -220,7 +220,12 @@ def run(stage: Stage, launcher: Launcher, threads: int, config: Path, runs: Path
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(launcher, threads), stdout=said, stderr=subprocess.STDOUT)
         with Memory(process.pid) as memory:
-            failed = process.wait()
+            try:
+                failed = process.wait()
+            except KeyboardInterrupt:
+                process.terminate()
+                process.wait()
+                raise
         ended = time.time()
         said.seek(0)
         if failed:
@@ -261,7 +266,7 @@ def cases(stages: Sequence[str], launchers: Sequence[str]) -> tuple[list[Case], 
 
 
 def measure(speeds: Sequence[Case], once: Sequence[Case], rounds: int, size: str) -> tuple[dict[Case, list[Found]], bool]:
-    """All runs by case, and whether each of them ran."""
+    """All runs by case, and whether each of them ran. Ctrl-C ends it."""
     found: dict[Case, list[Found]] = {}
     whole = True
     with tempfile.TemporaryDirectory() as name:
@@ -282,6 +287,9 @@ def measure(speeds: Sequence[Case], once: Sequence[Case], rounds: int, size: str
                 print(f"left out: {stage}, {launcher}: {failure}", file=sys.stderr)
                 whole = False
                 continue
+            except KeyboardInterrupt:
+                print("interrupted; what was measured until now:", file=sys.stderr)
+                return found, False
             found.setdefault(case, []).append(result)
             print(f"{stage} {launcher} x {threads}: {sum(result.steps[1:]):.2f} s, start {result.start:.1f} s", file=sys.stderr, flush=True)
     return found, whole
