@@ -225,7 +225,7 @@ def begin(invocation: Invocation[C], root: Path, stage: Stage) -> ResumePoint | 
 
     root: where `stage_runs_root` says that the runs lie.
     """
-    check_launch(invocation.config.launch)
+    check_launch(invocation.config.launch, dry_run=invocation.dry_run)
     for note in idle_launch_settings(invocation.config.launch):
         say(note)
     point = resume_point(invocation.resume, root, invocation.config, stage)

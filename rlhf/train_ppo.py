@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         invocation.say_valid(config.data_config.data_file_path, counts)
         return 0
 
-    if starts_ray(config.launch) and not invocation.dry_run:
+    if starts_ray(config.launch):
         from common.launch.ray import train_on_ray
         from rlhf.train_ppo import main as worker
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         invocation.say_valid(data.data_dir, splits.counts)
         return 0
 
-    if starts_ray(config.launch) and not invocation.dry_run:
+    if starts_ray(config.launch):
         from common.launch.ray import train_on_ray
         from sft.train_sft import main as worker
 

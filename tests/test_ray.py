@@ -66,7 +66,7 @@ def until(found: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
 @pytest.fixture(scope="module")
 def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Held]:
     folder = tmp_path_factory.mktemp("held")
-    environment = os.environ | {"WANDB_MODE": "offline", "RAY_ADDRESS": "of.another.cluster:6379"}
+    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "2", "RAY_ADDRESS": "of.another.cluster:6379"}
     process = subprocess.Popen([sys.executable, "-m", "tests.ray_holder", str(folder)], cwd=ROOT, env=environment, text=True)
     try:
         until((folder / "told.json").exists, process)

@@ -166,11 +166,13 @@ def _run(launch: LaunchSettings, order: Order, scratch: Path, relay: _Relay, sig
             order.mailbox.stop.remote(int(signals.received))
             told = True
         waiting = _relay_what_came(order.mailbox, waiting, relay, _LOOK_EVERY_S)
-    _relay_what_came(order.mailbox, waiting, relay, _LOOK_EVERY_S)
+    while (later := _relay_what_came(order.mailbox, waiting, relay, _LOOK_EVERY_S)) is not waiting:
+        waiting = later
     return ended[0]
 
 
 def _relay_what_came(mailbox: Any, waiting: Any, relay: _Relay, timeout_s: float) -> Any:
+    """Hand on what comes in time; returns what to wait for next, the same as before where nothing came."""
     done, _ = ray.wait([waiting], timeout=timeout_s)
     if not done:
         return waiting

@@ -18,7 +18,7 @@ def starts_ray(launch: LaunchSettings) -> bool:
     return launch.engine == "ray" and WORKER_VARIABLE not in os.environ
 
 
-def check_launch(launch: LaunchSettings) -> None:
+def check_launch(launch: LaunchSettings, *, dry_run: bool = False) -> None:
     """Raise UserError where accelerate started one process instead of several.
 
     Also where Ray is asked for and missing, cannot be told from torchrun, or would join a cluster without a token.
@@ -32,6 +32,8 @@ def check_launch(launch: LaunchSettings) -> None:
     if not starts_ray(launch):
         return
     problems = []
+    if dry_run:
+        problems.append("command line: --dry_run measures without Ray; add launch.engine=local launch.num_training_workers=null")
     if find_spec("ray") is None:
         problems.append("launch.engine: got ray, which is not installed here; pip install -r requirements-ray.txt")
     if launched():

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         invocation.say_valid(config.data.data_dir, splits.counts)
         return 0
 
-    if starts_ray(config.launch) and not invocation.dry_run:
+    if starts_ray(config.launch):
         from common.launch.ray import train_on_ray
         from reward_model.classification.train_reward import main as worker
 

@@ -121,6 +121,9 @@ def test_what_ray_needs_is_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert torchrun.startswith("launch.engine: got ray, which starts its workers itself")
     (client,) = problems(monkeypatch, own.model_copy(update={"address": "ray://head:10001"}))
     assert client.startswith("launch.address: got ray://head:10001, expected HOST:PORT or auto")
+    with pytest.raises(UserError, match=r"^command line: --dry_run measures without Ray; add launch\.engine=local"):
+        check_launch(own, dry_run=True)
+    check_launch(LaunchSettings(), dry_run=True)
     monkeypatch.setattr("common.launch.workers.find_spec", lambda name: None)
     (missing,) = problems(monkeypatch, own)
     assert missing == "launch.engine: got ray, which is not installed here; pip install -r requirements-ray.txt"
