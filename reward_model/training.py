@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.followers import follows
 from common.freezing import apply_freezing
 from common.launch.checkpointing import LAST
-from common.launch.joining import among_processes, shared_run
+from common.launch.joining import shared_run
 from common.launch.lightning import (
     autocast_dtype,
     avoids_padding,
@@ -89,7 +89,6 @@ class Objective(Generic[Record, R]):
 
 
 @telling_out_of_memory(LIGHTNING_REMEDY)
-@among_processes
 def train(
     config: RewardConfig,
     splits: Splits[Record],
@@ -104,7 +103,7 @@ def train(
     """
     resolved = resolved_dict(config)
     config = config.model_copy(update={"trainer": on_devices(config)})
-    check_processes(config.trainer)
+    check_processes(config.trainer, dry_run)
     check_trainer(config.trainer)
     processes = processes_of(config.trainer)
     check_number_of_workers(config.launch, processes)
@@ -178,7 +177,7 @@ def train(
             config=resolved,
             step=step,
         )
-        save_model_directory(directory, model, tokenizer, manifest, extra=extra)
+        save_model_directory(directory, module.model, tokenizer, manifest, extra=extra)
 
     with (
         shared_run(config, resolved, runs_root, resume, checkpoint_bytes(model)) as run_dir,

@@ -23,7 +23,7 @@ from common.file_records import FileRecords
 from common.followers import follows, rank
 from common.freezing import apply_freezing
 from common.gathered import Gathered, own_share
-from common.launch.joining import among_processes, shared_run
+from common.launch.joining import shared_run
 from common.launch.lightning import (
     autocast_dtype,
     avoids_padding,
@@ -65,14 +65,13 @@ from sft.reader import AnswerReader
 
 
 @telling_out_of_memory(LIGHTNING_REMEDY)
-@among_processes
 def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | None = None, *, dry_run: bool = False) -> Path:
     """Train on `splits.train`, validate on `splits.val`; returns the run directory. Raises UserError before anything is written.
 
     resume: where an earlier run of this config goes on. dry_run: measure a few steps in memory, say what the run would take, write nothing,
     and return the folder of runs.
     """
-    check_processes(config.trainer)
+    check_processes(config.trainer, dry_run)
     check_trainer(config.trainer)
     processes = processes_of(config.trainer)
     check_number_of_workers(config.launch, processes)
@@ -163,7 +162,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
                     config=resolved,
                     step=step,
                 )
-                save_model_directory(directory, model, tokenizer, manifest, extra=extra)
+                save_model_directory(directory, module.model, tokenizer, manifest, extra=extra)
 
             trainer = build_trainer(
                 config.trainer,

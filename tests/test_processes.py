@@ -21,6 +21,7 @@ import reward_model.regression.train_reward
 import sft.train_sft
 from common.errors import UserError
 from common.followers import rank
+from common.launch.callbacks import Checkpoints
 from common.tracking import read_metrics
 from reward_model.classification.module import PairModule
 from reward_model.regression.module import ScoreModule
@@ -157,10 +158,11 @@ def test_two_processes_train_what_one_does(stage: str, changes: Any, tmp_path: P
     assert os.readlink(tmp_path / "models" / "latest") == "desc-two,index-0/best"
 
 
-def test_all_stop_after_the_same_step_and_go_on_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_stop_after_the_same_step_and_go_on_together(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The signal reaches one of them alone, and dropout draws of each what it had drawn."""
     path = write_config("sft", tmp_path, model_params={"learning_rate": 1e-2, "dropout": 0.2})
-    command = [f"--config={path}", "data.batch_size=2", "trainer.params.accumulate_grad_batches=1"]
+    command = [f"--config={path}", "data.batch_size=2", "trainer.params.accumulate_grad_batches=1", f"trainer.params.strategy={strategy}"]
     assert as_launched(MAINS["sft"], [*command, "desc=whole"], tmp_path)[0] == [0, 0]
     original = SFTModule.training_step
 
@@ -173,8 +175,9 @@ def test_all_stop_after_the_same_step_and_go_on_together(tmp_path: Path, monkeyp
         patch.setattr(SFTModule, "training_step", training_step)
         codes, printed = as_launched(MAINS["sft"], [*command, "desc=stopped"], tmp_path)
     assert codes == [143, 143] and printed.count("to go on: the same command with --resume") == 1, printed
-    with pytest.raises(UserError, match="--resume: 1 processes now, 2 when the run began; start as many"):
-        MAINS["sft"]([*command, "desc=stopped", "--resume"])
+    if strategy == "ddp":
+        with pytest.raises(UserError, match="--resume: 1 processes now, 2 when the run began; start as many"):
+            MAINS["sft"]([*command, "desc=stopped", "--resume"])
     assert as_launched(MAINS["sft"], [*command, "desc=stopped", "--resume"], tmp_path)[0] == [0, 0]
     whole, stopped = (tmp_path / "models" / f"desc-{name},index-0" for name in ("whole", "stopped"))
     assert figures(stopped) == figures(whole)
@@ -190,3 +193,28 @@ def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
     codes, printed = as_launched(MAINS["sft"], [f"--config={path}", "launch.num_training_workers=4"], tmp_path)
     assert codes == [2, 2] and "launch.num_training_workers: got 4, but 2 processes train" in printed
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(("stage", "changes"), CASES[:2] + CASES[-2:], ids=["sft", "sft-packed-lora", "pairs", "scores"])
+def test_a_model_that_is_spread_trains_as_one_that_is_whole(
+    stage: str, changes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_config(stage, tmp_path, **changes)
+    clipped = "trainer.params.gradient_clip_val=0.5"
+    assert MAINS[stage]([f"--config={path}", "desc=one", clipped]) == 0
+    original = Checkpoints.on_train_end
+
+    def on_train_end(callbacks: Any, trainer: Any, module: Any) -> None:
+        moments = [state["exp_avg"] for state in trainer.optimizers[0].state.values()]
+        held = sum(moment.to_local().numel() for moment in moments) / sum(moment.numel() for moment in moments)
+        (tmp_path / f"held-{rank()}").write_text(str(held))
+        original(callbacks, trainer, module)
+
+    monkeypatch.setattr(Checkpoints, "on_train_end", on_train_end)
+    command = [f"--config={path}", clipped, "data.batch_size=2", "trainer.params.strategy=fsdp"]
+    codes, printed = as_launched(MAINS[stage], [*command, "desc=two"], tmp_path)
+    assert codes == [0, 0], printed
+    one, two = (tmp_path / "models" / f"desc-{name},index-0" for name in ("one", "two"))
+    check_equal(one, two)
+    held = [float((tmp_path / f"held-{number}").read_text()) for number in range(2)]
+    assert sum(held) == 1 and max(held) < 0.6

@@ -65,9 +65,10 @@ def generate_answers(
     `pad_to`: pad every batch to this many prompt tokens instead of its longest. `on_batch` hears how many answers a batch gave.
     The model is used where it is unless `device` is given. Raises UserError for unknown options and prompts too long for the model.
     """
-    device = torch.device(device) if device is not None else model.device
     generator: Any = model  # the types of torch and transformers do not meet
-    generator.to(device)
+    if device is not None:
+        generator.to(device)
+    device = model.device
     rows = range(len(prompt_ids)) if rows is None else rows
     if len(rows) != len(prompt_ids):
         raise ValueError(f"{len(rows)} row numbers for {len(prompt_ids)} prompts")
@@ -130,6 +131,7 @@ def _generate_batch(
         input_ids=ids,
         attention_mask=mask.long(),
         generation_config=config,
+        synced_gpus=False,  # each process answers as many as it has, with a model that is whole for so long
         logits_processor=LogitsProcessorList([_Choice(chooser, rows, before, skip)]),
         stopping_criteria=StoppingCriteriaList([_StopTexts(tokenizer, stops, skip)] if stops else []),
     )

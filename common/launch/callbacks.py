@@ -19,6 +19,7 @@ from common.batching import PlanSampler
 from common.errors import UserError
 from common.launch.checkpointing import CheckpointKeeper
 from common.launch.runtime import peak_memory_gib
+from common.launch.sharded_strategy import drop_gradients, gradient_norm, load_optimizer_state, optimizer_states, whole_network
 from common.launch.signals import StopSignals
 from common.notes import say
 from common.progress import Progress, duration, format_figure
@@ -145,18 +146,16 @@ class TrainingMetrics(pl.Callback):
         window, self._window = self._window, []
         finite = torch.stack([loss.isfinite() for loss, _ in window]).tolist()
         what, bad = "loss", [batch for (_, batch), good in zip(window, finite, strict=True) if not good]
-        if not bad and not _shards_gradients(trainer):
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._grad_norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-            if not math.isfinite(self._grad_norm) and not _rescales_loss(trainer):
-                what, bad = "gradient", [batch for _, batch in window]
+        self._grad_norm = gradient_norm(trainer, optimizer)  # of a network that is spread, by all processes
+        if not bad and not math.isfinite(self._grad_norm) and not _rescales_loss(trainer):
+            what, bad = "gradient", [batch for _, batch in window]
         if not _anywhere(trainer, bool(bad)):
             return
         problem = f"step {trainer.global_step + 1}: {not_finite(what, pl_module, bad)}"
         if not self.skips:
             remedy = "lower the learning rate, set gradient_clip_val, or use precision 32 or bf16-mixed; on_nan: skip leaves such steps out"
             raise UserError(f"{problem}; training stopped before that step was applied; {remedy}")
-        optimizer.zero_grad(set_to_none=True)  # the optimizer passes over weights without a gradient
+        drop_gradients(trainer, optimizer)  # the optimizer passes over weights without a gradient
         self.skipped += 1
         self._grad_norm = None
         say(f"{problem}; the step is left out ({self.skipped} so far)")
@@ -222,11 +221,6 @@ def count_tokens(batch: Any) -> Tensor | int:
 def _rescales_loss(trainer: pl.Trainer) -> bool:
     """Under float16 a gradient that overflows is normal: the scaler skips that step and lowers its scale."""
     return getattr(trainer.precision_plugin, "scaler", None) is not None
-
-
-def _shards_gradients(trainer: pl.Trainer) -> bool:
-    """Whether a process holds only a part of each gradient, whose norm would mislead."""
-    return isinstance(trainer.strategy, (pl.strategies.FSDPStrategy, pl.strategies.DeepSpeedStrategy, pl.strategies.ModelParallelStrategy))
 
 
 class ProgressReport(pl.Callback):
@@ -417,12 +411,14 @@ class Checkpoints(pl.Callback):
 
     def _save(self, trainer: pl.Trainer, metrics: Mapping[str, float] | None = None) -> None:
         self._due = False
-        if trainer.is_global_zero:
-            check_finite(trainer.lightning_module, trainer.global_step)
-            self.keeper.save(trainer.global_step, metrics, partial(self._state, trainer))
+        optimizers = optimizer_states(trainer)
+        with whole_network(trainer):
+            if trainer.is_global_zero:
+                check_finite(trainer.lightning_module, trainer.global_step)
+                self.keeper.save(trainer.global_step, metrics, partial(self._state, trainer, optimizers))
         trainer.strategy.barrier("checkpoint")
 
-    def _state(self, trainer: pl.Trainer) -> dict[str, Any]:
+    def _state(self, trainer: pl.Trainer, optimizers: list[Any]) -> dict[str, Any]:
         """What training needs to go on from here."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return {
@@ -436,7 +432,7 @@ class Checkpoints(pl.Callback):
             "skipped": self.report.metrics.skipped,
             "frozen": self.frozen,
             "weights": trained_weights(trainer.lightning_module),
-            "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+            "optimizers": optimizers,
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "scaler": None if scaler is None else scaler.state_dict(),
             "timers": [timer.state_dict() for timer in _timers(trainer)],
@@ -454,7 +450,7 @@ def load_optimization(trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
     for timer, spent in zip(_timers(trainer), state.get("timers", ()), strict=False):
         timer.load_state_dict(spent)
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+        load_optimizer_state(trainer, optimizer, saved)
     for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
         config.scheduler.load_state_dict(saved)
     if state["scaler"] is not None:

@@ -14,7 +14,7 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -42,16 +42,20 @@ from common.launch.callbacks import (
     plan_sampler,
 )
 from common.launch.checkpointing import BEST, CheckpointKeeper, SaveFn
+from common.launch.fsdp import FullySharded
 from common.launch.loopback import meeting_on_loopback
-from common.launch.runtime import is_of_the_connection, peak_memory_gib
+from common.launch.runtime import Runtime, is_of_the_connection, peak_memory_gib
+from common.launch.sharded_strategy import ShardedStrategy
+from common.launch.sharding import Sharding
 from common.launch.signals import Stopped, StopSignals
 from common.resume import ResumePoint
 from common.schema import DataSettings, TrainerSettings
 from common.tracking import Tracker
 from common.training_state import check_start_weights, frozen_weights, load_trained_weights, weights_digest
 
-# Strategies under which every process has the whole model.
-ONE_MODEL_EACH = ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
+SHARDINGS: dict[str, Callable[[Runtime], Sharding]] = {"fsdp": FullySharded}
+"""Strategies under which no process has the whole model."""
+STRATEGIES = ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false", *SHARDINGS)
 FLOAT16 = frozenset({16, "16", "16-mixed", "16-true"})
 
 
@@ -128,7 +132,8 @@ def autocast_dtype(settings: TrainerSettings) -> torch.dtype | None:
 
 def avoids_padding(settings: TrainerSettings, data: DataSettings) -> bool:
     """Whether models read batches without padding, where they can: on a GPU each row would start kernels of its own."""
-    return data.padding_free and on_cpu(trainer_params(settings)) and not data.on_tpu
+    params = trainer_params(settings)
+    return data.padding_free and on_cpu(params) and not data.on_tpu and params.get("strategy") not in SHARDINGS  # they run in step
 
 
 def check_trainer(settings: TrainerSettings) -> None:
@@ -148,7 +153,7 @@ def check_trainer(settings: TrainerSettings) -> None:
         problems.append("trainer.params.max_epochs: got -1 (no end); the learning-rate schedule needs an end, set max_steps")
     if problems:
         raise UserError(*problems)
-    lightning_trainer(params)
+    lightning_trainer({**params, "strategy": "ddp"} if params.get("strategy") in SHARDINGS else params)
 
 
 def processes_of(settings: TrainerSettings) -> int:
@@ -166,10 +171,12 @@ def batch_words(settings: TrainerSettings, batch_size: int) -> str:
     return f"{batch_size} x {accumulate} rows" + (f" on each of {processes} devices" if processes > 1 else "")
 
 
-def check_processes(settings: TrainerSettings) -> None:
-    """Refuse other processes than the settings ask for, and strategies that no checkpoint could be saved from. Raises UserError."""
+def check_processes(settings: TrainerSettings, dry_run: bool = False) -> None:
+    """Refuse other processes than the settings ask for, and what they could not do together. Raises UserError."""
     params = trainer_params(settings)
     devices, nodes = _processes(params["devices"], on_cpu(params)), int(params.get("num_nodes", 1))
+    if launched() and world_size() > 1 and dry_run:
+        raise UserError("--dry_run measures in one process, and counts trainer.params.devices of them; start it with python")
     if launched():
         machines = max(1, world_size() // local_world_size())
         problems = []
@@ -187,11 +194,23 @@ def check_processes(settings: TrainerSettings) -> None:
             f"trainer.params.num_nodes: got {nodes}; to train on several machines, start the script on each of them with torchrun "
             f"(--nnodes {nodes} --nproc_per_node {devices} --rdzv_endpoint HOST:PORT)"
         )
-    if processes_of(settings) > 1 and params["strategy"] not in ONE_MODEL_EACH:
-        raise UserError(
-            f"trainer.params.strategy: got {params['strategy']!r}, under which no process has the whole model to save; "
-            f"expected auto or one of {', '.join(ONE_MODEL_EACH)}"
-        )
+    strategy = params.get("strategy")
+    if processes_of(settings) > 1 and strategy not in STRATEGIES:
+        raise UserError(f"trainer.params.strategy: got {strategy!r}, expected auto or one of {', '.join(STRATEGIES)}")
+    if strategy in SHARDINGS:
+        _check_sharding(strategy, params)
+
+
+def _check_sharding(strategy: str, params: Mapping[str, Any]) -> None:
+    problems = []
+    if _all_processes(params) == 1:
+        problems.append(f"trainer.params.strategy: got {strategy}, but the run is one process; set trainer.params.devices to 2 or more")
+    if params.get("precision") in FLOAT16:
+        problems.append(f"trainer.params.precision: got {params['precision']!r}, expected bf16-mixed or 32 under strategy {strategy}")
+    if params.get("gradient_clip_val") and params.get("gradient_clip_algorithm") == "value":
+        problems.append(f"trainer.params.gradient_clip_algorithm: got value, expected norm under strategy {strategy}")
+    if problems:
+        raise UserError(*problems)
 
 
 def on_all_gpus(settings: TrainerSettings) -> TrainerSettings:
@@ -275,9 +294,12 @@ def build_trainer(
     params = trainer_params(settings)
     shows_progress = params.pop("enable_progress_bar", True)
     if processes_of(settings) > 1:
-        params["strategy"] = DDPStrategy(
-            find_unused_parameters=str(params["strategy"]).endswith("_true"), timeout=timedelta(seconds=settings.process_timeout_s)
-        )
+        timeout = timedelta(seconds=settings.process_timeout_s)
+        if make := SHARDINGS.get(params["strategy"]):
+            clip = params.pop("gradient_clip_val", None)
+            params |= {"strategy": ShardedStrategy(make, clip=clip, timeout=timeout), "inference_mode": False}
+        else:
+            params["strategy"] = DDPStrategy(find_unused_parameters=params["strategy"].endswith("_true"), timeout=timeout)
         if launched():
             params["plugins"] = [LaunchedEnvironment()]
     logger = TrackerLogger(tracker)

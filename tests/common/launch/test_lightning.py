@@ -357,7 +357,7 @@ def test_more_devices_than_present_are_refused(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
 def test_what_lightning_refuses_is_refused_before_a_run_directory_is_made() -> None:
     with pytest.raises(UserError, match=r"^trainer\.params: .*GPU"):
-        check_trainer(settings(accelerator="cpu", strategy="fsdp"))
+        check_trainer(settings(accelerator="cpu", strategy="fsdp_cpu_offload"))
 
 
 def test_every_name_of_a_strategy_is_one_of_lightning() -> None:
@@ -526,8 +526,25 @@ def test_processes_on_one_machine_each_hold_the_whole_model() -> None:
     assert batch_words(cpu_settings(devices=2), 8) == "8 x 1 rows on each of 2 devices"
     with pytest.raises(UserError, match="num_nodes: got 2; to train on several machines, start the script on each of them with torchrun"):
         check_processes(cpu_settings(num_nodes=2))
-    with pytest.raises(UserError, match="strategy: got 'fsdp', under which no process has the whole model to save"):
-        check_processes(cpu_settings(devices=2, strategy="fsdp"))
+    with pytest.raises(UserError, match=r"strategy: got 'ddp_fork', expected auto or one of ddp, .*, fsdp"):
+        check_processes(cpu_settings(devices=2, strategy="ddp_fork"))
+
+
+def test_what_a_model_that_is_spread_cannot_do_is_refused() -> None:
+    check_processes(cpu_settings(devices=2, strategy="fsdp", precision="bf16-mixed", gradient_clip_val=1.0))
+    check_trainer(cpu_settings(devices=2, strategy="fsdp"))
+    with pytest.raises(UserError, match=r"strategy: got fsdp, but the run is one process; set trainer\.params\.devices to 2 or more"):
+        check_processes(cpu_settings(strategy="fsdp"))
+    with pytest.raises(UserError) as refused:
+        check_processes(
+            settings(
+                accelerator="gpu", devices=2, strategy="fsdp", precision="16-mixed", gradient_clip_val=1, gradient_clip_algorithm="value"
+            )
+        )
+    assert [problem.partition(":")[0] for problem in refused.value.problems] == [
+        "trainer.params.precision",
+        "trainer.params.gradient_clip_algorithm",
+    ]
 
 
 def test_processes_that_a_launcher_started_are_as_many_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -542,6 +559,8 @@ def test_processes_that_a_launcher_started_are_as_many_as_were_asked_for(monkeyp
         check_processes(cpu_settings(devices=4))
     with pytest.raises(UserError, match="num_nodes: got 1, but processes were started on 2"):
         check_processes(cpu_settings(num_nodes=1))
+    with pytest.raises(UserError, match="--dry_run measures in one process"):
+        check_processes(cpu_settings(), dry_run=True)
     monkeypatch.setenv("WORLD_SIZE", "5")  # two here, three on the other machine
     check_processes(cpu_settings())
 
