@@ -18,6 +18,8 @@ from common.config_yaml import MarkedData, read_marked_yaml
 from common.errors import UserError
 from common.schema_types import KeyPath
 
+_LONGEST_NAME = 255  # of a folder; the system refuses even to look for a longer one
+
 
 def chosen_group_file(folders: Sequence[Path], text: str) -> tuple[str, Path] | None:
     """(GROUP, file) of `GROUP=NAME`, from the first folder that has the group; None where none has, so that it is an override.
@@ -26,6 +28,8 @@ def chosen_group_file(folders: Sequence[Path], text: str) -> tuple[str, Path] | 
     """
     group, equals, name = (part.strip() for part in text.partition("="))
     if not equals or not group.replace("-", "_").isidentifier():
+        return None
+    if len(group) > _LONGEST_NAME:
         return None
     files = next(filter(None, ({file.stem: file for file in sorted((folder / group).glob("*.yaml"))} for folder in folders)), None)
     if files is None:

@@ -9,11 +9,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from common.schema_types import choices_of, type_words
+from common.schema_types import Words, choices_of, type_words
 
 _Whole = Annotated[int, Field(ge=0)]
 _Positive = Annotated[int, Field(ge=1)]
 _OrEndless = Annotated[int, Field(ge=-1)]
+_Limit = Literal[-1] | _Positive
+_Time = Annotated[str, Field(pattern=r"^\d+:\d\d:\d\d:\d\d$"), Words("a time such as 00:12:00:00 (days:hours:minutes:seconds)")]
+_TimeParts = Annotated[dict[Literal["weeks", "days", "hours", "minutes", "seconds"], _Whole], Words("a mapping such as {hours: 12}")]
+_DeviceNames = Annotated[str, Field(pattern=r"^(auto|-1|\d+|\d+(,\d+)*,?)$"), Words("auto")]
 _Share = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Precision = Literal[
     "32", "32-true", "bf16-mixed", "bf16-true", "bf16", "16-mixed", "16-true", "16", "64", "64-true",
@@ -21,7 +25,7 @@ _Precision = Literal[
 ]  # fmt: skip
 
 Strategy = Literal[
-    "auto", "single_device", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_find_unused_parameters_false",
+    "auto", "single_device", "ddp", "ddp_find_unused_parameters_false",
     "ddp_find_unused_parameters_true", "fsdp", "fsdp_cpu_offload", "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2",
     "deepspeed_stage_2_offload", "deepspeed_stage_3", "deepspeed_stage_3_offload", "single_xla", "xla",
 ]  # fmt: skip
@@ -30,21 +34,21 @@ Strategy = Literal[
 ARGUMENTS: dict[str, Any] = {
     "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"],
     "strategy": Strategy,
-    "devices": int | list[int] | str,
+    "devices": _Limit | Annotated[list[_Whole], Field(min_length=1)] | _DeviceNames,
     "num_nodes": _Positive,
     "precision": _Precision | None,
     "fast_dev_run": bool | _Whole,
-    "max_epochs": _OrEndless | None,
+    "max_epochs": _Limit | None,
     "min_epochs": _Whole | None,
-    "max_steps": _OrEndless,
+    "max_steps": _Limit,
     "min_steps": _Whole | None,
-    "max_time": str | dict[str, int] | None,
+    "max_time": _Time | _TimeParts | None,
     "limit_train_batches": _Share | None,
     "limit_val_batches": _Share | None,
     "limit_test_batches": _Share | None,
     "limit_predict_batches": _Share | None,
     "overfit_batches": _Share,
-    "val_check_interval": _Positive | Annotated[float, Field(gt=0, le=1)] | str | None,
+    "val_check_interval": _Positive | Annotated[float, Field(gt=0, le=1)] | _Time | None,
     "check_val_every_n_epoch": _Positive | None,
     "num_sanity_val_steps": _OrEndless | None,
     "log_every_n_steps": _Whole | None,
@@ -56,7 +60,7 @@ ARGUMENTS: dict[str, Any] = {
     "deterministic": bool | Literal["warn"] | None,
     "benchmark": bool | None,
     "inference_mode": bool,
-    "profiler": str | None,
+    "profiler": Literal["simple", "advanced", "pytorch", "xla"] | None,
     "detect_anomaly": bool,
     "barebones": bool,
     "sync_batchnorm": bool,

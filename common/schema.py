@@ -116,6 +116,7 @@ FunctionName = Annotated[str, BeforeValidator(_resolve_function), Words("module:
 WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
 PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_whole_number)]
 NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_whole_number)]
+Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole_number), Words("a whole number >= 0 (below 2^63)")]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -453,7 +454,7 @@ class LaunchSettings(Section):
 class RunSettings(Section):
     """What names a run and makes it repeatable; every stage's config starts with these keys."""
 
-    seed: NonNegativeInt = Field(42, description="Seed of sample order, dropout, sampling and fresh weights.")
+    seed: Seed = Field(42, description="Seed of sample order, dropout, sampling and fresh weights.")
     desc: RunName = Field("run", description="Short name of the run, part of its directory.")
     index: NonNegativeInt | Literal["auto"] = Field("auto", description="Number of the run; `auto` takes the next free one.")
     results_root: StagePath | None = Field(

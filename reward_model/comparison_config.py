@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from common.readout_settings import DEFAULTS, READS, ReadoutName, ReadoutSettings, readout_problems
-from common.schema import KeyedProblems, NonNegativeInt, PositiveFloat
+from common.schema import KeyedProblems, NonNegativeInt, PositiveFloat, Seed
 from reward_model.config import ClassificationConfig, ClassificationParams, RegressionConfig, RegressionParams, RewardConfig
 from reward_model.logged import PAIR_METRICS, SCORE_METRICS
 
@@ -43,7 +43,7 @@ class ComparisonConfig(RewardConfig):
     readouts: list[Readout] | None = Field(
         None, description="Readouts, by name or each with its settings; null: every one that makes sense over the backbone."
     )
-    seeds: list[NonNegativeInt] = Field(
+    seeds: list[Seed] = Field(
         default_factory=lambda: [1, 2, 3], min_length=1, description="Each readout is trained with each: its weights, the order of rows."
     )
     learning_rates: list[PositiveFloat] | None = Field(

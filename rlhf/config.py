@@ -25,6 +25,7 @@ from common.schema import (
     ScheduleName,
     ScheduleSettings,
     Section,
+    Seed,
     StagePath,
     WandbSettings,
     idle_optimizer_settings,
@@ -62,7 +63,7 @@ class PPOParams(Section):
         "float32",
         description="Type the weights are loaded in. Weights that train are float32: the shorter types need `lora`, whose adapters are.",
     )
-    seed: NonNegativeInt | None = Field(None, description="Seed; default: the top-level `seed`.")
+    seed: Seed | None = Field(None, description="Seed; default: the top-level `seed`.")
     steps: PositiveInt | None = Field(None, description="PPO steps (batches) at most; null: as many as `global_epochs` gives.")
     batch_size: PositiveInt = Field(64, description="Answers per step and process.")
     mini_batch_size: PositiveInt | None = Field(None, description="Answers per forward in the update; null: `batch_size`.")

@@ -61,6 +61,8 @@ _PAD_NAMES = (PAD_TOKEN, "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pa
 _COMMON_CONFIG_KEYS = frozenset(
     {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "tie_word_embeddings", "use_cache"}
 )
+_COUNTS = ("_size", "_layers", "_heads", "_layer", "_head", "_embd", "d_model", "d_ff", "d_kv")
+"""Ends of names of settings that count something."""
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------------------
@@ -257,6 +259,10 @@ def build_config(model_init: ModelInit, tokenizer: PreTrainedTokenizerBase, max_
     for key in sorted(values.keys() - known):
         close = difflib.get_close_matches(key, sorted(known), n=1)
         problems.append(f"model_init.config.{key}: {model_type} has no such setting" + (f"; did you mean {close[0]}?" if close else ""))
+    for key, value in values.items():
+        default = getattr(defaults, key, None)
+        if key in known and key.endswith(_COUNTS) and isinstance(default, int) and (not isinstance(value, int) or value < min(1, default)):
+            problems.append(f"model_init.config.{key}: got {value}, expected a whole number >= {min(1, default)}")
     if problems:
         raise UserError(*problems)
     if values.get("vocab_size", len(tokenizer)) != len(tokenizer):

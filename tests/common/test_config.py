@@ -260,7 +260,7 @@ def test_scalars_are_read_as_meant(stage: Path) -> None:
     text = SFT + (
         "seed: 010\ndesc: yes\nmodel_params: {learning_rate: 1e-5, weight_decay: 0, adam_betas: [0, .95], dropout: 1.e-1}\n"
         "wandb: {project_name: 2024-01-01, args: {name: on}}\nevaluation: {num_generated: 4.0}\n"
-        "trainer: {params: {max_time: '00:01:00:00', devices: 1_0, profiler: !!str 12, 1: x}}\n"
+        "trainer: {params: {max_time: '00:01:00:00', devices: 1_0, precision: !!str 32, 1: x}}\n"
     )
     with pytest.raises(UserError, match=r"trainer.params.1: unknown argument"):
         invoke(SFTConfig, stage, text)
@@ -269,7 +269,7 @@ def test_scalars_are_read_as_meant(stage: Path) -> None:
     assert (config.model_params.learning_rate, config.model_params.weight_decay, config.model_params.dropout) == (1e-5, 0.0, 0.1)
     assert config.model_params.adam_betas == (0.0, 0.95)
     assert config.evaluation.num_generated == 4 and isinstance(config.evaluation.num_generated, int)
-    assert config.trainer.params == {"max_time": "00:01:00:00", "devices": 10, "profiler": "12"}
+    assert config.trainer.params == {"max_time": "00:01:00:00", "devices": 10, "precision": "32"}
 
 
 def test_merge_keys_and_a_bom_are_read(stage: Path) -> None:

@@ -52,6 +52,8 @@ def test_the_frame_of_a_fresh_tokenizer_is_what_the_check_says(tmp_path: Path) -
     [
         ({"config": {"num_head": 4}}, True, r"model_init\.config\.num_head: gpt_neo has no such setting; did you mean num_heads\?"),
         ({"model_type": "gpt9"}, True, r"model_init\.model_type: got gpt9; did you mean gpt"),
+        ({"config": {**SIZE, "hidden_size": 0}}, True, r"model_init\.config\.hidden_size: got 0, expected a whole number >= 1"),
+        ({"config": {**SIZE, "num_layers": "two"}}, True, r"model_init\.config\.num_layers: got two, expected a whole number >= 1"),
         ({"config": {**SIZE, "num_heads": 5}}, False, "cannot be built.*divisible"),
         ({"model_type": "bert"}, True, "writes no text"),
         ({"vocab_size": 100}, True, r"model_init\.vocab_size 100 is too small"),
