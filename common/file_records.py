@@ -9,7 +9,10 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -82,8 +85,11 @@ class RecordFile(Generic[R]):
             self._index = np.memmap(self._written, dtype=_ENTRY, mode="r").view(np.ndarray)
         return FileRecords(self, range(len(self._index)))
 
-    def read(self, place: int) -> R:
-        """The record of an entry. Raises UserError where the file is no longer what was checked."""
+    def read(self, columns: Sequence[str], place: int) -> R:
+        """The record of an entry, with None in those of `columns` that it lacks.
+
+        Raises UserError where the file is no longer what was checked.
+        """
         entry = self._index[place]
         data = os.pread(self._handle.fileno(), int(entry["size"]), int(entry["start"]))
         if self._look() != self._state:
@@ -97,6 +103,8 @@ class RecordFile(Generic[R]):
             self._forms[keys] = form
         record, _ = read_row(self._forms[keys], self.kind, row, f"{self.name}: {self.split} row {entry['number']}")
         assert record is not None, "a row that was checked"
+        if columns:
+            record = replace(record, columns={**dict.fromkeys(columns), **record.columns})
         return record  # type: ignore[return-value]
 
     def entries(self, name: str, places: range | NDArray[Any]) -> NDArray[Any]:
@@ -112,17 +120,26 @@ class RecordFile(Generic[R]):
 class FileRecords(Lazy[R]):
     """Records of a file, or some of them, read where they are asked for."""
 
-    def __init__(self, source: RecordFile[R], places: range | NDArray[Any]) -> None:
-        super().__init__(source.read, places)
-        self.source = source
+    def __init__(self, source: RecordFile[R], places: range | NDArray[Any], columns: Sequence[str] = ()) -> None:
+        """`columns`: those that every record is to have, None where its row has none."""
+        super().__init__(partial(source.read, columns), places)
+        self.source, self.columns = source, tuple(columns)
 
     def take(self, chosen: NDArray[Any]) -> FileRecords[R]:
         """Some of these records: by their places here, or by a mask."""
         places = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
         if isinstance(self.places, range):
             assert self.places == range(len(self))
-            return FileRecords(self.source, places.astype(np.uint32))
-        return FileRecords(self.source, self.places[places])
+            return FileRecords(self.source, places.astype(np.uint32), self.columns)
+        return FileRecords(self.source, self.places[places], self.columns)
+
+    def first_of_each_question(self) -> FileRecords[R]:
+        """The first record of each question."""
+        return self.take(np.sort(np.unique(self.questions, return_index=True)[1]))
+
+    def with_columns(self, names: Iterable[str]) -> FileRecords[R]:
+        """The same records, each with all of these columns."""
+        return FileRecords(self.source, self.places, tuple(names))
 
     @property
     def questions(self) -> NDArray[Any]:
@@ -133,6 +150,10 @@ class FileRecords(Lazy[R]):
     def values(self) -> NDArray[Any]:
         """(N,), float64: scores, or margins (NaN where there is none)."""
         return self.source.entries("value", self.places)
+
+    def numbers(self) -> Sequence[float]:
+        """`values` as plain floats."""
+        return array("d", np.ascontiguousarray(self.values).tobytes())
 
     def column_names(self) -> list[str]:
         """Names of all columns of these rows, in the order of their appearance."""

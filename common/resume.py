@@ -58,6 +58,7 @@ FREE_SETTINGS = frozenset(
         "launch",
         "data.num_workers",
         "data.cache_dir",
+        "data_config.cache_dir",
         "trainer.checkpoint.dirpath",
         "trainer.checkpoint.every_n_train_steps",
         "trainer.checkpoint.keep_last",

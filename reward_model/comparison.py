@@ -74,17 +74,17 @@ class Prepared:
 
     needs: Needs
     parameters: int
-    rows: dict[str, list[Any]]
+    rows: dict[str, Sequence[Any]]
 
 
 class EncodedOnce:
     """Rows of ids by split and by how texts enter the model: trainings that follow one another need not tokenize again."""
 
     def __init__(self) -> None:
-        self._rows: dict[Any, list[Any]] = {}
+        self._rows: dict[Any, Sequence[Any]] = {}
 
     def around(self, objective: Objective[Any, Any]) -> Objective[Any, Any]:
-        def encode(records: Sequence[Any], encoder: Any, entry: Any) -> list[Any]:
+        def encode(records: Sequence[Any], encoder: Any, entry: Any, *_: Any) -> Sequence[Any]:
             key = id(records), entry
             if key not in self._rows:
                 self._rows[key] = objective.encode(records, encoder, entry)
@@ -196,7 +196,7 @@ def prepare(
     path = directory / STATES_SECONDS
     seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     prepared: dict[str, Prepared] = {}
-    rows: dict[Needs, dict[str, list[Any]]] = {}
+    rows: dict[Needs, dict[str, Sequence[Any]]] = {}
     for name in sorted(first, key=lambda name: -needs[name].layers):
         config, need = first[name].config, needs[name]
         with contextlib.redirect_stdout(io.StringIO()) if rows else contextlib.nullcontext():  # the first has said it

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from common.batching import Batch, BatchPlan, PlanSampler
 from common.followers import rank
+from common.lazy import Lazy
 from common.models.answers import Answer
+from common.token_rows import StoredRows, lengths_of
 from reward_model.config import RewardData
 
 
@@ -60,13 +63,13 @@ def training_loader(
     accumulate: micro-batches per step. limit: as in `BatchPlan`. processes: how many share each batch of `processes * batch_size` rows.
     """
     plan = BatchPlan(
-        [row.length for row in rows],
-        weights=[row.weight for row in rows],
+        lengths_of(rows),
+        weights=None if isinstance(rows, StoredRows) else [row.weight for row in rows],
         batch_size=data.batch_size,
         mode=data.batching,
         accumulate=accumulate,
         seed=seed,
-        questions=[row.question for row in rows],
+        questions=rows.questions if isinstance(rows, StoredRows) else [row.question for row in rows],
         limit=limit,
         world_size=processes,
         rank=rank(),
@@ -79,7 +82,7 @@ def validation_loader(
 ) -> DataLoader[Any]:
     """This process's share of the rows, rows of like length together; all shares are every row once."""
     plan = BatchPlan(
-        [row.length for row in rows],
+        lengths_of(rows),
         batch_size=data.val_batch_size or data.batch_size,
         mode="bucketed",
         seed=0,
@@ -87,6 +90,20 @@ def validation_loader(
         rank=rank(),
     )
     return _loader(rows, plan, data, pad_id, collate)
+
+
+def answers_in(rows: Sequence[Row]) -> Sequence[Answer]:
+    """The answers of all rows, one after another."""
+    if not isinstance(rows, StoredRows):
+        return [answer for row in rows for answer in row.answers]
+    ends = rows.ids.columns["texts"] - np.arange(1, len(rows) + 1)  # each row has a prompt beside them
+
+    def answer(number: int) -> Answer:
+        row = int(np.searchsorted(ends, number, side="right"))
+        found: Answer = rows[row].answers[number - (int(ends[row - 1]) if row else 0)]
+        return found
+
+    return Lazy(answer, range(int(ends[-1])))
 
 
 def _loader(

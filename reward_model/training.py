@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -57,10 +58,11 @@ from common.resume import ResumePoint
 from common.runs import stage_runs_root, write_text_atomically
 from common.schema import FreezeSettings, TrainerSettings
 from common.score_transform import ScoreTransform
+from common.token_rows import lengths_of, token_cache
 from common.tokenization import Encoder
 from common.tracking import Tracker
 from reward_model.config import RewardConfig
-from reward_model.loaders import Row, training_loader, validation_loader
+from reward_model.loaders import Row, answers_in, training_loader, validation_loader
 
 # Rows of the training set on which the mean and scale of the scores are measured.
 SCORE_SAMPLE = 2000
@@ -75,16 +77,17 @@ class Objective(Generic[Record, R]):
     """What a kind of reward model learns from.
 
     texts           texts of a record, for a tokenizer trained on them
-    encode          records -> rows of ids; raises UserError with a line for each bad row
+    encode          records, encoder, entry [, cache, split] -> rows of ids, on disk where there is a cache and records stay in their file;
+                    raises UserError with a line for each bad row
     collate         rows, their places, padding id, denominator, pad_to, counted -> batch
     module          model, optimizer steps, validation rows -> LightningModule
     """
 
     stage: Stage
     texts: Callable[[Record], Iterable[str]]
-    encode: Callable[[Sequence[Record], Encoder, Any], list[R]]
+    encode: Callable[..., Sequence[R]]
     collate: Callable[..., Mapping[str, Any]]
-    module: Callable[[RewardModel, int, list[R]], pl.LightningModule]
+    module: Callable[[RewardModel, int, Sequence[R]], pl.LightningModule]
     transform: ScoreTransform = field(default_factory=ScoreTransform)
 
 
@@ -118,14 +121,15 @@ def train(
     data = config.data
     encoder = text_encoder(config, tokenizer, model)
     remedy = "raise data.max_length" if data.max_prompt_length is None else "raise data.max_length or data.max_prompt_length"
-    train_rows = objective.encode(splits.train, encoder, model.entry)
+    runs_root = stage_runs_root(config.trainer.checkpoint.dirpath, config.runs_root, objective.stage)
+    cache = token_cache(data.cache_dir, runs_root, splits.fingerprint, dry_run=dry_run)
+    train_rows = objective.encode(splits.train, encoder, model.entry, cache, "train")
     notes = encoder.take_notes("train", remedy=remedy)
-    val_rows = objective.encode(splits.val, encoder, model.entry)
+    val_rows = objective.encode(splits.val, encoder, model.entry, cache, "val")
     for note in [*notes, *encoder.take_notes("val", remedy=remedy)]:
         say(note)
     if not train_rows or not val_rows:
         raise UserError(f"{data.data_dir}: no usable row is left in {'val' if train_rows else 'train'}")
-    runs_root = stage_runs_root(config.trainer.checkpoint.dirpath, config.runs_root, objective.stage)
     if config.model_params.kept_states is not None and not dry_run:
         train_rows, val_rows = read_from_cache(model, tokenizer, (train_rows, val_rows), config, runs_root)
     accumulate = trainer_params(config.trainer).get("accumulate_grad_batches", 1)
@@ -214,7 +218,7 @@ def train(
         result = fit(trainer, module, train_loader, val_loader)
         if follows():
             return run_dir
-        answers = [answer for row in train_rows for answer in row.answers]
+        answers = answers_in(train_rows)
         moments = {path: record_score_moments(path, answers, config) for path in {result.model, (run_dir / LAST).resolve()}}
         mean, scale = moments[result.model]
         print(f"scores on the training set: mean {mean:.4f}, standard deviation {scale:.4f} (of {min(len(answers), SCORE_SAMPLE)} answers)")
@@ -292,7 +296,7 @@ def prepare_model(model: RewardModel, config: RewardConfig) -> list[str]:
 
 
 def read_from_cache(
-    model: RewardModel, tokenizer: PreTrainedTokenizerBase, splits: Sequence[list[R]], config: RewardConfig, runs_root: Path
+    model: RewardModel, tokenizer: PreTrainedTokenizerBase, splits: Sequence[Sequence[R]], config: RewardConfig, runs_root: Path
 ) -> list[list[R]]:
     """The rows of each split with cached states; states that no earlier run has left are computed here.
 
@@ -327,7 +331,7 @@ def score_with_a_copy(
 ) -> None:
     """Score a batch of the longest rows beside the trained model, as `record_score_moments` does after training."""
     batch_size = config.data.val_batch_size or config.data.batch_size
-    longest = sorted(rows, key=lambda row: row.length)[-batch_size:]
+    longest = [rows[place] for place in np.argsort(lengths_of(rows), kind="stable")[-batch_size:].tolist()]
     scorer = RewardScorer(
         copy.deepcopy(model),
         batch_size=batch_size,
@@ -346,7 +350,7 @@ def record_score_moments(directory: Path, answers: Sequence[Answer], config: Rew
     """
     manifest = read_manifest(directory)
     assert manifest is not None, "a checkpoint has a manifest"
-    sample = random.Random(config.seed).sample(list(answers), min(len(answers), SCORE_SAMPLE))
+    sample = random.Random(config.seed).sample(answers, min(len(answers), SCORE_SAMPLE))
     scorer = RewardScorer(
         str(directory),
         batch_size=config.data.val_batch_size or config.data.batch_size,

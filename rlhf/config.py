@@ -43,6 +43,11 @@ class PPOData(RowSettings):
         True, description="Pad to the longest prompt of a batch, or to `max_prompt_length`."
     )
     prompt_format: Literal["qa", "chat"] | None = Field(None, description="Null: what the policy's manifest says, else `qa`.")
+    cache_dir: StagePath | None = Field(
+        None,
+        description="Folder of the token ids of JSON Lines above 64 MiB, which stay on disk; null: `token_cache` beside the runs. It may "
+        "be deleted while no run uses it.",
+    )
     unique_prompts: bool = Field(True, description="Use a question once per pass, however many rows hold it.")
 
 

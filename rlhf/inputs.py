@@ -119,23 +119,34 @@ def read_prompts(config: PPORunConfig) -> Splits[PromptRecord]:
     splits: Splits[PromptRecord] = read_rows(
         data.data_file_path, "prompt", data, seed=config.seed, require=("train", "val"), setting="data_config.data_file_path"
     )
-    columns = dict.fromkeys(name for record in [*splits.train, *splits.val] for name in record.columns)
+    columns = dict.fromkeys([*column_names(splits.train), *column_names(splits.val)])
     check_columns(config.reward_config, columns)
     return replace(splits, train=with_columns(splits.train, columns), val=with_columns(splits.val, columns))
 
 
-def with_columns(records: Sequence[PromptRecord], columns: Iterable[str]) -> list[PromptRecord]:
+def column_names(records: Sequence[PromptRecord]) -> list[str]:
+    """The names of all columns, in the order of their appearance."""
+    if isinstance(records, list):
+        return list(dict.fromkeys(name for record in records for name in record.columns))
+    return records.column_names()  # type: ignore[attr-defined, no-any-return]
+
+
+def with_columns(records: Sequence[PromptRecord], columns: Iterable[str]) -> Sequence[PromptRecord]:
     """Every row with all columns, None where it has none: a reward function that asks for one gets it for every batch."""
+    if not isinstance(records, list):
+        return records.with_columns(columns)  # type: ignore[attr-defined, no-any-return]
     return [replace(record, columns={**dict.fromkeys(columns), **record.columns}) for record in records]
 
 
-def training_prompts(splits: Splits[PromptRecord], data: PPOData) -> list[PromptRecord]:
+def training_prompts(splits: Splits[PromptRecord], data: PPOData) -> Sequence[PromptRecord]:
     """The training prompts of one pass, in the file's order."""
     return unique(splits.train) if data.unique_prompts else splits.train
 
 
-def unique(records: Sequence[PromptRecord]) -> list[PromptRecord]:
+def unique(records: Sequence[PromptRecord]) -> Sequence[PromptRecord]:
     """The first row of each question."""
+    if not isinstance(records, list):
+        return records.first_of_each_question()  # type: ignore[attr-defined, no-any-return]
     first: dict[str, PromptRecord] = {}
     for record in records:
         first.setdefault(question_key(record.prompt), record)

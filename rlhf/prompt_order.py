@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from common.sampling import Stream, stream_keys
 
@@ -17,17 +18,17 @@ class PromptOrder:
     def __init__(self, prompts: int, batch_size: int, *, seed: int, samples: int = 1) -> None:
         assert prompts > 0 and batch_size % samples == 0
         self.prompts, self.batch_size, self.samples, self.seed = prompts, batch_size, samples, seed
-        self._orders: dict[int, list[int]] = {}
+        self._orders: dict[int, Tensor] = {}
 
     def batch(self, step: int) -> list[int]:
         """Prompt index of each row of the batch at `step` (from 0)."""
         first = step * (self.batch_size // self.samples)
         self._orders = {number: order for number, order in self._orders.items() if number >= first // self.prompts}
         places = [divmod(first + number // self.samples, self.prompts) for number in range(self.batch_size)]
-        return [self._order(passed)[place] for passed, place in places]
+        return [int(self._order(passed)[place]) for passed, place in places]
 
-    def _order(self, passed: int) -> list[int]:
+    def _order(self, passed: int) -> Tensor:
         if passed not in self._orders:
             key = int(stream_keys(self.seed, passed, torch.tensor([0]), 0, Stream.PROMPT_ORDER))
-            self._orders[passed] = torch.randperm(self.prompts, generator=torch.Generator().manual_seed(key)).tolist()
+            self._orders[passed] = torch.randperm(self.prompts, generator=torch.Generator().manual_seed(key)).int()
         return self._orders[passed]

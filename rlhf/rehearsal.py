@@ -15,6 +15,7 @@ import torch
 from common.dry_run import Forecast, counted, judge_line, model_bytes, report, start_line
 from common.errors import UserError
 from common.launch.runtime import peak_memory_gib
+from common.token_rows import StoredRows
 from common.tokenization import Encoder
 from common.training_state import state_size, trained_weights
 from rlhf.config import PPORunConfig
@@ -72,7 +73,8 @@ def rehearse(
 ) -> Forecast:
     """A step on the longest prompts of the first pass, its answers as long as they may get, and steps on typical ones, with evaluations."""
     batches = _batches(trainer, prompts, steps)
-    longest, typical = batches[-1], [prompt for batch in _middle(batches, TYPICAL_STEPS) for prompt in batch]
+    longest = [prompts[row] for row in batches[-1]]
+    typical = [prompts[row] for batch in _middle(batches, TYPICAL_STEPS) for row in batch]
     generation = arguments["generation"]
     full = generation.model_copy(update={"min_length": generation.max_new_tokens, "stop_strings": []})
     trainer.tracker = None  # it would make a run directory of its own
@@ -115,17 +117,18 @@ def _named(phases: Sequence[str]) -> list[tuple[str, str]]:
     return [(phase.removeprefix("perf/").removesuffix("_seconds"), phase) for phase in phases]
 
 
-def _batches(trainer: PPOTrainer, prompts: Sequence[EncodedPrompt], steps: int) -> list[list[EncodedPrompt]]:
-    """The prompts of each step of the first pass, those with the fewest tokens first."""
+def _batches(trainer: PPOTrainer, prompts: Sequence[EncodedPrompt], steps: int) -> list[list[int]]:
+    """Which prompts each step of the first pass has, those with the fewest tokens first."""
     each = trainer.config.samples_per_prompt
     rows = trainer.config.batch_size * trainer.runtime.world_size
     order = PromptOrder(len(prompts), rows, seed=trainer.config.seed, samples=each)
     first_pass = min(steps, -(-len(prompts) * each // rows))
-    batches = [[prompts[row] for row in order.batch(step)[::each]] for step in range(first_pass)]
-    return sorted(batches, key=lambda batch: sum(len(prompt.ids) for prompt in batch))
+    batches = [order.batch(step)[::each] for step in range(first_pass)]
+    tokens = prompts.lengths if isinstance(prompts, StoredRows) else [len(prompt.ids) for prompt in prompts]
+    return sorted(batches, key=lambda batch: sum(tokens[row] for row in batch))
 
 
-def _middle(batches: Sequence[list[EncodedPrompt]], count: int) -> list[list[EncodedPrompt]]:
+def _middle(batches: Sequence[list[int]], count: int) -> list[list[int]]:
     """So many batches around the median; the only one again where there are fewer."""
     start = max(0, (len(batches) - count) // 2)
     return [batches[min(start + number, len(batches) - 1)] for number in range(count)]

@@ -31,6 +31,7 @@ from common.records import Splits
 from common.resume import ResumePoint, run_directory, say_finished, writing
 from common.runs import stage_runs_root
 from common.start_files import start_files
+from common.token_rows import token_cache
 from common.tokenization import Encoder
 from common.training_state import STATE_FILES
 from rlhf.config import PPORunConfig
@@ -104,7 +105,9 @@ def _train(
         is_encoder_decoder=bool(model.config.is_encoder_decoder),
     )
     remedy = "raise data_config.max_prompt_length or lower generation_config.max_new_tokens"
-    prompts = encode(encoder, training_prompts(splits, config.data_config), "train", remedy=remedy)
+    root = stage_runs_root(config.save_config.checkpoint_dir, config.runs_root, "rlhf")
+    cache = token_cache(config.data_config.cache_dir, root, splits.fingerprint, dry_run=dry_run)
+    prompts = encode(encoder, training_prompts(splits, config.data_config), "train", remedy=remedy, cache=cache)
     held_out = choose_evaluation_prompts(unique(splits.val), config.evaluation.num_prompts, seed)
     eval_prompts = encode(encoder, held_out, "val", remedy=remedy)
     padding = config.data_config.padding
@@ -145,7 +148,6 @@ def _train(
         "length_penalty": params.length_penalty,
         "decoding": decoding,
     }
-    root = stage_runs_root(config.save_config.checkpoint_dir, config.runs_root, "rlhf")
     if dry_run:
         report_ppo(config, trainer, encoder, prompts, eval_prompts, arguments, steps=steps, sources=sources, root=root)
         return root

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
 
+from common.file_records import FileRecords
 from common.models.answers import Answer, collate_answers
 from common.models.backbone import Entry, RewardBatch, States, as_reward_input
 from common.records import PairRecord, question_key
-from common.tokenization import Encoder, encode_preferences
+from common.token_rows import TokenCache, TokenIds, stored_rows
+from common.tokenization import Encoded, Encoder, encode_preferences
 from reward_model.classification.margins import Margin, pair_margin
 from reward_model.config import ClassificationParams
 
@@ -68,19 +71,27 @@ def encode_pairs(
     entry: Entry,
     params: ClassificationParams,
     unusable_rows: Literal["error", "drop"] = "error",
-) -> list[PairRow]:
-    """Tokenize; all answers to a question follow the same, equally cut prompt. Raises UserError with a line for each bad row."""
+    cache: TokenCache | None = None,
+    split: str = "",
+) -> Sequence[PairRow]:
+    """Tokenize; all answers to a question follow the same, equally cut prompt. Raises UserError with a line for each bad row.
+
+    cache: for the ids of records that stay in their file, of this split; without one all rows are in memory.
+    """
+    make = partial(_pair_row, entry=entry, params=params)
+    if cache is not None and isinstance(records, FileRecords):
+        return stored_rows(partial(_stored_row, make), encoder, records, cache, split, unusable_rows)
     encoded = encode_preferences(encoder, records, unusable_rows)
-    return [
-        PairRow(
-            tuple(as_reward_input(answer, entry) for answer in answers),
-            pair_margin(record.margin, params),
-            question_key(record.prompt),
-            record.where,
-        )
-        for record, answers in zip(records, encoded, strict=True)
-        if answers is not None
-    ]
+    return [make(record, answers) for record, answers in zip(records, encoded, strict=True) if answers is not None]
+
+
+def _pair_row(record: PairRecord, answers: Sequence[Encoded], *, entry: Entry, params: ClassificationParams) -> PairRow:
+    inputs = tuple(as_reward_input(answer, entry) for answer in answers)
+    return PairRow(inputs, pair_margin(record.margin, params), question_key(record.prompt), record.where)
+
+
+def _stored_row(make: Callable[..., PairRow], ids: TokenIds, records: Sequence[PairRecord], row: int) -> PairRow:
+    return make(records[row], ids.answers(row))
 
 
 def collate_pairs(

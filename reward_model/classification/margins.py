@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from common.problem_lines import RowFault, fault_lines, raise_problems
@@ -29,9 +30,9 @@ def check_margins(splits: Splits[PairRecord], params: ClassificationParams) -> l
     """Notes on margins that change nothing. Raises UserError, a line per row, where a margin cannot weigh its pair."""
     if params.margin_use == "weigh":
         problem = f"margin: got {{}}, expected a number >= 0, since model_params.margin_use is {params.margin_use}"
-        bad = [row for row in (*splits.train, *splits.val) if row.margin is not None and row.margin < 0]
+        bad = [rows[place] for rows in (splits.train, splits.val) for place, margin in enumerate(_margins(rows)) if margin < 0]
         raise_problems(fault_lines([RowFault.at(row.where, problem.format(f"{row.margin:g}")) for row in bad]))
-    given, rows = _with_margin(splits.train), len(splits.train)
+    given, rows = sum(not math.isnan(margin) for margin in _margins(splits.train)), len(splits.train)
     settings = [f"model_params.{name}" for name in ("margin_use", "margin_scale") if name in params.model_fields_set]
     if not given and settings:
         return [f"{' and '.join(settings)}: no effect, since no row of train has a margin"]
@@ -40,5 +41,8 @@ def check_margins(splits: Splits[PairRecord], params: ClassificationParams) -> l
     return []
 
 
-def _with_margin(rows: Iterable[PairRecord]) -> int:
-    return sum(row.margin is not None for row in rows)
+def _margins(rows: Sequence[PairRecord]) -> Sequence[float]:
+    """The rows' margins, NaN where there is none."""
+    if isinstance(rows, list):
+        return [math.nan if row.margin is None else row.margin for row in rows]
+    return rows.numbers()  # type: ignore[attr-defined, no-any-return]  # those of a large file

@@ -14,7 +14,9 @@ def pair_objective(config: ClassificationConfig) -> Objective[PairRecord, PairRo
     return Objective(
         stage="reward_classification",
         texts=lambda record: (render_prompt(record.prompt), *map(answer_text, (record.chosen, *record.rejected))),
-        encode=lambda records, encoder, entry: encode_pairs(records, encoder, entry, config.model_params, config.data.unusable_rows),
+        encode=lambda records, encoder, entry, cache=None, split="": encode_pairs(
+            records, encoder, entry, config.model_params, config.data.unusable_rows, cache, split
+        ),
         collate=collate_pairs,
         module=lambda model, total_steps, _: PairModule(model, config.model_params, total_steps, config.seed),
     )

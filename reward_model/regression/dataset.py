@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
 
+from common.file_records import FileRecords
 from common.models.answers import Answer, collate_answers
 from common.models.backbone import Entry, RewardBatch, States, as_reward_input
 from common.records import ScoreRecord, question_key
 from common.score_transform import ScoreTransform
-from common.tokenization import Encoder, encode_answers
+from common.token_rows import TokenCache, TokenIds, stored_rows
+from common.tokenization import Encoded, Encoder, encode_answers
 
 
 @dataclass(frozen=True)
@@ -60,21 +63,27 @@ def encode_scores(
     entry: Entry,
     transform: ScoreTransform,
     unusable_rows: Literal["error", "drop"] = "error",
-) -> list[ScoreRow]:
-    """Tokenize, and put each score on the scale that the loss sees. Raises UserError with a line for each bad row."""
+    cache: TokenCache | None = None,
+    split: str = "",
+) -> Sequence[ScoreRow]:
+    """Tokenize, and put each score on the scale that the loss sees. Raises UserError with a line for each bad row.
+
+    cache: for the ids of records that stay in their file, of this split; without one all rows are in memory.
+    """
+    make = partial(_score_row, entry=entry, transform=transform)
+    if cache is not None and isinstance(records, FileRecords):
+        return stored_rows(partial(_stored_row, make), encoder, records, cache, split, unusable_rows)
     encoded = encode_answers(encoder, records, unusable_rows)
-    targets = transform.apply([record.score for record in records])
-    return [
-        ScoreRow(
-            (as_reward_input(answer, entry),),
-            target,
-            record.score,
-            question_key(record.prompt),
-            record.where,
-        )
-        for record, target, answer in zip(records, targets, encoded, strict=True)
-        if answer is not None
-    ]
+    return [make(record, answer) for record, answer in zip(records, encoded, strict=True) if answer is not None]
+
+
+def _score_row(record: ScoreRecord, answer: Encoded, *, entry: Entry, transform: ScoreTransform) -> ScoreRow:
+    [target] = transform.apply([record.score])
+    return ScoreRow((as_reward_input(answer, entry),), target, record.score, question_key(record.prompt), record.where)
+
+
+def _stored_row(make: Callable[..., ScoreRow], ids: TokenIds, records: Sequence[ScoreRecord], row: int) -> ScoreRow:
+    return make(records[row], ids.answers(row)[0])
 
 
 def collate_scores(

@@ -18,7 +18,9 @@ def score_objective(config: RegressionConfig, transform: ScoreTransform, scores:
     return Objective(
         stage="reward_regression",
         texts=lambda record: (render_prompt(record.prompt), answer_text(record.answer)),
-        encode=lambda records, encoder, entry: encode_scores(records, encoder, entry, transform, config.data.unusable_rows),
+        encode=lambda records, encoder, entry, cache=None, split="": encode_scores(
+            records, encoder, entry, transform, config.data.unusable_rows, cache, split
+        ),
         collate=collate_scores,
         module=lambda model, total_steps, val_rows: ScoreModule(
             model,

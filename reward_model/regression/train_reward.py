@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     _, splits = both(lambda: check_models(config), lambda: read_training_data(config, "score"))
     for note in [*splits.notes, *check_training_length(invocation, len(splits.train), config.data.batch_size)]:
         say(note)
-    scores = [record.score for record in splits.train]
+    scores = scores_of(splits.train)
     transform = ScoreTransform.fit(config.model_params.score_transform, scores)
     check_pairs(config, splits.val)
     check_data(invocation, resume, splits.fingerprint)
@@ -69,11 +69,20 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def scores_of(rows: Sequence[ScoreRecord]) -> Sequence[float]:
+    """The rows' scores."""
+    if isinstance(rows, list):
+        return [row.score for row in rows]
+    return rows.numbers()  # type: ignore[attr-defined, no-any-return]  # those of a large file
+
+
 def check_pairs(config: RewardConfig, rows: Sequence[ScoreRecord]) -> None:
     """Raise UserError where pair accuracy is to choose checkpoints and validation has no pair."""
-    groups = group_ids([question_key(row.prompt) for row in rows])
     chosen = resolve_monitor(config.trainer.checkpoint.monitor, config.monitored)
-    if chosen == "val/pair_accuracy" and not len(pairs_within(groups, [row.score for row in rows])[0]):
+    if chosen != "val/pair_accuracy":
+        return
+    groups = group_ids([question_key(row.prompt) for row in rows])
+    if not len(pairs_within(groups, [row.score for row in rows])[0]):
         raise UserError(
             f"trainer.checkpoint.monitor: got {chosen}, but no question of the validation split has two answers of different score; "
             "use val/spearman, say"

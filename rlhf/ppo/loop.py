@@ -28,6 +28,7 @@ from common.prompts import PromptFormat
 from common.resume import ABSENT, ResumePoint, differences, holding, point_in, remove_leftovers, say_finished
 from common.runs import write_config
 from common.schema import GenerateParams, WandbSettings
+from common.token_rows import StoredRows
 from common.tracking import TIME, Tracker, read_metrics
 from common.training_state import check_finite, check_start_weights, load_trained_weights, trained_weights, weights_digest
 from rlhf.config import PPOGeneration
@@ -150,7 +151,7 @@ def train(
     own = range(runtime.rank * config.batch_size, (runtime.rank + 1) * config.batch_size)
 
     # 3. where it writes, or goes on; the first process decides
-    fingerprint = _fingerprint([*training, *held_out])
+    fingerprint = partial(_fingerprint, training, held_out)
     output, point = runtime.broadcast(_output(save_to, config, resume, fingerprint) if runtime.is_main else (None, None))
     if point is not None and point.finished:
         if runtime.is_main:
@@ -426,7 +427,9 @@ def _room(model_config: Any, max_new_tokens: int) -> int:
     return positions if model_config.is_encoder_decoder else positions - max_new_tokens
 
 
-def _with_all_columns(prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
+def _with_all_columns(prompts: Sequence[EncodedPrompt]) -> Sequence[EncodedPrompt]:
+    if isinstance(prompts, StoredRows):
+        return prompts  # `read_prompts` has seen to it
     records = with_columns([prompt.record for prompt in prompts], {name: None for prompt in prompts for name in prompt.record.columns})
     return [EncodedPrompt(prompt.ids, record) for prompt, record in zip(prompts, records, strict=True)]
 
@@ -438,7 +441,7 @@ def _penalised(scores: Sequence[float], rollout: Rollout, **penalties: Any) -> T
 
 
 def _output(
-    save_to: RunOutput | Path | str | None, config: PPOConfig, resume: ResumePoint | bool, fingerprint: str
+    save_to: RunOutput | Path | str | None, config: PPOConfig, resume: ResumePoint | bool, fingerprint: Callable[[], str]
 ) -> tuple[RunOutput | None, ResumePoint | None]:
     point = resume if isinstance(resume, ResumePoint) else None
     if save_to is None and resume:
@@ -450,7 +453,7 @@ def _output(
         point = point or point_in(directory, "ppo")
         directory = point.run_dir  # save_to may name one of its checkpoints
     settings = json.loads(json.dumps(asdict(config), default=str))  # as files hold them: no paths, no tuples
-    output = RunOutput(directory, {"ppo_config": settings}, data_fingerprint=fingerprint)
+    output = RunOutput(directory, {"ppo_config": settings}, data_fingerprint=fingerprint())
     if point is not None:
         _check_same(point, output, config)
         return output, point
@@ -460,9 +463,9 @@ def _output(
     return output, None
 
 
-def _fingerprint(prompts: Sequence[EncodedPrompt]) -> str:
+def _fingerprint(*prompts: Sequence[EncodedPrompt]) -> str:
     """SHA-256 of the prompts' ids."""
-    return hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([prompt.ids for part in prompts for prompt in part]).encode()).hexdigest()
 
 
 def _check_same(point: ResumePoint, output: RunOutput, config: PPOConfig) -> None:

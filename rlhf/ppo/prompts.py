@@ -9,11 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from common.errors import UserError
+from common.file_records import FileRecords
 from common.notes import say
 from common.prompts import PromptFormat
 from common.record_types import Prompt, PromptRecord
 from common.row_formats import RowReader
 from common.row_parser import read_row
+from common.token_rows import StoredRows, TokenCache, TokenIds, stored_rows
 from common.tokenization import Encoder
 
 _QUERY = "query"
@@ -28,22 +30,35 @@ class EncodedPrompt:
     record: PromptRecord
 
 
-def encode(encoder: Encoder, records: Sequence[PromptRecord], split: str, *, remedy: str) -> list[EncodedPrompt]:
-    """Prompts within the encoder's budget; says what was cut, and `remedy` with it."""
-    ids = encoder.prompts([record.prompt for record in records], [record.where for record in records])
+def encode(
+    encoder: Encoder, records: Sequence[PromptRecord], split: str, *, remedy: str, cache: TokenCache | None = None
+) -> Sequence[EncodedPrompt]:
+    """Prompts within the encoder's budget; says what was cut, and `remedy` with it. `cache`: for ids of records that stay in their file."""
+    prompts: Sequence[EncodedPrompt]
+    if cache is not None and isinstance(records, FileRecords):
+        prompts = stored_rows(_stored_prompt, encoder, records, cache, split)
+    else:
+        ids = encoder.prompts([record.prompt for record in records], [record.where for record in records])
+        prompts = [EncodedPrompt(row, record) for row, record in zip(ids, records, strict=True)]
     for note in encoder.take_notes(split, remedy=remedy):
         say(note)
-    return [EncodedPrompt(row, record) for row, record in zip(ids, records, strict=True)]
+    return prompts
+
+
+def _stored_prompt(ids: TokenIds, records: Sequence[PromptRecord], row: int) -> EncodedPrompt:
+    return EncodedPrompt(ids.prompt(row), records[row])
 
 
 def as_prompts(
     prompts: Iterable[Any], tokenizer: Any, *, name: str, prompt_format: PromptFormat, max_length: int, is_encoder_decoder: bool = False
-) -> list[EncodedPrompt]:
+) -> Sequence[EncodedPrompt]:
     """Encoded prompts from questions (`str`, `Prompt`), rows of a data file (`{"prompt": …}`) or ids, which are taken as they are.
 
     Ids: a tensor, a list of ints, or a row with `input_ids`, whose text is its `query` or `prompt`, else the decoded ids. What else a row
     holds reaches reward functions as columns. Raises UserError with a line for each row that cannot be read.
     """
+    if isinstance(prompts, StoredRows):
+        return prompts
     problems: list[str] = []
     records: list[PromptRecord] = []
     known: dict[int, list[int]] = {}
@@ -66,7 +81,7 @@ def as_prompts(
     if problems:
         raise UserError(*problems)
     texts = [record for number, record in enumerate(records) if number not in known]
-    encoded: list[EncodedPrompt] = []
+    encoded: Sequence[EncodedPrompt] = []
     if texts:
         encoder = Encoder(tokenizer, prompt_format=prompt_format, max_length=max_length, is_encoder_decoder=is_encoder_decoder)
         encoded = encode(encoder, texts, name, remedy="raise max_prompt_length or lower max_new_tokens")
