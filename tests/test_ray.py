@@ -16,7 +16,7 @@ from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import grpc
 import psutil
@@ -27,6 +27,7 @@ import reward_model.regression.train_reward
 import rlhf.train_ppo
 from common.errors import UserError
 from common.launch.ray_cluster import _checked_address
+from common.launch.signals import StopSignals
 from common.schema import LaunchSettings
 from common.tracking import read_metrics
 from tests.processes import as_launched
@@ -134,6 +135,45 @@ def test_what_failed_first_is_told_apart_from_what_followed() -> None:
     assert (problems, lost) == ((), None) and "worker 1:\ntrace 'ours'" in str(error)
     killed = RayActorError(error_msg="Task was killed due to the node running low on memory.")
     assert outcome({1: killed})[1] == "worker 1 of 3 was lost (its machine was low on memory)"
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_after_a_loss_all_start_again_where_they_were(
+    saved: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the run's checkpoint, or anew in its place; as often as they may, and not after Ray itself is gone."""
+    from common.launch import ray_driver
+
+    orders = []
+    run_dir = tmp_path / "desc-run,index-0"
+
+    def run(launch: LaunchSettings, order: Any, scratch: Path, relay: Any, *_: Any) -> Any:
+        orders.append(order.argv)
+        if launch.max_failures == 0:
+            raise ray_driver.RayError("no answer")
+        (run_dir / "checkpoints" / "step-000001" if saved else run_dir).mkdir(parents=True, exist_ok=saved)
+        relay.take("run", str(run_dir))
+        return ray_driver._Attempt(lost="worker 1 of 2 was lost")
+
+    monkeypatch.setattr(ray_driver, "ray", MagicMock())
+    monkeypatch.setattr(ray_driver, "check_room", lambda launch: None)
+    monkeypatch.setattr(ray_driver, "NodeAffinitySchedulingStrategy", Mock())
+    monkeypatch.setattr(ray_driver, "_run", run)
+
+    def train(max_failures: int) -> None:
+        launch = LaunchSettings(engine="ray", num_training_workers=2, max_failures=max_failures)
+        ray_driver.train(print, ["a=1"], launch, StopSignals(), tmp_path, root=tmp_path, resumed=None, timeout_s=1)  # type: ignore[arg-type]
+
+    with pytest.raises(UserError, match=r"^worker 1 of 2 was lost; --resume goes on from the last checkpoint"):
+        train(2)
+    again = ("a=1", "--resume", str(run_dir)) if saved else ("a=1",)
+    assert orders == [("a=1",), again, again]
+    assert [line for line in capsys.readouterr().out.splitlines() if "starting again" in line] == [
+        "note: worker 1 of 2 was lost; starting again (1 of 2 times)",
+        "note: worker 1 of 2 was lost; starting again (2 of 2 times)",
+    ]
+    with pytest.raises(UserError, match=r"^the Ray cluster was lost \(no answer\); --resume goes on from the last checkpoint"):
+        train(0)
 
 
 def test_the_token_opens_the_cluster_and_no_other_one_does(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
@@ -126,7 +126,10 @@ def train(
             mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
             again = () if failures == 0 else _going_on(relay)
             order = Order(main, (*argv, *again), Path.cwd(), _environment(), launch.resources_per_worker.CPU, marker, mailbox)
-            attempt = _run(launch, order, scratch, relay, signals, timeout_s)
+            try:
+                attempt = _run(launch, order, scratch, relay, signals, timeout_s)
+            except RayError as error:
+                raise UserError(f"the Ray cluster was lost ({_line(error)}); --resume goes on from the last checkpoint") from error
             if attempt.lost is None or signals.received:
                 break
             if failures < launch.max_failures:
