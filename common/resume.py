@@ -65,6 +65,7 @@ FREE_SETTINGS = frozenset(
         "trainer.checkpoint.keep_best",
         "trainer.process_timeout_s",
         "ppo_config.process_timeout_s",
+        "reward_config.offload",
         "trainer.params.enable_progress_bar",
         "trainer.params.max_time",
         "save_config",

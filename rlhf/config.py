@@ -252,6 +252,7 @@ class RewardSettings(Section):
     model_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type the reward models' weights are loaded in; `bfloat16` is faster and moves scores by about 1 %."
     )
+    offload: bool = Field(False, description="Keep reward models in the CPU's memory, and have them on the GPU only while they score.")
     pipeline: RewardComponent | None = Field(None, description="Reward built of parts, instead of `reward_model_name` alone.")
 
     @model_validator(mode="after")

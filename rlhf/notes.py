@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.devices import gpus_at_most
 from common.errors import UserError
 from common.schema import WandbSettings
 from rlhf.config import PPORunConfig
@@ -41,6 +42,8 @@ def idle_settings(config: PPORunConfig, steps: int) -> list[str]:
         idle(["ppo_config.lora.lora_dropout"], "PPO runs without any dropout, so that sampling and update see one policy")
     if params.critic == "model" and config.freeze_config.active:
         notes.append("freeze_config freezes the policy alone: the critic (ppo_config.critic: model) trains whole")
+    if config.reward_config.offload and gpus_at_most() == 0:
+        idle(["reward_config.offload"], "there is no GPU here, so that all models lie in the CPU's memory")
     if params.log_with != "wandb":
         trackers = [f"ppo_config.{name}" for name in ("tracker_project_name", "tracker_kwargs") if getattr(params, name)]
         usual = WandbSettings()
@@ -49,15 +52,16 @@ def idle_settings(config: PPORunConfig, steps: int) -> list[str]:
     return notes
 
 
-def repeated_prompts(config: PPORunConfig, prompts: int) -> list[str]:
-    """A line where a batch is larger than the set of prompts, so that it holds some of them more than once."""
+def repeated_prompts(config: PPORunConfig, prompts: int, processes: int = 1) -> list[str]:
+    """A line where a batch (of all processes) is larger than the set of prompts, so that it holds some of them more than once."""
     params = config.ppo_config
-    if params.prompts_per_batch <= prompts:
+    if params.prompts_per_batch * processes <= prompts:
         return []
     each = f" / samples_per_prompt {params.samples_per_prompt}" if params.samples_per_prompt > 1 else ""
+    together = f" x {processes} processes" if processes > 1 else ""
     return [
-        f"ppo_config.batch_size {params.batch_size}{each} exceeds the {prompts} training prompts: within a batch prompts repeat, each with "
-        "other answers"
+        f"ppo_config.batch_size {params.batch_size}{together}{each} exceeds the {prompts} training prompts: within a batch prompts repeat, "
+        "each with other answers"
     ]
 
 

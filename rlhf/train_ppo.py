@@ -42,12 +42,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     sources, splits = both(lambda: check_models(config), lambda: read_prompts(config))
     prompts = training_prompts(splits, config.data_config)
-    workers = config.launch.num_training_workers if starts_ray(config.launch) else None
-    steps = total_steps(config, len(prompts), workers or world_size())
+    processes = (config.launch.num_training_workers if starts_ray(config.launch) else None) or world_size()
+    steps = total_steps(config, len(prompts), processes)
     interval = config.save_config.save_interval if "save_interval" in config.save_config.model_fields_set else None
     setting, length = "save_config.save_interval", ("data_config", "global_epochs", "ppo_config")
     about_saves = check_save_interval(invocation, setting, interval, steps, instead="lower it", length=length)
-    about_data = [*splits.notes, *repeated_prompts(config, len(prompts))]
+    about_data = [*splits.notes, *repeated_prompts(config, len(prompts), processes)]
     for note in [*about_data, *about_saves, *idle_settings(config, steps), *lengths_beyond_a_judge(config, sources)]:
         say(note)
     check_data(invocation, resume, splits.fingerprint)

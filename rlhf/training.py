@@ -82,6 +82,8 @@ def _train(
     params, generation = config.ppo_config, config.generation_config
     seed = config.seed if params.seed is None else params.seed
     sharding = launched_sharding(runtime, params.mixed_precision)
+    if sharding.spreads and config.reward_config.offload:
+        raise UserError("reward_config.offload: got true, but reward models lie spread over the processes as all others do; leave it false")
     if sharding.spreads:
         say("weights are sharded: cache_frozen_layers and static_decoding have no effect, every process reads the models' files")
 

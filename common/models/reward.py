@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 from collections.abc import Iterator, Sequence
@@ -309,10 +310,12 @@ class RewardScorer:
         max_prompt_length: int | None = None,
         truncate_prompt: bool = True,
         weights: Sequence[Path] = (),
+        offload: bool = False,
     ) -> None:
         """`model`: a directory, or a model in memory with its `tokenizer` and `manifest`.
 
-        `max_length`, `max_prompt_length`: tokens; default: the manifest's. `weights`: as of `RewardModel.load`.
+        `max_length`, `max_prompt_length`: tokens; default: the manifest's. `weights`: as of `RewardModel.load`. `offload`: the model lies
+        in the CPU's memory, and on `device` only while it scores.
         """
         if isinstance(model, RewardModel):
             assert tokenizer is not None and manifest is not None, "a model in memory comes with its tokenizer and manifest"
@@ -324,7 +327,8 @@ class RewardScorer:
             check_vocabulary(tokenizer, self.model.backbone, str(model))
         self.manifest = manifest
         self.device = torch.device(device)
-        self.model.to(self.device)
+        self.offload = offload
+        self.model.to("cpu" if offload else self.device)
         self.model.set_padding_free(self.device.type == "cpu")
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -411,9 +415,20 @@ class RewardScorer:
         """As `score_inputs`, of each of the M members of an ensemble: (N, M) float64 on the CPU."""
         order = sorted(range(len(rows)), key=lambda index: rows[index].length)
         scores = torch.zeros(len(rows), self.model.members, dtype=torch.float64)
-        with evaluating(self.model), torch.inference_mode(), prepacked(self.model):
+        with self._on_its_device(), evaluating(self.model), torch.inference_mode(), prepacked(self.model):
             for start in range(0, len(order), self.batch_size):
                 chunk = order[start : start + self.batch_size]
                 batch = collate_answers([rows[index] for index in chunk], self.tokenizer.pad_token_id).to(self.device)
                 scores[chunk] = self.model.member_scores(batch).to(scores)
         return scores
+
+    @contextlib.contextmanager
+    def _on_its_device(self) -> Iterator[None]:
+        if not self.offload:
+            yield
+            return
+        self.model.to(self.device)
+        try:
+            yield
+        finally:
+            self.model.to("cpu")

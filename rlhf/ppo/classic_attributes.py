@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,13 +102,33 @@ class ClassicAttributes:
         return self.runtime.world_size > 1
 
     def prepare_dataloader(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None = None) -> torch.utils.data.DataLoader[Any]:
-        """Whole batches of `config.batch_size / config.samples_per_prompt` rows in an order that the seed decides."""
+        """Whole batches of `config.batch_size / config.samples_per_prompt` rows in the seed's order, others in each process."""
         rows, of = self.config.prompts_per_batch, "batch_size" if self.config.samples_per_prompt == 1 else "batch_size / samples_per_prompt"
-        if len(dataset) < rows:
-            raise ValueError(f"dataset: {len(dataset)} rows make no batch of {of} {rows}")
+        if len(dataset) < rows * self.runtime.world_size:
+            together = f" in each of {self.runtime.world_size} processes" if self.is_distributed else ""
+            raise ValueError(f"dataset: {len(dataset)} rows make no batch of {of} {rows}{together}")
         if self.config.remove_unused_columns and hasattr(dataset, "remove_columns"):
             dataset = dataset.remove_columns([name for name in dataset.column_names if name not in KEPT_COLUMNS])
         generator = torch.Generator().manual_seed(self.config.seed)
+        if self.is_distributed:
+            batches = _OwnRows(dataset, rows, self.runtime, generator)
+            return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=data_collator, generator=generator)
         return torch.utils.data.DataLoader(
             dataset, batch_size=rows, collate_fn=data_collator, shuffle=True, drop_last=True, generator=generator
         )
+
+
+class _OwnRows(torch.utils.data.Sampler[list[int]]):
+    """This process's rows of each batch that all processes make together."""
+
+    def __init__(self, dataset: Any, rows: int, runtime: Runtime, generator: torch.Generator) -> None:
+        self.rows, self.runtime = rows, runtime
+        order = torch.utils.data.RandomSampler(dataset, generator=generator)
+        self.batches = torch.utils.data.BatchSampler(order, rows * runtime.world_size, drop_last=True)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            yield batch[self.runtime.rank * self.rows : (self.runtime.rank + 1) * self.rows]
+
+    def __len__(self) -> int:
+        return len(self.batches)

@@ -265,6 +265,7 @@ def _build(
                 batch_size=component.batch_size or settings.batch_size,
                 dtype=settings.model_dtype,
                 device=device,
+                offload=settings.offload,
                 trust_remote_code=trust_remote_code,
                 weights=start.weights,
             )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from common.checkpoint import new_manifest, read_manifest, save_model_directory, verify_directory
+from common.devices import gpus_at_most
 from common.errors import UserError
 from common.launch.signals import Stopped
 from common.models.load import train_tokenizer
@@ -470,12 +471,15 @@ def test_settings_that_never_act_are_told_in_a_line_each(run: Any, capsys: pytes
         ppo_config__target_kl=0.5,
         ppo_config__lora={"lora_dropout": 0.1},
         ppo_config__tracker_project_name="x",
+        reward_config__offload=True,
         ppo_config__tracker_kwargs={"name": "x"},
         wandb={"project_name": "x", "mode": "offline"},
     )
     assert "ppo_config.target, ppo_config.horizon have no effect: adap_kl_ctrl is false" in text
     assert "ppo_config.target_kl has no effect: early_stopping is false" in text
     assert "ppo_config.lora.lora_dropout has no effect" in text
+    if gpus_at_most() == 0:
+        assert "reward_config.offload has no effect: there is no GPU here" in text
     trackers = "ppo_config.tracker_project_name, ppo_config.tracker_kwargs, wandb.project_name, wandb.mode"
     assert f"{trackers} have no effect: ppo_config.log_with is null, not wandb" in text
     text = notes(ppo_config__init_kl_coef=0.0, ppo_config__critic="model", freeze_config={"freeze_emb": True}, ppo_config__log_with="wandb")

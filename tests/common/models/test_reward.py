@@ -407,3 +407,17 @@ def test_an_empty_answer_is_judged_and_not_refused(tokenizer: Any) -> None:
         empty, full = judge.score(["Who?", "Who?"], ["", "Nobody."])
         assert math.isfinite(empty) and empty != full
         assert math.isfinite(judge.score(["Who?"], [""], [False])[0])
+
+
+def test_an_offloaded_model_is_on_its_device_only_while_it_scores(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = reward_model("gpt_neo", tokenizer)
+    expected = scorer(model, tokenizer).raw_scores(PROMPTS, ANSWERS)
+    moves: list[str] = []
+    monkeypatch.setattr(RewardModel, "to", lambda self, place: moves.append(str(place)) or self)
+    judge = RewardScorer(model, tokenizer=tokenizer, manifest=manifest(tokenizer), device="cpu:0", offload=True)
+    assert moves == ["cpu"]
+    assert judge.raw_scores(PROMPTS, ANSWERS) == pytest.approx(expected, abs=1e-6) and moves == ["cpu", "cpu:0", "cpu"]
+    monkeypatch.setattr(RewardModel, "member_scores", lambda self, batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        judge.raw_scores(PROMPTS, ANSWERS)
+    assert moves[-2:] == ["cpu:0", "cpu"]

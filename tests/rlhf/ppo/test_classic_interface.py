@@ -237,6 +237,19 @@ def test_the_dataloader_gives_whole_batches_in_an_order_of_the_seed(make_model: 
     assert set(batches(remove_unused_columns=False)[0]) == set(rows)
 
 
+def test_each_process_gets_its_own_rows_from_the_dataloader(build: Build) -> None:
+    data = [{"query": number} for number in range(13)]
+    alone = [[row["query"] for row in batch] for batch in build(batch_size=4).prepare_dataloader(data, list)]
+    ranks = []
+    for rank in range(2):
+        trainer = build(batch_size=2, mini_batch_size=2)
+        trainer.runtime = Runtime(trainer.model.device, rank=rank, world_size=2)
+        ranks.append([[row["query"] for row in batch] for batch in trainer.prepare_dataloader(data, list)])
+        with pytest.raises(ValueError, match="3 rows make no batch of batch_size 2 in each of 2 processes"):
+            trainer.prepare_dataloader(data[:3], list)
+    assert [first + second for first, second in zip(*ranks, strict=True)] == alone and len(alone) == 3
+
+
 # --- models ---------------------------------------------------------------------------------------------------------------------------
 
 
