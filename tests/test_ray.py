@@ -27,6 +27,7 @@ import reward_model.regression.train_reward
 import rlhf.train_ppo
 from common.errors import UserError
 from common.launch.ray_cluster import _checked_address
+from common.launch.ray_watchdog import end, processes_of
 from common.launch.signals import StopSignals
 from common.schema import LaunchSettings
 from common.tracking import read_metrics
@@ -57,9 +58,9 @@ class Held:
 
 def until(found: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
     """What `found` gives once it gives something, while a process runs."""
-    end = time.monotonic() + PATIENCE_S
+    latest = time.monotonic() + PATIENCE_S
     while not (result := found()):
-        assert process.poll() is None and time.monotonic() < end, "it came too late"
+        assert process.poll() is None and time.monotonic() < latest, "it came too late"
         time.sleep(0.02)
     return result
 
@@ -297,6 +298,22 @@ def test_ppo_in_two_workers_is_ppo_in_one_process(held: Held, tmp_path: Path) ->
     assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
 
 
+def test_those_who_only_read_its_logs_are_no_part_of_a_cluster(tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+    code = "import sys, time; kept = open(sys.argv[1], sys.argv[2]); print('open', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path / "log")]
+    reader, writer = (subprocess.Popen([*command, mode], stdout=subprocess.PIPE, text=True) for mode in "ra")
+    try:
+        assert [process.stdout.readline() for process in (reader, writer) if process.stdout] == ["open\n"] * 2
+        assert [process.pid for process in processes_of(tmp_path)] == [writer.pid]
+        end(tmp_path)
+        assert not psutil.pid_exists(writer.pid) and reader.poll() is None and not tmp_path.exists()
+    finally:
+        reader.kill()
+        reader.communicate()
+        writer.communicate()
+
+
 def test_nothing_is_left_of_a_cluster_whose_run_is_killed(held: Held) -> None:
     left = [psutil.Process(number) for number in held.told["processes"] if psutil.pid_exists(number)]
     assert left
@@ -304,7 +321,7 @@ def test_nothing_is_left_of_a_cluster_whose_run_is_killed(held: Held) -> None:
     held.process.wait()
     _, alive = psutil.wait_procs(left, timeout=PATIENCE_S)
     assert alive == []
-    end = time.monotonic() + PATIENCE_S
-    while Path(held.told["token"]["path"]).parent.exists() and time.monotonic() < end:
+    latest = time.monotonic() + PATIENCE_S
+    while Path(held.told["token"]["path"]).parent.exists() and time.monotonic() < latest:
         time.sleep(0.1)
     assert not Path(held.told["token"]["path"]).parent.exists()

@@ -19,11 +19,12 @@ _REMOVE_TRIES = 20
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """Other processes that have files below the folder open, as all of a cluster have their logs."""
+    """Other processes that write files below the folder, as all of a cluster write logs."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):  # gone by now, or another user's
-            if process.pid != os.getpid() and any(Path(file.path).is_relative_to(folder) for file in process.open_files()):
+            written = (Path(file.path) for file in process.open_files() if getattr(file, "mode", "a") != "r")
+            if process.pid != os.getpid() and any(path.is_relative_to(folder) for path in written):
                 found.append(process)
     return found
 
