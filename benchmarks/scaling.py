@@ -11,6 +11,7 @@ with one thread. Seconds are those that the runs log for their steps, without th
     start        seconds from the command to the beginning of the first step; `over plain`: more than one process started plainly
     end          seconds from the last step's line to the end of the command: validation, saving, stopping what was started
     fsdp         PPO by `accelerate launch` with weights spread over the processes; `accelerate`: with everything in each
+    empty        seconds from the command to the last process's beginning of an empty script, the quickest of some: the launcher alone
     MiB          peak of each process that trains; `others`: of all that a launcher runs beside them, together
 
 A thread of `1 x 2` is bound to its core (OMP_PROC_BIND). Two processes are not: each would bind its thread to the same first core.
@@ -295,6 +296,29 @@ def measure(speeds: Sequence[Case], once: Sequence[Case], rounds: int, size: str
     return found, whole
 
 
+def empty_start(launcher: Launcher) -> float:
+    """Seconds until all processes of a launcher have begun an empty script."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "empty.py"
+        script.write_text("import os, time\nos.write(1, f'BEGUN {time.time()}\\n'.encode())\n")  # in one piece
+        begun = time.time()
+        command = [sys.executable, *launcher.before, str(script)]
+        done = subprocess.run(command, cwd=ROOT, env=environment(launcher, 1), capture_output=True, text=True, check=True)
+    moments = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("BEGUN")]
+    assert len(moments) == launcher.processes, done.stdout
+    return max(moments) - begun
+
+
+def empty_rows(launchers: Sequence[str], tries: int) -> list[list[str]]:
+    """Lines of the table of empty scripts, of the launchers that are commands of their own."""
+    names = [name for name in launchers if name == PLAIN or LAUNCHERS[name].before]
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(tries):
+        for name in names:
+            found[name].append(empty_start(LAUNCHERS[name]))
+    return [[name, str(LAUNCHERS[name].processes), f"{min(seconds):.2f}"] for name, seconds in found.items()]
+
+
 def step_seconds(runs: Sequence[Found]) -> float:
     """Seconds of all steps but the first, the median over runs."""
     return statistics.median(sum(found.steps[1:]) for found in runs)
@@ -335,10 +359,11 @@ def start_rows(found: Mapping[Case, Sequence[Found]]) -> list[list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--stages", nargs="*", default=list(STAGES), choices=STAGES)
     parser.add_argument("--launchers", nargs="+", default=list(LAUNCHERS), choices=LAUNCHERS)
     parser.add_argument("--rounds", type=int, default=2, help="runs of each line of the table of speeds")
     parser.add_argument("--size", default="s", choices=("xs", "s", "m"))
+    parser.add_argument("--empty", type=int, default=5, help="starts of an empty script by each launcher; 0: none")
     options = parser.parse_args(argv)
     speeds, once = cases(options.stages, options.launchers)
     found, whole = measure(speeds, once, options.rounds, options.size)
@@ -350,6 +375,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             ("stage", "launcher", "processes", "start s", "over plain", "end s", "MiB of each", "others, MiB"), start_rows(found)
         )
     )
+    if options.empty:
+        print("\n" + markdown_table(("launcher", "processes", "empty, s"), empty_rows(options.launchers, options.empty)))
     return 0 if whole else 1
 
 

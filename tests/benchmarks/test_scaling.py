@@ -109,7 +109,7 @@ def test_a_run_that_fails_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "broken.py").write_text("raise SystemExit('no luck')")
     broken = scaling.Stage(str(tmp_path / "broken.py"), lambda folder, size: folder, {}, ("perf/step_seconds",), "ddp")
     monkeypatch.setitem(scaling.STAGES, "sft", broken)
-    assert main(["--stages", "sft", "--launchers", "plain", "--rounds", "1"]) == 1
+    assert main(["--stages", "sft", "--launchers", "plain", "--rounds", "1", "--empty", "0"]) == 1
     assert "no luck" in capsys.readouterr().err
 
 
@@ -123,7 +123,13 @@ def test_a_run_whose_processes_do_not_share_batches_is_left_out(
 
     monkeypatch.setattr(scaling, "run", fake_run)
     monkeypatch.setitem(scaling.STAGES, "sft", scaling.Stage("", lambda folder, size: folder, {}, (), "ddp"))
-    assert main(["--stages", "sft", "--launchers", "plain", "ddp", "--rounds", "1"]) == 1
+    assert main(["--stages", "sft", "--launchers", "plain", "ddp", "--rounds", "1", "--empty", "0"]) == 1
     said = capsys.readouterr()
     assert "sft, ddp: made 16 steps instead of 8" in said.err
     assert "| ddp |" not in said.out
+
+
+def test_an_empty_script_begins_in_every_process() -> None:
+    assert 0 < scaling.empty_start(LAUNCHERS[PLAIN]) < 60
+    [row] = scaling.empty_rows(["ddp", PLAIN], 1)  # ddp is no command of its own
+    assert row[:2] == [PLAIN, "1"]
