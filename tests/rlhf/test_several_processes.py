@@ -74,7 +74,7 @@ def test_two_processes_are_one_run_that_goes_on_bit_for_bit(
         assert mine.keys() == expected.keys()
         for name, value in expected.items():
             if not name.startswith("perf/") and name != "time":
-                assert mine[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+                assert mine[name] == pytest.approx(value, rel=0 if "loss" in name else 1e-4, abs=1e-5), name
     for name, tensor in weights(alone, 4).items():
         torch.testing.assert_close(weights(together, 4)[name], tensor, rtol=0, atol=1e-4)
 
