@@ -18,7 +18,7 @@ from common.freezing import apply_freezing
 from common.launch.checkpointing import BEST
 from common.launch.memory import telling_out_of_memory
 from common.launch.runtime import Runtime
-from common.launch.sharding import launched_sharding
+from common.launch.sharding import Sharding, launched_sharding
 from common.launch.signals import Stopped
 from common.lora import add_lora
 from common.models.fused import set_fused
@@ -82,8 +82,7 @@ def _train(
     params, generation = config.ppo_config, config.generation_config
     seed = config.seed if params.seed is None else params.seed
     sharding = launched_sharding(runtime, params.mixed_precision)
-    if sharding.spreads and config.reward_config.offload:
-        raise UserError("reward_config.offload: got true, but reward models lie spread over the processes as all others do; leave it false")
+    refuse_unserved(config, sharding, resume)
     if sharding.spreads:
         say("weights are sharded: cache_frozen_layers and static_decoding have no effect, every process reads the models' files")
 
@@ -199,6 +198,21 @@ def _speaking(speaks: bool) -> Iterator[None]:
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
+
+
+def refuse_unserved(config: PPORunConfig, sharding: Sharding, resume: ResumePoint | None) -> None:
+    """Raise UserError for what sharded weights do not allow."""
+    params, problems = config.ppo_config, []
+    if sharding.spreads and config.reward_config.offload:
+        problems.append("reward_config.offload: got true, but reward models lie spread over the processes as all others do; leave it false")
+    if sharding.spreads and params.optimizer == "Adafactor":
+        problems.append(f"ppo_config.optimizer: got Adafactor, which needs whole weights; under {sharding.name} use AdamW, Adam or SGD")
+    if not sharding.resumes and params.critic_warmup_steps:
+        problems.append(f"ppo_config.critic_warmup_steps: {sharding.name} counts them as steps of the policy; set it to 0, or use FSDP")
+    if not sharding.resumes and resume is not None:
+        problems.append(f"--resume: checkpoints of {sharding.name} hold no optimizer states; start a new run from the last model")
+    if problems:
+        raise UserError(*problems)
 
 
 def load_policy(config: PPORunConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[ModelWithValueHead, Any]:

@@ -28,7 +28,7 @@ T = TypeVar("T")
 class FullySharded(Sharding):
     """torch's FSDP (`fully_shard`): transformer blocks are gathered one by one in an update, embeddings and heads for its whole forward."""
 
-    spreads = True
+    name, spreads = "FSDP", True
 
     def __init__(self, runtime: Runtime, *, reshard_after_forward: bool = True) -> None:
         """`reshard_after_forward`: blocks are gathered anew for backward; else they stay from forward to backward."""

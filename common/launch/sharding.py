@@ -1,7 +1,8 @@
-"""How the networks of a training lie in its processes: whole in each, or spread over them as `accelerate launch` asks for (FSDP)."""
+"""How the networks of a training lie in its processes: whole in each, or spread over them as `accelerate launch` asks for."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,8 +22,11 @@ Network = TypeVar("Network", bound=nn.Module)
 class Sharding:
     """How networks lie in the processes. This one: whole in each, so that there is nothing to gather, and gradients are summed."""
 
+    name = "none"
     spreads = False
     """Whether networks are spread; processes then run the same forwards and backwards in an update."""
+    resumes = True
+    """Whether optimizer states are kept in checkpoints."""
 
     def place(self, *networks: nn.Module) -> None:
         """Spread networks that do not train. What copies a network, looks at its modules or tries it comes before."""
@@ -61,6 +65,11 @@ class Sharding:
     def step(self, optimizer: Optimizer) -> None:
         optimizer.step()
 
+    def copy_weights(self, network: nn.Module, into: nn.Module) -> None:
+        """Into another one of the same shapes, placed the same way, perhaps of another type."""
+        for target, source in zip(into.parameters(), network.parameters(), strict=True):
+            target.data.copy_(source.data)
+
     def whole_state(self, state: Any) -> Any:
         """A nested state as one process has it; where networks are spread, in the main process alone."""
         return state
@@ -79,53 +88,78 @@ def launched_sharding(runtime: Runtime, mixed_precision: str = "no") -> Sharding
 
     Raises UserError with every setting of accelerate's that would have no effect here, or another one than PPO's `mixed_precision`.
     """
-    problems = [f"accelerate: {name} is not served here; use FSDP, DeepSpeed or neither" for name in _UNSERVED if _flag(name)]
+    fsdp, zero = _is_set("ACCELERATE_USE_FSDP"), _is_set("ACCELERATE_USE_DEEPSPEED")
+    problems = [f"{name} is set: PPO has FSDP, DeepSpeed and plain data parallelism" for name in _UNSERVED if _is_set(name)]
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != mixed_precision and precision != "no":
+    if precision not in ("no", mixed_precision):
         problems.append(
-            f"accelerate's mixed_precision: got {precision}, but ppo_config.mixed_precision is {mixed_precision}, which is what counts; "
-            "leave it at no there"
+            f"accelerate's mixed_precision: got {precision}, but ppo_config.mixed_precision is {mixed_precision}, which counts; set it"
         )
-    fsdp = _flag("ACCELERATE_USE_FSDP")
-    reshards = True
-    if fsdp:
-        more, reshards = _fsdp_settings(runtime)
-        problems += more
+    if (fsdp or zero) and runtime.world_size == 1:
+        problems.append("accelerate asks for sharded weights, but this process is alone; set num_processes to 2 or more, or use python")
+    elif fsdp:
+        problems += _fsdp_problems()
+    elif zero:
+        problems += _zero_problems()
     if problems:
         raise UserError(*problems)
-    from common.launch.fsdp import FullySharded
+    if fsdp:
+        from common.launch.fsdp import FullySharded
 
-    return FullySharded(runtime, reshard_after_forward=reshards) if fsdp else Sharding()
+        return FullySharded(runtime, reshard_after_forward=os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true")
+    if zero:
+        from common.launch.zero3 import Zero3
+
+        return Zero3(runtime)
+    return Sharding()
 
 
 _UNSERVED = ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
 
 
-def _fsdp_settings(runtime: Runtime) -> tuple[list[str], bool]:
-    """What is wrong with accelerate's settings of FSDP, and `fsdp_reshard_after_forward`."""
+def _fsdp_problems() -> list[str]:
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import CPUOffloadPolicy
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-    if runtime.world_size == 1:
-        return ["accelerate asks for FSDP, but this process is alone; set num_processes to 2 or more, or start it with python"], True
     if os.environ.get("FSDP_VERSION") != "2":
-        return [f"accelerate's fsdp_version: got {os.environ.get('FSDP_VERSION', '1')}, expected 2"], True
+        return [f"accelerate's fsdp_version: got {os.environ.get('FSDP_VERSION', '1')}, expected 2"]
     try:
         plugin = FullyShardedDataParallelPlugin()
     except ValueError as error:
-        return [f"accelerate's FSDP settings: {error}"], True
+        return [f"accelerate's FSDP settings: {error}"]
     blocks = plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None
-    wrong = {
+    unread = {
         "fsdp_auto_wrap_policy": (not blocks, "TRANSFORMER_BASED_WRAP without fsdp_transformer_layer_cls_to_wrap: blocks are found here"),
         "fsdp_offload_params": (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "false"),
         "fsdp_cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "false: each process reads the files"),
         "fsdp_activation_checkpointing": (plugin.activation_checkpointing, "false; ppo_config.gradient_checkpointing does it"),
         "fsdp_ignored_modules": (plugin.ignored_modules, "none"),
     }
-    problems = [f"accelerate's {name}: expected {expected}" for name, (given, expected) in wrong.items() if given]
-    return problems, bool(plugin.reshard_after_forward)
+    return _unexpected(unread)
 
 
-def _flag(name: str) -> bool:
+def _zero_problems() -> list[str]:
+    if importlib.util.find_spec("deepspeed") is None:
+        return ["accelerate asks for DeepSpeed, which is not installed; pip install deepspeed, or use FSDP"]
+    from accelerate.utils import DeepSpeedPlugin
+
+    plugin = DeepSpeedPlugin()
+    unread = {
+        "zero_stage": (plugin.zero_stage != 3, "3"),
+        "deepspeed_config_file": ("ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ, "none"),
+        "offload_optimizer_device": (plugin.offload_optimizer_device != "none", "none"),
+        "offload_param_device": (plugin.offload_param_device != "none", "none"),
+        "gradient_clipping": (plugin.gradient_clipping != "auto", "none; ppo_config.max_grad_norm does it"),
+        "gradient_accumulation_steps": (plugin.gradient_accumulation_steps not in ("auto", 1), "1; ppo_config has a setting of that name"),
+    }
+    return _unexpected(unread)
+
+
+def _unexpected(settings: Mapping[str, tuple[Any, str]]) -> list[str]:
+    """A line for each setting of accelerate's that is wrong, with what is expected."""
+    return [f"accelerate's {name}: expected {expected}" for name, (wrong, expected) in settings.items() if wrong]
+
+
+def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")

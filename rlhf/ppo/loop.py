@@ -166,6 +166,8 @@ def train(
         state = point.state
         if state["processes"] != runtime.world_size:
             raise UserError(f"--resume: {runtime.world_size} processes now, {state['processes']} when the run began; start as many")
+        if sharding.name != state.get("sharding", sharding.name):
+            raise UserError(f"--resume: sharding is {sharding.name} now, and was {state['sharding']} when the run began; start it as then")
         if steps != state["steps"]:
             raise UserError(f"steps: got {steps}, but the run began with {state['steps']}; a resumed run keeps them")
         check_start_weights(began_with, state["began_with"], "policy's weights")
@@ -174,13 +176,15 @@ def train(
         pipeline.load_state_dict(state["reward"])
         first = state["first"]
     history: list[dict[str, float]] = []
+    networks = trainer.networks.trained
+    with sharding.gathered(*networks):
+        one = checkpoint_bytes(*networks)
     with contextlib.ExitStack() as stack:
         tracker = trainer.tracker if output is None and trainer.tracker is not None else Tracker(Path(), is_main=False)  # writes nothing
         keeper = None
         if output is not None and runtime.is_main:
             if not output.is_held:
                 stack.enter_context(holding(output.directory, point))
-            one = checkpoint_bytes(model, *([trainer.critic] if trainer.critic is not None else []))
             check_room(output.directory, one, keep_last + keep_best, None if point is None else point.run_dir)
             if point is None:
                 write_config(output.directory, output.config)
@@ -226,6 +230,7 @@ def train(
             return {
                 "looks": looks,
                 "processes": runtime.world_size,
+                "sharding": sharding.name,
                 "first": first,
                 "steps": steps,
                 "start": start,
@@ -241,22 +246,23 @@ def train(
             if trainer.critic is not None:
                 with sharding.whole(trainer.critic) as critic:
                     check_finite(critic, step)
-            trainer_state = trainer.state_dict()
+            trainer_state = trainer.state_dict() if sharding.resumes else {}
             with sharding.whole(model) as held:
                 check_finite(held, step)
                 if keeper is not None:
                     keeper.save(step, evaluated, partial(position, trained_weights(held.pretrained_model), trainer_state, looks))
 
         together = f" of {runtime.world_size} processes" if runtime.world_size > 1 else ""
-        lines = opening_lines(
-            output.directory if output is not None else None,
-            parameters=[*model.parameters(), *(trainer.critic.parameters() if trainer.critic is not None else ())],
-            rows={"train": len(training), "evaluation": len(held_out)},
-            steps=steps,
-            batch=f"{answers} answers{together}{f', {each} to each prompt' if each > 1 else ''}",
-            device=str(runtime.device),
-            step_name="PPO",
-        )
+        with sharding.gathered(*networks):
+            lines = opening_lines(
+                output.directory if output is not None else None,
+                parameters=[parameter for network in networks for parameter in network.parameters()],
+                rows={"train": len(training), "evaluation": len(held_out)},
+                steps=steps,
+                batch=f"{answers} answers{together}{f', {each} to each prompt' if each > 1 else ''}",
+                device=str(runtime.device),
+                step_name="PPO",
+            )
         if runtime.is_main:
             print(*lines, sep="\n")
         started = time.perf_counter()

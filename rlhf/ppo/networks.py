@@ -126,8 +126,7 @@ class Networks:
             return self.model, self.policy
         if self._short_copy is None:
             self._short_copy = self._copy_in_bfloat16()
-        for short, parameter in zip(self._short_copy[0].parameters(), self.model.parameters(), strict=True):
-            short.data.copy_(parameter.data)
+        self.sharding.copy_weights(self.model, self._short_copy[0])
         return self._short_copy
 
     def _copy_in_bfloat16(self) -> tuple[ModelWithValueHead, Forward]:

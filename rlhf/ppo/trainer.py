@@ -111,7 +111,7 @@ class PPOTrainer(ClassicAttributes):
             freeze_below(model.pretrained_model, num_shared_layers)
         if critic is not None or not self.estimator.reads_values:
             model.v_head.requires_grad_(False)  # the critic's head takes its place, or nothing reads it
-        reference = ref_model if ref_model is not None else reference_copy(model)
+        reference = ref_model if ref_model is not None else reference_copy(model, share_frozen=not spreads)
         self.ref_model = reference.eval().requires_grad_(False).to(device) if ref_model is not None else reference
         transformers = [without_adapters(model.pretrained_model), *([critic.trunk] if critic is not None else [])]
         if self.config.gradient_checkpointing:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -77,3 +80,35 @@ def test_a_lonely_process_that_should_be_sharded_is_refused(launch: Launch) -> N
     launch("fsdp.yaml")
     with pytest.raises(UserError, match="this process is alone"):
         launched_sharding(Runtime(torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({}, None),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "zero_stage: expected 3"),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "offload_param_device: expected none"),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "ppo_config.max_grad_norm does it"),
+    ],
+)
+def test_deepspeed_is_zero_3_with_nothing_that_ppo_does_itself(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], problem: str | None
+) -> None:
+    asked = yaml.safe_load((CONFIGS / "deepspeed_zero3.yaml").read_text())["deepspeed_config"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "common.launch.zero3", SimpleNamespace(Zero3=lambda runtime: "sharded"))
+    shipped = {f"ACCELERATE_DEEPSPEED_{name.upper()}": str(value).lower() for name, value in asked.items()}
+    for name, value in {"ACCELERATE_USE_DEEPSPEED": "true", **shipped, **settings}.items():
+        monkeypatch.setenv(name, value)
+    if problem is None:
+        assert launched_sharding(TWO) == "sharded"
+        return
+    with pytest.raises(UserError, match=problem):
+        launched_sharding(TWO)
+
+
+def test_a_launcher_that_asks_for_deepspeed_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="not installed; pip install deepspeed, or use FSDP"):
+        launched_sharding(TWO)
