@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -41,6 +42,9 @@ def both(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
 
 _located: Callable[[str], str] | None = None
 
+_OF_A_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""What says that a path is not what it has to be, or not this user's."""
+
 
 def locate_problems(located: Callable[[str], str]) -> None:
     """Let `run_main` print `located(problem)` from now on: a config was read, and it is known where each setting stands."""
@@ -56,6 +60,8 @@ def user_problems(error: BaseException) -> tuple[str, ...] | None:
         return error.problems
     if isinstance(error, OSError) and is_out_of_space(error):
         return (f"{error.filename or 'output'}: {error.strerror}; make room, then --resume",)
+    if isinstance(error, OSError) and error.errno in _OF_A_PLACE and error.filename is not None:
+        return (f"{error.filename}: {error.strerror}",)
     return None
 
 

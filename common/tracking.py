@@ -38,6 +38,8 @@ RESERVED_INIT_ARGUMENTS = frozenset({"config", "dir", "id", "resume", "settings"
 # Keys of a line that are no metrics.
 STEP, TIME = "step", "time"
 
+_NO_METRICS = "its lines are no metrics any more; put back what the run wrote"
+
 Best = Literal["min", "max"]
 EVALUATION_PREFIXES = frozenset({"val", "eval", "test"})
 # Whether less or more of a metric is better, by the end of its name; what matches nothing has no best value.
@@ -126,6 +128,9 @@ class Tracker:
             path = self.run_dir / METRICS_JSONL
             raise UserError(f"{path}: holds {self.position} bytes, {position} when the checkpoint was saved; put back what was cut off")
         self._log.truncate(position)
+        if position and not (self.run_dir / METRICS_JSONL).read_bytes().endswith(b"\n"):
+            raise UserError(f"{self.run_dir / METRICS_JSONL}: {_NO_METRICS}")
+        read_metrics(self.run_dir)
         self._each(lambda sink: sink.go_back(step))
 
     def __enter__(self) -> Tracker:
@@ -211,12 +216,18 @@ def _file_name(name: str) -> str:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a last line that a killed process left unfinished is passed over."""
+    """The lines of a run's `metrics.jsonl`; a last line that a killed process left unfinished is passed over.
+
+    Raises UserError where others cannot be read.
+    """
     path = Path(run_dir) / METRICS_JSONL
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    records = [json.loads(line) for line in lines[:-1] if line]
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        records = [json.loads(line) for line in lines[:-1] if line]
+    except ValueError as error:
+        raise UserError(f"{path}: {_NO_METRICS} ({error})") from None
     with contextlib.suppress(json.JSONDecodeError):
         if lines[-1]:
             records.append(json.loads(lines[-1]))

@@ -52,11 +52,13 @@ def read_training_state(folder: Path) -> dict[str, Any]:
 
     try:
         values = json.loads((folder / VALUES_FILE).read_text(encoding="utf-8"))
-        state: dict[str, Any] = _unpacked(values, load_file(folder / TENSORS_FILE))
+        state = _unpacked(values, load_file(folder / TENSORS_FILE))
     except FileNotFoundError:
         raise UserError(f"{folder}: holds no state of a training to go on from ({', '.join(STATE_FILES)})") from None
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder}: its state of the training cannot be read ({error}); the directory is damaged") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{folder}: its state of the training is a {type(state).__name__}, expected its parts; the directory is damaged")
     return state
 
 

@@ -63,15 +63,24 @@ class CsvLog:
         self._release()
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows (keys exactly the columns) and flush them to disk; floats are written so that they read back equal."""
+        """Append rows (keys exactly the columns) and flush them to disk; floats are written so that they read back equal.
+
+        Raises UserError where the system refuses to write them.
+        """
         if not rows:
             return
         for row in rows:
             assert set(row) == set(self.columns), f"row has {sorted(row)}, expected {sorted(self.columns)}"
         plain = [{column: _plain(row[column]) for column in self.columns} for row in rows]
-        self._write("".join(_line(list(row.values())) for row in plain), "ab")
-        self.rows.extend(plain)
-        self._save_state()
+        try:
+            self._write("".join(_line(list(row.values())) for row in plain), "ab")
+            self.rows.extend(plain)
+            self._save_state()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written: {error.strerror or error}; the rows before are complete, and the same command goes on "
+                "from them"
+            ) from None
 
     def _continue(self, only_resume: bool) -> bool:
         if not self.path.is_file():

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from common import tracking
+from common.errors import UserError
 from common.schema import WandbArgs, WandbSettings
 from common.tracking import Tracker, WandbSink, best_values, better, csv_text, markdown_table, read_metrics, wandb_mode
 
@@ -305,3 +306,11 @@ def test_a_run_that_goes_on_takes_back_what_it_logs_again(tmp_path: Path) -> Non
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0)]
     assert [(line["step"], line["train/loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize("content", [b"x" * 40, b"\xff\n" * 20, b"x\n" * 20])
+def test_metrics_that_are_none_any_more_are_told_before_a_run_goes_on(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    tracker = Tracker(tmp_path)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: its lines are no metrics any more"):
+        tracker.go_back(40, 1)

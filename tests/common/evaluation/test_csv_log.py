@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -91,6 +93,20 @@ def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         CsvLog(tmp_path / "file" / "out.csv", COLUMNS, {})
+
+
+def test_a_disk_that_is_full_in_between_is_told_and_the_rows_before_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = CsvLog(tmp_path / "out.csv", COLUMNS, {"model": "m"})
+    log.append(ROWS[:1])
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"out\.csv: cannot be written: No space left on device; the rows"):
+        patch.setattr(os, "fsync", full)
+        log.append(ROWS[1:])
+    log.close()
+    again = CsvLog(tmp_path / "out.csv", COLUMNS, {"model": "m"})
+    assert len(again.rows) == 1
 
 
 def test_two_evaluations_never_write_one_file(tmp_path: Path) -> None:
