@@ -90,8 +90,8 @@ class RecordFile(Generic[R]):
 
         Raises UserError where the file is no longer what was checked.
         """
-        entry = self._index[place]
-        data = os.pread(self._handle.fileno(), int(entry["size"]), int(entry["start"]))
+        start, size, number, *_ = self._index[place].item()
+        data = os.pread(self._handle.fileno(), size, start)
         if self._look() != self._state:
             raise UserError(f"{self.name}: the file was changed while it was read; start again")
         value = json.loads(data.decode())
@@ -101,7 +101,7 @@ class RecordFile(Generic[R]):
             form, _ = self.reader.check_keys(value, row)
             assert form is not None, "a row that was checked"
             self._forms[keys] = form
-        record, _ = read_row(self._forms[keys], self.kind, row, f"{self.name}: {self.split} row {entry['number']}")
+        record, _ = read_row(self._forms[keys], self.kind, row, f"{self.name}: {self.split} row {number}")
         assert record is not None, "a row that was checked"
         if columns:
             record = replace(record, columns={**dict.fromkeys(columns), **record.columns})

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from common.json_rows import readable, shown
@@ -241,6 +242,7 @@ class _RowParser:
         return None if read is None else PromptRecord(prompt_of_turns(read[1][:-1], read[0]), self.columns, self.where)
 
 
+@cache
 def _used_keys(form: RowFormat, kind: RecordKind) -> set[str | None]:
     """The keys that a record of `kind` takes its parts from; all others are its columns."""
     question = {form.question, CONTEXT} if form.question is not None else set[str | None]()

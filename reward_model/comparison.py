@@ -36,6 +36,7 @@ from common.records import Splits
 from common.runs import CHECKPOINTS_FOLDER, SUMMARY_FILE, publish_latest, run_name, stage_runs_root, write_text_atomically
 from common.schema import resolve_monitor
 from common.score_transform import ScoreTransform
+from common.token_rows import token_cache
 from reward_model.classification.objective import pair_objective
 from reward_model.comparison_config import ComparisonConfig, label
 from reward_model.comparison_report import Compared, Comparison, Measured, Rows, States, draw, markdown, table_csv
@@ -84,10 +85,10 @@ class EncodedOnce:
         self._rows: dict[Any, Sequence[Any]] = {}
 
     def around(self, objective: Objective[Any, Any]) -> Objective[Any, Any]:
-        def encode(records: Sequence[Any], encoder: Any, entry: Any, *_: Any) -> Sequence[Any]:
+        def encode(records: Sequence[Any], encoder: Any, entry: Any, *stored: Any) -> Sequence[Any]:
             key = id(records), entry
             if key not in self._rows:
-                self._rows[key] = objective.encode(records, encoder, entry)
+                self._rows[key] = objective.encode(records, encoder, entry, *stored)
             return self._rows[key]
 
         return replace(objective, encode=encode)
@@ -206,8 +207,9 @@ def prepare(
             objective = encoded.around(objective_of(config, splits))
             encoder = text_encoder(config, tokenizer, own)
             rows[need] = {}
+            cache = token_cache(config.data.cache_dir, directory.parent, splits.fingerprint, dry_run=False)
             for split in names:
-                rows[need][split] = objective.encode(splits.split(split), encoder, own.entry)
+                rows[need][split] = objective.encode(splits.split(split), encoder, own.entry, cache, split)
                 for note in encoder.take_notes(split, remedy="raise data.max_length or data.max_prompt_length"):
                     say(note)
             if config.model_params.kept_states is not None:
