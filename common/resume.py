@@ -34,6 +34,7 @@ from common.runs import (
     next_free_index,
     run_log,
     run_name,
+    step_of,
 )
 from common.schema import RunSettings
 from common.training_state import STATE_FILES, read_training_state
@@ -125,7 +126,8 @@ class ResumePoint:
             elif is_free(name):
                 free.append(f"{name}: {new} from here on, {old} before")
             else:
-                problems.append(f"{name}: got {new}, but the run began with {old}; a resumed run keeps it")
+                moved = f" ({name}={old} says it where a link such as `latest` has moved since)" if _are_folders(old, new) else ""
+                problems.append(f"{name}: got {new}, but the run began with {old}; a resumed run keeps it{moved}")
         if problems:
             raise UserError(
                 *problems,
@@ -149,6 +151,10 @@ class ResumePoint:
                 f"{str(self.manifest.data_fingerprint)[:12]}); put them back, start a new run, or accept it with --allow_data_change"
             )
         return "the training data have changed since the run began; what follows is not what an undisturbed run would give"
+
+
+def _are_folders(*values: Any) -> bool:
+    return all(isinstance(value, str) and Path(value).is_dir() for value in values)
 
 
 def is_free(setting: str) -> bool:
@@ -271,8 +277,11 @@ def writing(run_dir: Path, point: ResumePoint | None) -> Iterator[None]:
 
 
 def say_finished(point: ResumePoint) -> None:
-    """What a resumed run that has ended already says."""
-    print(f"{point.run_dir} is finished (step {point.step}); nothing is left to do, and nothing was written")
+    """What a resumed run that has ended already says, and how to make again the steps whose checkpoints are damaged."""
+    last = step_of(point.found[-1])
+    print(f"{point.run_dir} is finished (step {last}); nothing is left to do, and nothing was written")
+    if point.step < last:
+        say(f"to make the steps after {point.step} again, whose checkpoints are damaged: --resume {point.checkpoint}")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -263,11 +263,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path: Path, 
     run(path)
     run_dir = tmp_path / "models" / "desc-run,index-0"
     expected = left_by(run_dir)
-    (run_dir / "summary.json").unlink()
     newest = run_dir / "checkpoints" / "step-000004" / "training_state.safetensors"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
+    assert main(["--config", str(path), "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "is finished (step 4); nothing is left to do" in said
+    assert f"the steps after 3 again, whose checkpoints are damaged: --resume {run_dir / 'checkpoints' / 'step-000003'}\n" in said
+    (run_dir / "summary.json").unlink()
     assert main(["--config", str(path), "--resume"]) == 0
     assert f"damaged, so passed over: {newest}: content differs from its checksum" in capsys.readouterr().out
     assert left_by(run_dir) == expected
