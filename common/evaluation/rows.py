@@ -46,10 +46,8 @@ def evaluation_rows(data: EvaluationData, seed: int) -> EvaluationRows:
     """
     kind = source_kind(data.data_dir, data.columns, setting="data.data_dir")
     splits = read_rows(data.data_dir, "sft" if kind == "score" else kind, data, seed=seed, require=(data.split,))
-    rows = [EvaluationRow(record.prompt, _answer(record), record.where) for record in splits.split(data.split)]
-    if data.max_rows is not None:
-        rows = rows[: data.max_rows]
-    return EvaluationRows(rows, splits.notes)
+    records = splits.split(data.split)[: data.max_rows]
+    return EvaluationRows([EvaluationRow(record.prompt, _answer(record), record.where) for record in records], splits.notes)
 
 
 def _answer(record: SFTRecord | PairRecord | PromptRecord) -> str:

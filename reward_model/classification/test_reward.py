@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     config = invocation.config
     invocation.print_notes()
     source, splits = read_test_data(config, "pair")
-    records: list[PairRecord] = splits.split(config.data.split)
+    records: Sequence[PairRecord] = splits.split(config.data.split)
     pairs = [(record, rejected) for record in records for rejected in record.rejected]
     values = breakdown_values([record for record, _ in pairs], config.test_params.breakdown_by)
     title = f"{tested_model(config)}: {len(pairs)} pairs, {config.data.split} split of {config.data.data_dir}"

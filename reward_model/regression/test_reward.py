@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     config = invocation.config
     invocation.print_notes()
     source, splits = read_test_data(config, "score")
-    records: list[ScoreRecord] = splits.split(config.data.split)
+    records: Sequence[ScoreRecord] = splits.split(config.data.split)
     values = breakdown_values(records, config.test_params.breakdown_by)
     title = f"{tested_model(config)}: {len(records)} answers, {config.data.split} split of {config.data.data_dir}"
     for note in [*splits.notes, *order_alone(source)]:
