@@ -48,12 +48,13 @@ from common.launch.runtime import Runtime, is_of_the_connection, peak_memory_gib
 from common.launch.sharded_strategy import ShardedStrategy
 from common.launch.sharding import Sharding
 from common.launch.signals import Stopped, StopSignals
+from common.launch.zero3 import Zero3
 from common.resume import ResumePoint
 from common.schema import DataSettings, TrainerSettings
 from common.tracking import Tracker
 from common.training_state import check_start_weights, frozen_weights, load_trained_weights, weights_digest
 
-SHARDINGS: dict[str, Callable[[Runtime], Sharding]] = {"fsdp": FullySharded}
+SHARDINGS: dict[str, Callable[[Runtime], Sharding]] = {"fsdp": FullySharded, "deepspeed": Zero3}
 """Strategies under which no process has the whole model."""
 STRATEGIES = ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false", *SHARDINGS)
 FLOAT16 = frozenset({16, "16", "16-mixed", "16-true"})
@@ -343,6 +344,11 @@ def fit(
     started = time.monotonic()
     checkpoints.frozen = weights_digest(frozen_weights(module))
     if state is not None:
+        if not state["optimizers"]:
+            raise UserError(
+                "--resume: under strategy deepspeed, checkpoints hold weights alone, not the optimizer's state; start a new run from them "
+                "(trainer.ckpt_path)"
+            )
         if trainer.world_size != state["processes"]:
             raise UserError(f"--resume: {trainer.world_size} processes now, {state['processes']} when the run began; start as many")
         check_start_weights(checkpoints.frozen, state["frozen"], "frozen weights")

@@ -525,8 +525,8 @@ def test_processes_on_one_machine_each_hold_the_whole_model() -> None:
     assert batch_words(cpu_settings(devices=2), 8) == "8 x 1 rows on each of 2 devices"
     with pytest.raises(UserError, match="num_nodes: got 2; to train on several machines, start the script on each of them with torchrun"):
         check_processes(cpu_settings(num_nodes=2))
-    with pytest.raises(UserError, match=r"strategy: got 'ddp_fork', expected auto or one of ddp, .*, fsdp"):
-        check_processes(cpu_settings(devices=2, strategy="ddp_fork"))
+    with pytest.raises(UserError, match=r"strategy: got 'fsdp_cpu_offload', expected auto or one of ddp, .*, fsdp"):
+        check_processes(cpu_settings(devices=2, strategy="fsdp_cpu_offload"))
 
 
 def test_what_a_model_that_is_spread_cannot_do_is_refused() -> None:
