@@ -15,8 +15,9 @@ ALLOWED = {
     ("rlhf/reward_pipelines/function.py", "compile"),
     ("rlhf/reward_pipelines/function.py", "importlib.import_module"),
     # Between the processes of one training, which meet on loopback.
-    ("common/launch/runtime.py", "torch.distributed.all_gather_object"),
-    ("reward_model/gathered.py", "distributed.all_gather_object"),
+    ("common/launch/runtime.py", "distributed.all_gather_object"),
+    ("common/launch/runtime.py", "distributed.broadcast_object_list"),
+    ("common/gathered.py", "distributed.all_gather_object"),
 }
 FORBIDDEN = frozenset(
     [
