@@ -19,14 +19,16 @@ STRETCH = 1000
 """Rows that a process works on at once."""
 _AHEAD = 3  # stretches per process that are begun before the first one's result is taken
 
+# As the process was started: OpenMP binds its first thread to one of them when torch is imported (OMP_PROC_BIND), and workers inherit that.
+_AFFINITY = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
 _work: Callable[[Sequence[Any]], Any]
 _rows: Sequence[Any]
 
 
 def cores() -> int:
     """Processors that this process may use, its share of them where several processes of a training run here."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, count // local_world_size())
+    return max(1, len(_AFFINITY) // local_world_size())
 
 
 def in_stretches(work: Callable[[Sequence[Any]], T], rows: Sequence[Any], processes: int | None = None) -> Iterator[T]:
@@ -58,6 +60,8 @@ def in_stretches(work: Callable[[Sequence[Any]], T], rows: Sequence[Any], proces
 def _begin(work: Callable[[Sequence[Any]], Any], rows: Sequence[Any]) -> None:
     global _work, _rows
     end_with_leader()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, _AFFINITY)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that began this one ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _work, _rows = work, rows

@@ -139,6 +139,23 @@ def test_several_processes_give_the_results_in_order_and_their_errors() -> None:
         list(parallel.in_stretches(_die, rows, 2))
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")
+def test_workers_use_the_cores_that_the_process_was_started_with() -> None:
+    """OpenMP narrows those of the main thread (OMP_PROC_BIND)."""
+    before = os.sched_getaffinity(0)
+    cores = parallel.cores()
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert parallel.cores() == cores
+        assert list(parallel.in_stretches(_affinity, range(1500), 2)) == [before] * 2
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _affinity(part: range) -> set[int]:
+    return os.sched_getaffinity(0)
+
+
 def _refuse(part: range) -> None:
     if 5000 in part:
         raise UserError("row 5000")
