@@ -132,7 +132,7 @@ def collect_rollout(
             written = decoder.run([prompts[row] for row in part.tolist()], numbers[part], pad_to)
             for whole, of_part in zip((tokens, logprobs, values, lengths, ended), written, strict=True):
                 whole[part] = of_part.cpu()
-    width = max(1, int(lengths.max()))
+    width = max([1, *lengths.tolist()])
     responses = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
     return Rollout(
         queries=prompts,

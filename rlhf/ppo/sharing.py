@@ -78,7 +78,8 @@ def score_rollout(
     own = shared_rows(lengths, group, runtime)
     result, problems, place, cut = RewardResult([], {}), tuple[str, ...](), None, pipeline.texts_cut
     try:
-        result = _scored(pipeline, [prompts[row] for row in own], rollout.select(own))
+        if own:
+            result = _scored(pipeline, [prompts[row] for row in own], rollout.select(own))
     except UserError as error:
         problems, place = error.problems, getattr(error, "row", None)
     said = runtime.gather([(own, result, problems, place, pipeline.texts_cut - cut)])

@@ -68,6 +68,8 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"lora": True},
     "t5": {"model": "t5"},
     "a reward model's scale": {"judge": True},
+    "one held-out prompt": {"held_out": 1, "steps": 2},
+    "one held-out prompt, t5": {"held_out": 1, "steps": 2, "model": "t5"},
 }  # fmt: skip
 
 
@@ -77,6 +79,7 @@ def train(make_model: Any, tokenizer: Any) -> Callable[..., Run]:
         settings = {**PLAIN, **settings}
         steps = settings.pop("steps", STEPS)
         kind, shared = settings.pop("model", "gpt_neo"), settings.pop("num_shared_layers", None)
+        held_out = HELD_OUT[: settings.pop("held_out", None)]
         with _building:
             model = make_model(kind, 1)
             if settings.pop("lora", False):
@@ -102,7 +105,7 @@ def train(make_model: Any, tokenizer: Any) -> Callable[..., Run]:
 
         trainer.step = step  # type: ignore[method-assign]
         generation = {"max_new_tokens": 6, "temperature": 0.7}
-        history = trainer.train(PROMPTS, reward=reward, generation=generation, steps=steps, eval_prompts=HELD_OUT, eval_every=5)
+        history = trainer.train(PROMPTS, reward=reward, generation=generation, steps=steps, eval_prompts=held_out, eval_every=5)
         return Run(torch.cat([parameter.detach().flatten() for parameter in trainer.parameters]), answers, history, trainer.kl_coef)
 
     return run
@@ -170,6 +173,7 @@ def test_every_row_is_scored_once_and_scores_come_back_in_the_order_of_rows(in_r
         for result in results:
             assert result.scores == result.components["reward"] == [0.0, 1.0, 2.0, 3.0, 4.0]
         assert sorted(text for texts in asked for text in texts) == ANSWERED.texts
+        assert all(asked), "a function was asked about no answer"
 
 
 @pytest.mark.parametrize("bad", [0, 3])
