@@ -26,8 +26,7 @@ _Precision = Literal[
 
 Strategy = Literal[
     "auto", "single_device", "ddp", "ddp_find_unused_parameters_false",
-    "ddp_find_unused_parameters_true", "fsdp", "fsdp_cpu_offload", "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2",
-    "deepspeed_stage_2_offload", "deepspeed_stage_3", "deepspeed_stage_3_offload", "single_xla", "xla",
+    "ddp_find_unused_parameters_true", "fsdp", "deepspeed", "single_xla", "xla",
 ]  # fmt: skip
 
 # Argument -> what it may be. A test compares the names with the signature of `pl.Trainer`.

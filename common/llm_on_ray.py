@@ -191,7 +191,7 @@ KEYS: dict[str, Row] = {
         quiet=("DDP", "CPU_DDP", "GPU_DDP"),
     ),
     "Training.deepspeed_config_file": _nowhere(
-        NO_EFFECT, "`trainer.params.strategy: deepspeed_stage_2`, or _3, says what is sharded", quiet=("",)
+        NO_EFFECT, "`trainer.params.strategy: deepspeed` (ZeRO-3) says what is sharded", quiet=("",)
     ),
     "Training.logging_steps": _of_trainer("trainer.params.log_every_n_steps", NO_EFFECT, "PPO logs every step"),
     "Training.hpu_execution_mode": _nowhere(NO_EFFECT, "Gaudi's devices are not supported"),
