@@ -43,7 +43,7 @@ _START_TIMEOUT_S = 60.0
 _UNLOCK_TIMEOUT_S = 60.0
 # Settings that the scripts and their libraries read from the environment; keys and tokens stay where they are.
 _PASSED_ON = re.compile(r"(HF_|TRANSFORMERS_|WANDB_|NCCL_|TORCH_)\w+|RESULTS_ROOT_DIR|TOKENIZERS_PARALLELISM")
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")
+_SECRET = re.compile(r"KEY|TOKEN(?!IZERS_)|SECRET|PASSWORD")
 
 
 class Mailbox:

@@ -137,5 +137,24 @@ def test_ray_is_imported_for_ray_alone() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_settings_reach_ray_workers_and_secrets_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="requirements-ray.txt is not installed")
+    from common.launch.ray_driver import _environment
+
+    passed = {"TOKENIZERS_PARALLELISM": "false", "HF_HOME": "/hub", "WANDB_MODE": "offline", "RESULTS_ROOT_DIR": "/runs"}
+    kept = {
+        "HF_TOKEN": "1",
+        "WANDB_API_KEY": "2",
+        "HF_TOKEN_PATH": "/token",
+        "WANDB_PASSWORD": "3",
+        "AWS_SECRET_ACCESS_KEY": "4",
+        "PATH_X": "5",
+    }
+    for name, value in {**passed, **kept}.items():
+        monkeypatch.setenv(name, value)
+    environment = _environment()
+    assert environment.items() >= passed.items() and not environment.keys() & kept.keys()
+
+
 def test_a_run_may_go_on_under_another_engine() -> None:
     assert is_free("launch.engine") and is_free("launch.resources_per_worker.CPU")
