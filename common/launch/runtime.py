@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 
 from common.errors import UserError
-from common.followers import met
+from common.followers import local_rank, met
 
 T = TypeVar("T")
 TIMEOUT_S = 600.0
@@ -141,14 +141,16 @@ def is_of_the_connection(error: BaseException) -> bool:
 
 
 def _device_of_local_rank() -> torch.device:
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    local, count = local_rank(), torch.cuda.device_count()
     if count == 0 or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
         return torch.device("cpu")
+    here = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
     if local >= count and distributed.is_initialized():
         local = torch.cuda.current_device()  # whoever made the group shows each process its own GPU alone
-    elif local >= count:
+    elif here > count and not distributed.is_initialized():  # all of them find it, so that the one that speaks says it
         raise UserError(
-            f"process {local} of this machine has no GPU: it has {count}; start {count} at most, or hide them (CUDA_VISIBLE_DEVICES=)"
+            f"{here} processes were started on this machine, which has {count} GPU{'s' if count > 1 else ''}; "
+            f"start {count} at most, or hide them (CUDA_VISIBLE_DEVICES=)"
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)

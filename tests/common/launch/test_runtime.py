@@ -37,6 +37,15 @@ def test_what_a_launcher_left_out_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         pass
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_each_of_more_processes_than_gpus_knows_it_before_they_meet(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=r"^3 processes were started on this machine, which has 2 GPUs; start 2 at most"), Runtime.start():
+        pass
+
+
 def two_processes(rank: int, port: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     with Runtime.start(timeout_s=60) as runtime:
