@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import threading
 import time
 import warnings
@@ -46,7 +47,7 @@ from common.launch.fsdp import FullySharded
 from common.launch.loopback import meeting_on_loopback
 from common.launch.runtime import Runtime, is_of_the_connection, peak_memory_gib
 from common.launch.sharded_strategy import ShardedStrategy
-from common.launch.sharding import Sharding
+from common.launch.sharding import Sharding, is_set
 from common.launch.signals import Stopped, StopSignals
 from common.launch.zero3 import Zero3
 from common.resume import ResumePoint
@@ -188,6 +189,7 @@ def check_processes(settings: TrainerSettings, dry_run: bool = False) -> None:
             )
         if nodes != machines:
             problems.append(f"trainer.params.num_nodes: got {nodes}, but processes were started on {machines}; remove it")
+        problems += _accelerate_problems(params)
         if problems:
             raise UserError(*problems)
     elif nodes > 1:
@@ -200,6 +202,20 @@ def check_processes(settings: TrainerSettings, dry_run: bool = False) -> None:
         raise UserError(f"trainer.params.strategy: got {strategy!r}, expected auto or one of {', '.join(STRATEGIES)}")
     if strategy in SHARDINGS:
         _check_sharding(strategy, params)
+
+
+def _accelerate_problems(params: Mapping[str, Any]) -> list[str]:
+    """A line for each thing that `accelerate launch` asks for and the trainer's settings do not: they are what counts."""
+    problems = []
+    for variable, strategy in (("ACCELERATE_USE_FSDP", "fsdp"), ("ACCELERATE_USE_DEEPSPEED", "deepspeed")):
+        if is_set(variable) and params.get("strategy") != strategy:
+            problems.append(f"trainer.params.strategy: got {params.get('strategy')}, but accelerate asks for {strategy}; set it")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no" and str(params.get("precision")) in ("None", "32", "32-true"):
+        problems.append(
+            f"trainer.params.precision: got 32, but accelerate's mixed_precision is {precision}; set it, or let accelerate have no"
+        )
+    return problems
 
 
 def _check_sharding(strategy: str, params: Mapping[str, Any]) -> None:

@@ -88,8 +88,8 @@ def launched_sharding(runtime: Runtime, mixed_precision: str = "no") -> Sharding
 
     Raises UserError with every setting of accelerate's that would have no effect here, or another one than PPO's `mixed_precision`.
     """
-    fsdp, zero = _is_set("ACCELERATE_USE_FSDP"), _is_set("ACCELERATE_USE_DEEPSPEED")
-    problems = [f"{name} is set: PPO has FSDP, DeepSpeed and plain data parallelism" for name in _UNSERVED if _is_set(name)]
+    fsdp, zero = is_set("ACCELERATE_USE_FSDP"), is_set("ACCELERATE_USE_DEEPSPEED")
+    problems = [f"{name} is set: PPO has FSDP, DeepSpeed and plain data parallelism" for name in _UNSERVED if is_set(name)]
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", mixed_precision):
         problems.append(
@@ -161,5 +161,6 @@ def _unexpected(settings: Mapping[str, tuple[Any, str]]) -> list[str]:
     return [f"accelerate's {name}: expected {expected}" for name, (wrong, expected) in settings.items() if wrong]
 
 
-def _is_set(name: str) -> bool:
+def is_set(name: str) -> bool:
+    """Whether a variable of accelerate's is on."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")

@@ -356,8 +356,8 @@ def test_more_devices_than_present_are_refused(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
 def test_what_lightning_refuses_is_refused_before_a_run_directory_is_made() -> None:
-    with pytest.raises(UserError, match=r"^trainer\.params: .*GPU"):
-        check_trainer(settings(accelerator="cpu", strategy="fsdp_cpu_offload"))
+    with pytest.raises(UserError, match=r"^trainer\.params: .*CPU"):
+        check_trainer(settings(accelerator="cpu", devices=-1))
 
 
 def test_every_name_of_a_strategy_is_one_of_lightning() -> None:
@@ -525,8 +525,23 @@ def test_processes_on_one_machine_each_hold_the_whole_model() -> None:
     assert batch_words(cpu_settings(devices=2), 8) == "8 x 1 rows on each of 2 devices"
     with pytest.raises(UserError, match="num_nodes: got 2; to train on several machines, start the script on each of them with torchrun"):
         check_processes(cpu_settings(num_nodes=2))
-    with pytest.raises(UserError, match=r"strategy: got 'fsdp_cpu_offload', expected auto or one of ddp, .*, fsdp"):
-        check_processes(cpu_settings(devices=2, strategy="fsdp_cpu_offload"))
+    with pytest.raises(UserError, match=r"strategy: got 'single_device', expected auto or one of ddp, .*, fsdp"):
+        check_processes(cpu_settings(devices=2, strategy="single_device"))
+
+
+def test_what_accelerate_asks_for_and_the_trainer_would_not_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    check_processes(cpu_settings())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(UserError) as refused:
+        check_processes(cpu_settings())
+    strategy, precision = refused.value.problems
+    assert strategy == "trainer.params.strategy: got ddp, but accelerate asks for fsdp; set it"
+    assert precision.startswith("trainer.params.precision: got 32, but accelerate's mixed_precision is bf16")
+    check_processes(cpu_settings(strategy="fsdp", precision="bf16-mixed"))
 
 
 def test_what_a_model_that_is_spread_cannot_do_is_refused() -> None:
