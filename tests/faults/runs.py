@@ -144,14 +144,17 @@ def write_config(stage: str, folder: Path, models: Models, **changes: Any) -> Pa
 
 def start(stage: str, config: Path, *arguments: str, prepare: Callable[[], object] | None = None) -> int:
     """Fork a process that runs the stage's script; returns its id. `prepare()` is called in it first."""
-    output = config.parent
+    # Before the fork: a process that is killed at once has them, too.
+    outputs = [os.open(config.parent / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600) for name in ("out", "err")]
     pid = os.fork()
     if pid:
+        for output in outputs:
+            os.close(output)
         return pid
     code = 1
     try:
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+        for number, output in enumerate(outputs, start=1):
+            os.dup2(output, number)
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
