@@ -15,6 +15,9 @@ TransformName = Literal["none", "standardize", "log1p", "minmax"]
 LEAST_SCALE = 1e-6
 """Scores that spread less than this are taken as all alike, and not divided."""
 
+LARGEST_TARGET = 1e18
+"""What the loss sees is squared in float32, which ends at 3e38."""
+
 # exp of more than this is no float any more; a prediction that far out is meaningless, but must not raise.
 _LARGEST_EXPONENT = 700.0
 
@@ -36,11 +39,25 @@ class ScoreTransform(BaseModel):
 
     @classmethod
     def fit(cls, name: TransformName, scores: Sequence[float]) -> ScoreTransform:
-        """Fit to training scores; scores that are all equal keep the scale 1. Raises UserError on no or non-finite scores."""
+        """Fit to training scores; scores that are all equal keep the scale 1. Raises UserError on no or non-finite scores, and
+        on such that it leaves too large for the loss.
+        """
         if not scores:
             raise UserError("score_transform: no training scores to fit it on")
         if not all(math.isfinite(score) for score in scores):
             raise UserError("score_transform: a training score is not finite")
+        lowest, highest = min(scores), max(scores)
+        try:
+            transform = cls._fitted(name, scores)
+            fits = all(abs(target) <= LARGEST_TARGET for target in transform.apply([lowest, highest]))
+        except OverflowError:
+            fits = False
+        if not fits:
+            raise UserError(f"score_transform: {name} of training scores from {lowest:g} to {highest:g} is too large for the loss")
+        return transform
+
+    @classmethod
+    def _fitted(cls, name: TransformName, scores: Sequence[float]) -> ScoreTransform:
         if name == "standardize":
             mean = math.fsum(scores) / len(scores)
             std = math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / len(scores))

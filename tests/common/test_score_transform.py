@@ -43,6 +43,16 @@ def test_order_is_kept(name: str) -> None:
     assert ScoreTransform.fit(name, SCORES).apply(values) == sorted(ScoreTransform.fit(name, SCORES).apply(values))
 
 
+@pytest.mark.parametrize(
+    ("name", "scores"),
+    [("none", [0.0, 1e19]), ("standardize", [1e300, -1e300]), ("standardize", [1e308, 1e308]), ("minmax", [-1e308, 1e308])],
+)
+def test_scores_that_stay_too_large_to_be_squared_are_refused(name: str, scores: list[float]) -> None:
+    with pytest.raises(UserError, match=f"{name} of training scores from .* is too large for the loss"):
+        ScoreTransform.fit(name, scores)
+    assert max(ScoreTransform.fit("log1p", scores).apply(scores)) < 1000
+
+
 @pytest.mark.parametrize("name", ["standardize", "minmax"])
 def test_equal_scores_keep_their_scale(name: str) -> None:
     transform = ScoreTransform.fit(name, [4.0, 4.0])
