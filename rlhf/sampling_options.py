@@ -23,8 +23,9 @@ def check_sampling_options(params: GenerateParams, *, setting: str) -> None:
         given = [name for name in SAMPLING_OPTIONS if extra.get(name) is not None]
         problems += [f"{setting}.{name} shapes sampling, but do_sample is false" for name in given]
     eos = extra.get("eos_token_id")
-    if eos is not None and not all(isinstance(token, int) for token in (eos if isinstance(eos, list) else [eos])):
-        problems.append(f"{setting}.eos_token_id: got {eos!r}, expected a token id or a list of them")
+    ends = eos if isinstance(eos, list) else [eos]
+    if eos is not None and not (ends and all(type(token) is int and token >= -1 for token in ends)):
+        problems.append(f"{setting}.eos_token_id: got {eos!r}, expected a token id or a list of them (-1: no token ends an answer)")
     if params.min_length > params.max_new_tokens:
         problems.append(f"{setting}: min_length {params.min_length} is more than max_new_tokens {params.max_new_tokens}")
     if problems:

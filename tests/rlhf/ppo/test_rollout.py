@@ -250,3 +250,11 @@ def test_options_that_sampling_does_not_know_are_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"typical_p: got 1.0, expected a number above 0 and below 1"):
         check_sampling_options(GenerateParams.model_validate({"typical_p": 1.0, "do_sample": True}), setting="generation_config")
     assert "min_length 5 is more than max_new_tokens 2" in third
+
+
+@pytest.mark.parametrize("ends", [True, [], [2, "</s>"], -2, 1.0])
+def test_what_ends_an_answer_is_an_id_or_ids(ends: Any) -> None:
+    with pytest.raises(UserError, match=r"generation_config.eos_token_id: got .*, expected a token id or a list of them"):
+        check_sampling_options(GenerateParams.model_validate({"eos_token_id": ends}), setting="generation_config")
+    for good in (-1, 2, [2, 9], None):
+        check_sampling_options(GenerateParams.model_validate({"eos_token_id": good}), setting="generation_config")
