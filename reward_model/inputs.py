@@ -42,13 +42,16 @@ def check_fresh_model(config: RewardConfig) -> None:
 
 
 def idle_settings(config: RewardConfig) -> list[str]:
-    """Notes on settings shared with SFT that have no effect on a reward model."""
+    """Notes on settings that have no effect: those shared with SFT alone, and a limit beyond another."""
     params = config.model_params
     notes = {
         "do_compute_metrics": "every figure of a reward model is computed anyway" if params.do_compute_metrics else "",
         "use_cache": "a reward model generates nothing" if params.use_cache else "",
     }
-    return [f"model_params.{name} has no effect here: {why}" for name, why in notes.items() if why]
+    lines = [f"model_params.{name} has no effect here: {why}" for name, why in notes.items() if why]
+    if (limit := config.data.max_prompt_length) is not None and limit >= config.data.max_length:
+        lines.append(f"data.max_prompt_length {limit} has no effect: data.max_length {config.data.max_length} limits every prompt")
+    return lines
 
 
 def read_training_data(config: RewardConfig, kind: Kind) -> Splits:

@@ -39,6 +39,14 @@ def test_both_kinds_take_the_key_that_chooses_the_loss_of_scores(write_config, c
         assert ("mae_loss is obsolete and has no effect" in capsys.readouterr().out) == (kind == "pair")
 
 
+@pytest.mark.parametrize("limit", [63, 64])
+def test_a_limit_of_prompts_beyond_that_of_the_whole_text_is_said_to_do_nothing(
+    limit: int, write_config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_pairs.main(["--config_file", str(write_config("pair")), "--validate", f"data.max_prompt_length={limit}"]) == 0
+    assert ("data.max_prompt_length 64 has no effect: data.max_length 64 limits" in capsys.readouterr().out) == (limit == 64)
+
+
 @pytest.mark.parametrize("kind", MAINS)
 def test_a_taken_index_is_refused_under_the_results_root_too(
     kind: str, write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
