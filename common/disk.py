@@ -24,20 +24,26 @@ def checkpoint_bytes(*modules: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() * (4 if parameter.requires_grad else 1) for parameter in parameters)
 
 
-def check_room(folder: Path, one: int, kept: int, resumed: Path | None = None) -> None:
+def check_room(folder: Path, one: int, kept: int, saves: int, resumed: Path | None = None) -> None:
     """Refuse to train where the disk has no room for as many checkpoints as a run keeps, and for one more while it is written.
 
-    folder: where the run will lie. one: bytes of a checkpoint. kept: `keep_last` + `keep_best`. resumed: the run that goes on, whose
-    checkpoints are there already. Raises UserError.
+    folder: where the run will lie. one: bytes of a checkpoint. kept: `keep_last` + `keep_best`. saves: of the whole run, at most.
+    resumed: the run that goes on, whose checkpoints are there already. Raises UserError.
     """
-    need, free = one * (kept + 1), shutil.disk_usage(nearest(folder)).free
+    there = min(kept + 1, saves)
+    need, free = one * there, shutil.disk_usage(nearest(folder)).free
     if resumed is not None:
         need -= size_of(resumed / CHECKPOINTS_FOLDER)
     if need > free:
         raise UserError(
-            f"{folder}: checkpoints need about {amount(need)} ({kept + 1} of {amount(one)}: keep_last, keep_best and the one being "
+            f"{folder}: checkpoints need about {amount(need)} ({there} of {amount(one)}: keep_last, keep_best and the one being "
             f"written), {amount(free)} are free on that disk; make room, lower keep_last, or choose another disk"
         )
+
+
+def most_saves(steps: int, every: int | None, validations: int) -> int:
+    """How many checkpoints a run can make: at an interval, the best of its validations, one where it ends. At most one a step."""
+    return min(steps, (0 if every is None else steps // every) + validations + 1)
 
 
 def check_writable(folder: Path) -> None:

@@ -41,7 +41,7 @@ from common.launch.lightning import (
     training_device,
 )
 from common.launch.memory import LIGHTNING_REMEDY, telling_out_of_memory
-from common.launch.rehearsal import report_training
+from common.launch.rehearsal import report_training, saves_at_most
 from common.launch.workers import check_number_of_workers
 from common.lora import add_lora
 from common.models.answers import Answer
@@ -183,8 +183,9 @@ def train(
         )
         save_model_directory(directory, module.model, tokenizer, manifest, extra=extra)
 
+    saves = saves_at_most(config.trainer, len(train_loader), total_steps)
     with (
-        shared_run(config, resolved, runs_root, resume, checkpoint_bytes(model)) as run_dir,
+        shared_run(config, resolved, runs_root, resume, checkpoint_bytes(model), saves) as run_dir,
         Tracker.start(
             run_dir,
             stage=objective.stage,

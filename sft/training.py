@@ -39,7 +39,7 @@ from common.launch.lightning import (
     training_device,
 )
 from common.launch.memory import LIGHTNING_REMEDY, telling_out_of_memory
-from common.launch.rehearsal import report_training
+from common.launch.rehearsal import report_training, saves_at_most
 from common.launch.workers import check_number_of_workers
 from common.lora import add_lora
 from common.models.answers import StartedAnswer
@@ -127,7 +127,8 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
 
     # 3. a run directory, from here on things are written
     resolved = resolved_dict(config)
-    with shared_run(config, resolved, root, resume, checkpoint_bytes(model)) as run_dir:
+    saves = saves_at_most(config.trainer, len(train_loader), total_steps)
+    with shared_run(config, resolved, root, resume, checkpoint_bytes(model), saves) as run_dir:
         print(freezing)
         for line in opening_lines(
             run_dir,

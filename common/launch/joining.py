@@ -17,13 +17,13 @@ from common.schema import TrainingSettings
 
 @contextlib.contextmanager
 def shared_run(
-    config: TrainingSettings, resolved: Mapping[str, Any], root: Path, resume: ResumePoint | None, checkpoint_bytes: int
+    config: TrainingSettings, resolved: Mapping[str, Any], root: Path, resume: ResumePoint | None, checkpoint_bytes: int, saves: int
 ) -> Iterator[Path]:
     """The directory of a run, in each of its processes: one below `root`, or that of `resume`.
 
     Processes that a launcher started meet here, within `trainer.process_timeout_s` of one another; those that Lightning starts meet in its
     trainer. The process that leads makes the directory, writes the `resolved` config and holds the run's lock and log. Raises UserError
-    where checkpoints of so many bytes do not fit.
+    where checkpoints of so many bytes do not fit; it saves so many of them at most.
     """
     with contextlib.ExitStack() as stack:
         runtime = stack.enter_context(Runtime.start(timeout_s=config.trainer.process_timeout_s)) if launched() else None
@@ -32,7 +32,7 @@ def shared_run(
             assert run_dir is not None, "the process that leads has told its run"
             yield run_dir
             return
-        check_room(root, checkpoint_bytes, config.trainer.checkpoint.kept, None if resume is None else resume.run_dir)
+        check_room(root, checkpoint_bytes, config.trainer.checkpoint.kept, saves, None if resume is None else resume.run_dir)
         run_dir = run_directory(resume, root, config)
         stack.enter_context(writing(run_dir, resume))
         stack.enter_context(leading(run_dir))

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from common.batching import Batch, BatchPlan, limited
+from common.disk import most_saves
 from common.dry_run import Cost, Forecast, counted, model_bytes, report, seconds_of, start_line
 from common.errors import UserError
 from common.launch.callbacks import StatelessDropout, TrainingMetrics, plan_sampler
@@ -232,6 +233,12 @@ def validations(settings: TrainerSettings, batches_per_epoch: int, total_steps: 
         validates = in_last == (every or 1) - 1
         return count + (rest // each if validates else 0) + (not validates or rest % each > 0)
     return count + (in_last > 0 or batches % each > 0)
+
+
+def saves_at_most(settings: TrainerSettings, batches_per_epoch: int, total_steps: int) -> int:
+    """How many checkpoints a training can make."""
+    looks = validations(settings, batches_per_epoch, total_steps)
+    return most_saves(total_steps, settings.checkpoint.every_n_train_steps, looks)
 
 
 def _plan(loader: DataLoader[Any]) -> BatchPlan:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.checkpoint import new_manifest, save_model_directory
 from common.closing import RunResult, cost_line, finish_run, opening_lines
-from common.disk import check_room, checkpoint_bytes
+from common.disk import check_room, checkpoint_bytes, most_saves
 from common.errors import UserError
 from common.launch.checkpointing import CheckpointKeeper
 from common.launch.runtime import Runtime, peak_memory_gib
@@ -185,7 +185,8 @@ def train(
         if output is not None and runtime.is_main:
             if not output.is_held:
                 stack.enter_context(holding(output.directory, point))
-            check_room(output.directory, one, keep_last + keep_best, None if point is None else point.run_dir)
+            saves = most_saves(steps, save_every, steps // eval_every + 1 if held_out else 0)
+            check_room(output.directory, one, keep_last + keep_best, saves, None if point is None else point.run_dir)
             if point is None:
                 write_config(output.directory, output.config)
             tracker = stack.enter_context(

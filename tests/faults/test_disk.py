@@ -62,12 +62,13 @@ def test_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     one = checkpoint_bytes(model)
     assert one == 4 * 40_000 + 40_000  # weights, the trained ones again, two moments of each
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 799_999))
-    check_room(tmp_path / "not" / "there", one, 2)
+    check_room(tmp_path / "not" / "there", one, 2, 100)
+    check_room(tmp_path, one, 1000, 3)  # no more than are ever made
     with pytest.raises(UserError, match=r"4 of 195\.3 KiB: keep_last, keep_best and the one being written"):
-        check_room(tmp_path, one, 3)
+        check_room(tmp_path, one, 3, 4)
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-000001" / "model").write_bytes(bytes(1))
-    check_room(tmp_path, one, 3, resumed=tmp_path)  # what is there already takes no more room
+    check_room(tmp_path, one, 3, 4, resumed=tmp_path)  # what is there already takes no more room
 
 
 def test_a_read_only_place_is_refused_before_torch(tmp_path: Path, models: Models) -> None:
