@@ -154,9 +154,13 @@ class TokenCache:
             if ids is not None:
                 say(f"{split}: token ids of {len(ids):,} rows are in {place}")
             else:
-                for left in folder.glob(f".{key}.staging-*"):  # by a run that was killed
+                for left in folder.glob(f".{key}.staging-*") if lock.alone else ():  # by a run that was killed
                     shutil.rmtree(left, ignore_errors=True)
-                self._write(place, facts, encoder, records, split, unusable_rows)
+                try:
+                    self._write(place, facts, encoder, records, split, unusable_rows)
+                except UserError:
+                    if lock.alone or not place.is_dir():
+                        raise  # else, on a file system without locks, another process was quicker
                 ids = self._read(place)
                 assert ids is not None, "what was just written is whole"
         finally:

@@ -167,3 +167,22 @@ def test_a_run_that_is_making_them_is_waited_for(tmp_path: Path, tokenizer: Any,
 
     monkeypatch.setattr(token_rows, "hold", another_holds_it)
     assert made(cache, tokenizer, found) == 1 and waited == [False, True]
+
+
+def test_without_locks_the_first_to_end_makes_them_and_no_other_is_disturbed(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, cache, write = read(tmp_path / "data.jsonl"), TokenCache(tmp_path / "ids", "data"), TokenCache._write
+    monkeypatch.setattr(token_rows, "hold", lambda path, wait=False: hold(path)._replace(alone=False))
+
+    def overtaken(*arguments: Any) -> None:
+        write(*arguments)
+        write(*arguments)
+
+    monkeypatch.setattr(TokenCache, "_write", overtaken)
+    whole = list(stored_rows(answers, encoder(tokenizer), found, cache, "train", "drop"))
+    [folder] = (tmp_path / "ids").glob("*/")
+    of_another = folder.with_name(f".{folder.name}.staging-1-0")
+    shutil.move(folder, of_another)
+    assert list(stored_rows(answers, encoder(tokenizer), found, cache, "train", "drop")) == whole
+    assert of_another.exists() and folder.exists()
