@@ -45,7 +45,7 @@ def test_an_unfinished_last_line_is_passed_over_and_others_are_not(tmp_path: Pat
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x": 1.0}\n{"step": 2, "x"')
     assert read_metrics(tmp_path) == [{"step": 1, "x": 1.0}]
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x"\n{"step": 2, "x": 1.0}\n')
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(UserError, match="its lines are no metrics any more"):
         read_metrics(tmp_path)
 
 
