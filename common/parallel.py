@@ -26,17 +26,19 @@ _work: Callable[[Sequence[Any]], Any]
 _rows: Sequence[Any]
 
 
-def cores() -> int:
-    """Processors that this process may use, its share of them where several processes of a training run here."""
-    return max(1, len(_AFFINITY) // local_world_size())
+def cores(*, others_wait: bool = False) -> int:
+    """Processors that this process may use: its share where several processes of a training run here, all if the others wait for it."""
+    return len(_AFFINITY) if others_wait else max(1, len(_AFFINITY) // local_world_size())
 
 
-def in_stretches(work: Callable[[Sequence[Any]], T], rows: Sequence[Any], processes: int | None = None) -> Iterator[T]:
-    """`work(stretch)` of each stretch of rows, in order. `processes`: how many work; default: one per core.
+def in_stretches(
+    work: Callable[[Sequence[Any]], T], rows: Sequence[Any], processes: int | None = None, *, others_wait: bool = False
+) -> Iterator[T]:
+    """`work(stretch)` of each stretch of rows, in order. `processes`: how many work; default: one per core (`cores`).
 
     An exception of `work` is raised here. Raises UserError where a process ends before its work is done.
     """
-    processes = min(processes or cores(), -(-len(rows) // STRETCH))
+    processes = min(processes or cores(others_wait=others_wait), -(-len(rows) // STRETCH))
     starts = range(0, len(rows), STRETCH)
     if processes <= 1:
         for start in starts:

@@ -378,7 +378,7 @@ class TrainerSettings(Section):
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings, description="Where and when checkpoints are written.")
     ckpt_path: ModelName | None = Field(None, description="Checkpoint directory whose weights the run starts from.")
     process_timeout_s: PositiveFloat = Field(
-        600.0, description="Seconds that processes which train together wait for one another before all of them end."
+        600.0, description="Seconds that processes which train together wait for one another, a save included, before all of them end."
     )
     params: dict[str, Any] = Field(default_factory=dict, description="Any argument of `pl.Trainer`.")
 

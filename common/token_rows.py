@@ -157,7 +157,7 @@ class TokenCache:
                 for left in folder.glob(f".{key}.staging-*") if lock.alone else ():  # by a run that was killed
                     shutil.rmtree(left, ignore_errors=True)
                 try:
-                    self._write(place, facts, encoder, records, split, unusable_rows)
+                    self._write(place, facts, encoder, records, split, unusable_rows, lock.alone)
                 except UserError:
                     if lock.alone or not place.is_dir():
                         raise  # else, on a file system without locks, another process was quicker
@@ -195,6 +195,7 @@ class TokenCache:
         records: FileRecords[Any],
         split: str,
         unusable_rows: Literal["error", "drop"],
+        others_wait: bool,
     ) -> None:
         dtype = "<u2" if max(encoder.tokenizer.get_vocab().values(), default=0) < 2**16 else "<u4"
         say(f"{split}: tokenizing {len(records):,} rows, once, into {place}")
@@ -205,7 +206,8 @@ class TokenCache:
         with atomic_directory(place) as staging, _telling(place.parent), ExitStack() as stack:
             files = {name: stack.enter_context(_File(staging / name)) for name in ("tokens", *_COLUMNS)}
             begins = {"ends": 0, "texts": 0, "places": 0}
-            for number, part in enumerate(in_stretches(_Tokenizing(encoder, unusable_rows, dtype), records), start=1):
+            stretches = in_stretches(_Tokenizing(encoder, unusable_rows, dtype), records, others_wait=others_wait)
+            for number, part in enumerate(stretches, start=1):
                 problems += part.problems
                 unusable += part.unusable
                 if len(problems) + len(unusable) >= MOST_FAULTS:

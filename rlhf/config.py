@@ -143,7 +143,7 @@ class PPOParams(Section):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward.")
     process_timeout_s: PositiveFloat = Field(
-        600.0, description="Seconds that processes which train together wait for one another before all of them end."
+        600.0, description="Seconds that processes which train together wait for one another, a save included, before all of them end."
     )
     lora: LoraSettings | None = Field(None, description="LoRA adapters; excludes `freeze_config`.")
 

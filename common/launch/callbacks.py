@@ -147,10 +147,10 @@ class TrainingMetrics(pl.Callback):
         finite = torch.stack([loss.isfinite() for loss, _ in window]).tolist()
         what, bad = "loss", [batch for (_, batch), good in zip(window, finite, strict=True) if not good]
         self._grad_norm = gradient_norm(trainer, optimizer)  # of a network that is spread, by all processes
-        if not bad and not math.isfinite(self._grad_norm) and not _rescales_loss(trainer):
-            what, bad = "gradient", [batch for _, batch in window]
         if not _anywhere(trainer, bool(bad)):
-            return
+            if math.isfinite(self._grad_norm) or _rescales_loss(trainer):
+                return
+            what, bad = "gradient", [batch for _, batch in window]  # found by all processes: it is the sum of theirs
         problem = f"step {trainer.global_step + 1}: {not_finite(what, pl_module, bad)}"
         if not self.skips:
             remedy = "lower the learning rate, set gradient_clip_val, or use precision 32 or bf16-mixed; on_nan: skip leaves such steps out"
@@ -192,7 +192,7 @@ class TrainingMetrics(pl.Callback):
 def not_finite(what: str, module: pl.LightningModule, batches: list[Any]) -> str:
     """That a loss or gradient is NaN or infinite, naming the rows where the module can; no batches: it is so in another process."""
     if not batches:
-        return "a loss or gradient is not finite in another process"
+        return f"a {what} is not finite in another process"
     describe = getattr(module, "describe_rows", None)
     rows = f" (rows: {'; '.join(describe(batch) for batch in batches)})" if describe is not None else ""
     return f"the {what} is not finite{rows}"

@@ -37,7 +37,7 @@ def read(monkeypatch: pytest.MonkeyPatch, path: str, kind: Any, *, streamed: boo
     monkeypatch.setattr(records, "STREAMED_BYTES", 0 if streamed else 2**30)
     monkeypatch.setattr(json_stream, "STRETCH_BYTES", 300)
     monkeypatch.setattr(parallel, "STRETCH", 16)
-    monkeypatch.setattr(parallel, "cores", lambda: 1)
+    monkeypatch.setattr(parallel, "cores", lambda **_: 1)
     try:
         return read_splits(path, kind, **options)
     except UserError as error:
@@ -150,6 +150,13 @@ def test_workers_use_the_cores_that_the_process_was_started_with() -> None:
         assert list(parallel.in_stretches(_affinity, range(1500), 2)) == [before] * 2
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_processes_that_train_together_divide_the_cores_unless_they_wait_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_AFFINITY", {0, 1, 2, 3, 4})
+    assert parallel.cores() == 5
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert (parallel.cores(), parallel.cores(others_wait=True)) == (2, 5)
 
 
 def _affinity(part: range) -> set[int]:

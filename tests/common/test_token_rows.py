@@ -42,7 +42,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "STREAMED_BYTES", 0)
     monkeypatch.setattr(parallel, "STRETCH", 9)
     monkeypatch.setattr(token_rows, "STRETCH", 9)
-    monkeypatch.setattr(parallel, "cores", lambda: 1)
+    monkeypatch.setattr(parallel, "cores", lambda **_: 1)
     monkeypatch.setattr(token_rows, "RESIDENT_BYTES", 2**18)
 
 
@@ -62,7 +62,7 @@ def answers(ids: Any, records: Any, row: int) -> Any:
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("kind", ["sft", "pair"])
 def test_rows_counts_and_lengths(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, kind: str, processes: int) -> None:
-    monkeypatch.setattr(parallel, "cores", lambda: processes)
+    monkeypatch.setattr(parallel, "cores", lambda **_: processes)
     found, memory = read(tmp_path / "data.jsonl", kind), encoder(tokenizer)
     expected: list[Any] = (encode_answers if kind == "sft" else encode_preferences)(memory, list(found), "drop")  # type: ignore[operator]
     kept = [record for record, group in zip(found, expected, strict=True) if group is not None]

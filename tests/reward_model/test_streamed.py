@@ -46,7 +46,7 @@ def run(config: Path, kind: str, desc: str, *overrides: str) -> tuple[Any, ...]:
 def small_stretches_and_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_stream, "STRETCH_BYTES", 500)
     monkeypatch.setattr(parallel, "STRETCH", 7)
-    monkeypatch.setattr(parallel, "cores", lambda: 1)
+    monkeypatch.setattr(parallel, "cores", lambda **_: 1)
     monkeypatch.setattr("common.closing.plot_curves", lambda run_dir: run_dir)
 
 

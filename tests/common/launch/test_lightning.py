@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -22,7 +23,7 @@ from common.batching import Batch, BatchPlan, batch_loader
 from common.checkpoint import atomic_directory
 from common.closing import RunResult, finish_run
 from common.errors import UserError
-from common.launch.callbacks import TRAINING_METRICS, ProgressReport, count_tokens, mixed_seed
+from common.launch.callbacks import TRAINING_METRICS, ProgressReport, TrainingMetrics, count_tokens, mixed_seed
 from common.launch.lightning import (
     batch_limit,
     batch_words,
@@ -281,6 +282,22 @@ def test_dropout_is_a_function_of_seed_epoch_and_batch_alone(tmp_path: Path) -> 
 def test_mixed_seeds_differ_in_every_place() -> None:
     seeds = {mixed_seed(*parts) for parts in [(1, 2, 3), (1, 3, 2), (2, 1, 3), (12, 3), (1, 23), (1, 2, 3, 0)]}
     assert len(seeds) == 6 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [(True, "step 1: a loss is not finite in another process"), (False, "step 1: the gradient is not finite (rows: row 3)")],
+)
+def test_rows_of_this_process_are_not_named_for_a_loss_of_another(tmp_path: Path, lost: bool, words: str) -> None:
+    module = Toy()
+    module.w.grad = torch.tensor([float("nan")])  # a sum over processes
+    metrics = TrainingMetrics(Tracker(tmp_path), 1, 1)
+    metrics._window = [(torch.tensor(1.0), {"rows": [3]})]
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda found, all: found or lost)
+    trainer: Any = SimpleNamespace(world_size=2, global_step=0, strategy=strategy, precision_plugin=None)
+    with pytest.raises(UserError) as stopped:
+        metrics.on_before_optimizer_step(trainer, module, torch.optim.SGD(module.parameters(), 0.1))
+    assert str(stopped.value).startswith(words)
 
 
 @pytest.mark.parametrize(("bad", "what"), [(float("nan"), "loss"), (float("inf"), "loss"), (1e30, "gradient")])
