@@ -181,7 +181,7 @@ def test_every_regression_loss_and_transform_trains(loss: str, transform: str, w
         (["data.max_length=4"], "max_length"),
         (["model_init=null", "model_name=/nowhere"], "no model directory"),
         (["trainer.params.precision='16'"], "bf16-mixed"),
-        (["trainer.params.strategy=fsdp"], "requires a GPU"),
+        (["trainer.params.strategy=fsdp"], "got fsdp, but the run is one process"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(overrides: list[str], message: str, write_config) -> None:
