@@ -395,14 +395,13 @@ def update_memory(
 def scoring_memory(
     model: Transformer, run: Run, rows: int, shards: int, adapters: bool = False, shortened: bool = True
 ) -> dict[str, float]:
-    """What forwards of reference and policy over up to `rows` texts take beside what stays; weights in float32 are collected whole.
+    """What forwards of policy or reference over up to `rows` texts take beside what stays; weights in float32 are collected whole.
 
     Casts of the policy's weights are kept over a forward, those of the reference's, which do not train, are not.
     """
     texts = min(rows, max(1, int(run.forward_tokens // run.tokens)))
-    networks = 1 + run.rescored
     casts = SHORT * model.parameters if run.mixed and run.rescored and not adapters and (shards == 1 or not shortened) else 0.0
-    collected = 2 * run.short * model.layer if shortened else networks * FULL * model.parameters
+    collected = 2 * run.short * model.layer if shortened else FULL * model.parameters
     return {
         "logits": (LOGITS - FULL) * texts * run.answer * model.vocabulary,
         "copies for products": casts + (collected if shards > 1 else 0.0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -168,19 +168,21 @@ class Networks:
         """Log-probabilities (B, T) of the answers in `rows` (default: all), 0 in others and outside answers."""
         logprobs = torch.zeros(answers.mask.shape, device=answers.ids.device)
         rows = torch.arange(len(answers), device=answers.ids.device) if rows is None else rows
-        with self._reading(self.model if forward is self.policy else self.ref_model):
-            for chunk in self.chunks(rows, answers):
-                part = answers.select(chunk)
-                with self.autocast():
-                    logits = forward.at_answers(part).logits
-                _scatter(logprobs, chunk, part.present, token_stats(logits, part.targets[part.present], temperature).logprobs)
+
+        def some(rows: Tensor, part: Answers) -> None:
+            with self.autocast():
+                logits = forward.at_answers(part).logits
+            _scatter(logprobs, rows, part.present, token_stats(logits, part.targets[part.present], temperature).logprobs)
+
+        self._walk(answers, rows, some, self.model if forward is self.policy else self.ref_model)
         return logprobs
 
     @torch.no_grad()
     def passes(self, answers: Answers, temperature: float, sampled: Rollout | None, own: Tensor, *, full: bool, values: bool) -> Passes:
-        """Everything that a step needs before its update, in one walk over the rows `own` of the batch; all is 0 in the others.
+        """Everything that a step needs before its update, of the rows `own` of the batch; all is 0 in the others.
 
-        `full`: the KL over the vocabulary, too; `values`: whether the estimator reads values (else they are 0).
+        `full`: the KL over the vocabulary, too; `values`: whether the estimator reads values (else they are 0). Each network walks over
+        the rows by itself, so that memory holds but one of them whole or laid out; only `full` needs policy and reference together.
         """
         kept = self.kept_logprobs(answers, sampled)
         if values and self.critic is None and sampled is not None and sampled.values is None:
@@ -192,28 +194,52 @@ class Networks:
             if sampled.values is not None and values and self.critic is None:
                 critic_values[own] = sampled.values[:, : critic_values.shape[1]].to(critic_values.device)[own]
         lower = LowerStates(self.lower, answers, own) if self.lower is not None else None
-        runs: list[nn.Module] = [self.model] if kept is None or full or lower is not None else []
-        with self._reading(self.ref_model, *runs, *(self.critics if values else [])):
-            for rows in self.chunks(own, answers):
-                part = answers.select(rows)
-                targets = part.targets[part.present]
-                with self.autocast():
-                    if lower is not None and self.policy.trunk is not None:
-                        lower.put(rows, self.policy.trunk.below(part, lower.layers))
-                    ref_logits = self._run(self.reference, self.reference_lower, rows, part, lower).logits
-                    output = self.policy_at(rows, part, lower) if kept is None or full else None
-                    critic_states = self.critic_at(part) if self.critic is not None and values else None
-                if self.critic is not None and critic_states is not None:
-                    _scatter(critic_values, rows, part.present, self.critic.v_head(critic_states))
-                _scatter(ref_logprobs, rows, part.present, token_stats(ref_logits, targets, temperature).logprobs)
-                if output is not None and full:
-                    both = [(logits.float() / temperature).log_softmax(-1) for logits in (output.logits, ref_logits)]
-                    _scatter(kl, rows, part.present, full_kl(*both))
-                if output is not None and kept is None:
-                    _scatter(logprobs, rows, part.present, token_stats(output.logits, targets, temperature).logprobs)
-                    if self.critic is None and values:
-                        _scatter(critic_values, rows, part.present, self.model.v_head(output.states))
+        runs_policy = kept is None or full
+
+        def policy(rows: Tensor, part: Answers) -> Tensor | None:
+            with self.autocast():
+                if lower is not None and self.policy.trunk is not None:
+                    lower.put(rows, self.policy.trunk.below(part, lower.layers))
+                output = self.policy_at(rows, part, lower) if runs_policy else None
+            if output is not None and kept is None:
+                _scatter(logprobs, rows, part.present, token_stats(output.logits, part.targets[part.present], temperature).logprobs)
+                if self.critic is None and values:
+                    _scatter(critic_values, rows, part.present, self.model.v_head(output.states))
+            return None if output is None else output.logits
+
+        def reference(rows: Tensor, part: Answers) -> Tensor:
+            with self.autocast():
+                logits = self._run(self.reference, self.reference_lower, rows, part, lower).logits
+            _scatter(ref_logprobs, rows, part.present, token_stats(logits, part.targets[part.present], temperature).logprobs)
+            return logits
+
+        def both(rows: Tensor, part: Answers) -> None:
+            own_logits, ref_logits = policy(rows, part), reference(rows, part)
+            assert own_logits is not None
+            normalised = [(logits.float() / temperature).log_softmax(-1) for logits in (own_logits, ref_logits)]
+            _scatter(kl, rows, part.present, full_kl(*normalised))
+
+        def critic(rows: Tensor, part: Answers) -> None:
+            assert self.critic is not None
+            with self.autocast():
+                states = self.critic_at(part)
+            _scatter(critic_values, rows, part.present, self.critic.v_head(states))
+
+        if full:
+            self._walk(answers, own, both, self.model, self.ref_model)
+        else:
+            if runs_policy or lower is not None:
+                self._walk(answers, own, policy, self.model)
+            self._walk(answers, own, reference, self.ref_model)
+        if self.critic is not None and values:
+            self._walk(answers, own, critic, self.critic)
         return Passes(logprobs, ref_logprobs, critic_values, kl if full else None, lower)
+
+    def _walk(self, answers: Answers, rows: Tensor, each: Callable[[Tensor, Answers], object], *networks: nn.Module) -> None:
+        """`each(rows, their answers)` for some rows at a time, while these networks can be read."""
+        with self._reading(*networks):
+            for some in self.chunks(rows, answers):
+                each(some, answers.select(some))
 
     def policy_at(self, rows: Tensor, part: Answers, lower: LowerStates | None) -> Output:
         """The policy's states and logits at the answer tokens of some rows of the batch (`part`), from `lower` upwards if given."""

@@ -133,12 +133,12 @@ def test_this_projects_fsdp_collects_whole_networks_in_float32_and_decodes_kerne
         2 * H100.gather(4 * policy.parameters / policy.layers, 8) + H100.gather(2 * policy.parameters / policy.layers, 8)
     )
     assert here.score["network"] == pytest.approx(whole)
-    # An update's forward of 32 texts: two collections and a sum in float32; scoring: reference, policy and its casts at once.
+    # An update's forward of 32 texts: two collections and a sum in float32; scoring: each network by itself, the policy with casts.
     steps = 16 * 3 * 4 * policy.trunk + 2 * 4 * policy.trunk + 2 * policy.trunk + 2 * policy.parameters
     assert here.sent == pytest.approx(7 / 8 * steps)
-    assert scoring_memory(policy, RUN, 1, 8, shortened=False)["copies for products"] == (4 + 4 + 2) * policy.parameters
+    assert scoring_memory(policy, RUN, 1, 8, shortened=False)["copies for products"] == (4 + 2) * policy.parameters
     assert scoring_memory(policy, RUN, 1, 8)["copies for products"] == 2 * 2 * policy.layer
-    assert not fsdp_here(H100, of("7B"), of("7B"), RUN, 8).fits
+    assert fsdp_here(H100, of("7B"), of("7B"), RUN, 8).fits and not fsdp_here(H100, of("7B"), of("7B"), RUN, 4).fits
 
 
 def test_bytes_sent_are_those_of_the_collectives() -> None:

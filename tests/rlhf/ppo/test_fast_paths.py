@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from common.launch.sharding import Sharding
 from common.lora import add_lora
 from common.models import packed
 from common.models.fused import set_fused
@@ -64,6 +66,23 @@ def test_texts_in_a_line_give_the_step_of_padded_rows(kind: str, critic: bool, m
     assert padded[0].policy.trunk is not None and not padded[0].policy.trunk.packs
     assert line[0].policy.trunk is not None and line[0].policy.trunk.packs
     assert_same(line, padded)
+
+
+@pytest.mark.parametrize(("settings", "most"), [({"mixed_precision": "bf16"}, 1), ({}, 1), ({"kl_penalty": "full"}, 2)])
+def test_one_network_is_whole_at_a_time_before_an_update(
+    settings: dict[str, Any], most: int, make_model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered: list[set[nn.Module]] = []
+
+    @contextmanager
+    def remember(self: Sharding, *networks: nn.Module) -> Iterator[None]:
+        gathered.append(set(networks))
+        yield
+
+    monkeypatch.setattr(Sharding, "gathered", remember)
+    trainer, *_ = run(make_model, tokenizer, "gpt2", critic=True, **settings)
+    assert max(map(len, gathered)) == most
+    assert set().union(*gathered) == {trainer.model, trainer.networks.ref_model, trainer.networks.critic}
 
 
 PROMPTS = [list(range(5, 17)), list(range(20, 30))]
