@@ -7,11 +7,10 @@ A plan holds a few bytes per row, and batches are made one by one.
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice, repeat
 from typing import Any, Literal, TypeVar
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.lazy import Lazy
+from common.scratch import PLACE, Column, counted, group_ends, grouped, numbered, scratch, shuffled
 
 T = TypeVar("T")
 Integers = NDArray[Any]
@@ -57,7 +57,7 @@ class BatchPlan:
             which are made once by `seed` and stand in a new order in each epoch;
             `by_question`: rows with the same question together; `sequential`: rows as they are, the same in each epoch.
         questions: what each row asks, for `by_question`; rows with equal ones need not be neighbours.
-            Lengths, weights and questions that are arrays are kept as they are, mapped files for instance.
+            Lengths and weights that are arrays are kept as they are, mapped files for instance, and so are questions in a `Column`.
         accumulate: micro-batches per optimizer step.
         limit: batches of an epoch that are used, a number or a share of all, as Lightning's `limit_train_batches`; those after them are
             still listed. A step that the limit cuts short is a mean over what is left of it.
@@ -75,7 +75,7 @@ class BatchPlan:
         world_size: int = 1,
         rank: int = 0,
         capacity: int | None = None,
-        questions: Sequence[Hashable] | None = None,
+        questions: Sequence[Hashable] | Column | None = None,
         limit: int | float | None = None,
     ) -> None:
         assert 0 <= rank < world_size and batch_size > 0 and accumulate > 0
@@ -83,7 +83,8 @@ class BatchPlan:
         assert mode != "by_question" or (questions is not None and len(questions) == len(lengths)), "each row needs its question"
         self.lengths = _numbers(lengths, np.int64)
         self.weights = np.broadcast_to(1.0, len(self.lengths)) if weights is None else _numbers(weights, np.float64)
-        assert len(self.weights) == len(self.lengths) and bool((self.weights > 0).all()), "each row needs a weight above 0"
+        assert len(self.weights) == len(self.lengths), "each row needs a weight"
+        assert not len(self.weights) or self.weights.min() > 0, "each row needs a weight above 0"
         self.batch_size, self.seed, self.mode, self.capacity = batch_size, seed, mode, capacity
         self.accumulate, self.world_size, self.rank = accumulate, world_size, rank
         self.questions, self.limit = questions, limit
@@ -93,7 +94,7 @@ class BatchPlan:
         """This rank's micro-batches of an epoch, in order; each is made where it is asked for."""
         if self._made is None or self._made[0] != epoch:
             order = self._order(epoch)
-            self._made = epoch, Lazy(partial(self._batch, order), range(len(order.starts)))
+            self._made = epoch, Lazy(partial(self._batch, order), range(len(order)))
         return self._made[1]
 
     def steps(self, epoch: int) -> int:
@@ -101,7 +102,7 @@ class BatchPlan:
         return -(-limited(len(self.batches(epoch)), self.limit) // self.accumulate)
 
     def _batch(self, order: _Order, number: int) -> Batch:
-        count = len(order.starts)
+        count = len(order)
         used = limited(count, self.limit)
         begin, end = (0, used) if number < used else (used, count)
         first = number - (number - begin) % self.accumulate
@@ -115,37 +116,34 @@ class BatchPlan:
         """The batches of an epoch over all ranks; units that stay on one rank are rows, packed lines or a rank's part."""
         size, count = self.batch_size * self.world_size, len(self.lengths)
         if self.mode == "sequential":
-            return _Order.chunks(_short(np.arange(count)), size)
+            return _Order(counted(count), size)
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
-        order = _short(generator.permutation(count))
+        order = shuffled(count, generator)
         if self.mode == "random":
-            return _Order.chunks(order, size)
+            return _Order(order, size)
         if self.mode == "bucketed":
             for start in range(0, count, POOL_BATCHES * size):
                 pool = order[start : start + POOL_BATCHES * size]
                 pool[:] = pool[np.argsort(self.lengths[pool], kind="stable")]
-            return _Order.chunks(order, size).shuffled(generator)
+            return _Order(order, size, batches=shuffled(-(-count // size), generator))
         if self.mode == "by_question":
-            groups = self._groups
-            by_group = order[np.argsort(groups[order], kind="stable")]
-            ends = np.cumsum(np.bincount(groups)) if count else np.zeros(0, dtype=np.int64)
-            drawn = (by_group[ends[place - 1] if place else 0 : ends[place]].tolist() for place in generator.permutation(len(ends)))
+            by_group, ends = grouped(order, self._groups), group_ends(self._groups)
+            drawn = (by_group[ends[place - 1] if place else 0 : ends[place]].tolist() for place in shuffled(len(ends), generator))
             batches = fill(drawn, repeat(size, -(-count // size)))
             parts = (fill(batch, _part_sizes(sum(map(len, batch)), self.world_size)) for batch in batches)
-            return _Order.of([[row for group in part for row in group] for part in batch] for batch in parts)
+            return _Order.of(count, ([[row for group in part for row in group] for part in batch] for batch in parts))
         assert self.mode == "packed"
         rows, ends = self._lines
-        return _Order.chunks(rows, size, ends, generator.permutation(len(ends)))
+        return _Order(rows, size, ends, units=shuffled(len(ends), generator))
 
     @cached_property
     def _groups(self) -> Integers:
         """(N,): number of each row's question, in order of appearance."""
         assert self.questions is not None
-        if isinstance(self.questions, np.ndarray):
-            _, first, which = np.unique(self.questions, return_index=True, return_inverse=True)
-            return _short(np.argsort(np.argsort(first)))[which]
+        if isinstance(self.questions, Column):
+            return numbered(self.questions)
         seen: dict[Hashable, int] = {}
-        return np.array([seen.setdefault(question, len(seen)) for question in self.questions], dtype=np.int64)
+        return np.array([seen.setdefault(question, len(seen)) for question in self.questions], dtype=PLACE)
 
     @cached_property
     def _lines(self) -> tuple[Integers, Integers]:
@@ -154,77 +152,78 @@ class BatchPlan:
         They are the same in every epoch: rows packed anew may take one line more or less, and the trainer counts batches once.
         """
         assert self.capacity is not None
-        size = self.batch_size * self.world_size
-        mean = max(1.0, float(self.lengths.mean())) if len(self.lengths) else 1.0
+        size, count = self.batch_size * self.world_size, len(self.lengths)
+        mean = max(1.0, float(self.lengths.mean())) if count else 1.0
         pool_rows = max(1, round(POOL_BATCHES * size * self.capacity / mean))
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(0,))))  # no epoch's stream
-        order = _short(generator.permutation(len(self.lengths)))
-        rows, counts = array("I"), array("I")
-        for start in range(0, len(order), pool_rows):
+        order = shuffled(count, generator)
+        rows, ends = scratch(count), scratch(count)
+        packed = lines = 0
+        for start in range(0, count, pool_rows):
             for line in pack(order[start : start + pool_rows].tolist(), self.lengths, self.capacity):
-                rows.extend(line)
-                counts.append(len(line))
-        return _short(rows), np.cumsum(_short(counts), dtype=np.int64)
+                rows[packed : packed + len(line)] = line
+                packed += len(line)
+                ends[lines] = packed
+                lines += 1
+        return rows, ends[:lines]
 
 
 @dataclass(frozen=True)
 class _Order:
-    """Batches as few numbers per row: batch n is the units `starts[n]` up to `stops[n]`, unit u the rows `begins[u]` up to `ends[u]`.
+    """Batches of units of rows, as few numbers per row, mapped from temporary files where they are many.
 
-    Without `begins` and `ends` each row is a unit.
+    rows: unit after unit. size: units of a batch. ends: where each unit ends among the rows; None: each row is one. units: which of them
+    comes when; None: as they are. stops: where each batch ends among the units; None: `size` units each. batches: as units.
     """
 
     rows: Integers
-    starts: Integers
-    stops: Integers
-    begins: Integers | None = None
+    size: int
     ends: Integers | None = None
+    units: Integers | None = None
+    stops: Integers | None = None
+    batches: Integers | None = None
 
     @classmethod
-    def chunks(cls, rows: Integers, size: int, ends: Integers | None = None, order: Integers | None = None) -> _Order:
-        """`size` units a batch; units end at `ends` and are taken in this order."""
-        starts = np.arange(0, len(rows) if ends is None else len(ends), size)
-        stops = np.minimum(starts + size, len(rows) if ends is None else len(ends))
-        if ends is None:
-            return cls(rows, starts, stops)
-        begins = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
-        return cls(rows, starts, stops, begins[order], ends[order])
-
-    @classmethod
-    def of(cls, batches: Iterable[Sequence[Sequence[int]]]) -> _Order:
-        """Batches of units of rows."""
-        rows, counts, sizes = array("I"), array("I"), array("I")
+    def of(cls, count: int, batches: Iterable[Sequence[Sequence[int]]]) -> _Order:
+        """Batches of units of `count` rows."""
+        rows, ends, stops = scratch(count), scratch(count), scratch(count)
+        row = unit = number = 0
         for batch in batches:
-            sizes.append(len(batch))
-            for unit in batch:
-                counts.append(len(unit))
-                rows.extend(unit)
-        ends, stops = (np.cumsum(_short(each), dtype=np.int64) for each in (counts, sizes))
-        return cls(_short(rows), stops - _short(sizes), stops, ends - _short(counts), ends)
+            for part in batch:
+                rows[row : row + len(part)] = part
+                row += len(part)
+                ends[unit] = row
+                unit += 1
+            stops[number] = unit
+            number += 1
+        return cls(rows, 0, ends[:unit], stops=stops[:number])
 
-    def shuffled(self, generator: np.random.Generator) -> _Order:
-        """The same batches in another order."""
-        order = generator.permutation(len(self.starts))
-        return replace(self, starts=self.starts[order], stops=self.stops[order])
+    def __len__(self) -> int:
+        return -(-self._count // self.size) if self.stops is None else len(self.stops)
+
+    @property
+    def _count(self) -> int:
+        """Units."""
+        return len(self.rows) if self.ends is None else len(self.ends)
 
     def batch(self, number: int) -> list[Integers]:
         """The rows of each unit of a batch."""
-        start, stop = int(self.starts[number]), int(self.stops[number])
-        if self.begins is None or self.ends is None:
-            return [self.rows[place : place + 1] for place in range(start, stop)]
-        return [self.rows[self.begins[unit] : self.ends[unit]] for unit in range(start, stop)]
+        number = number if self.batches is None else int(self.batches[number])
+        if self.stops is None:
+            units = range(number * self.size, min((number + 1) * self.size, self._count))
+        else:
+            units = range(int(self.stops[number - 1]) if number else 0, int(self.stops[number]))
+        return [self._unit(unit if self.units is None else int(self.units[unit])) for unit in units]
+
+    def _unit(self, unit: int) -> Integers:
+        if self.ends is None:
+            return self.rows[unit : unit + 1]
+        return self.rows[self.ends[unit - 1] if unit else 0 : self.ends[unit]]
 
 
 def _numbers(values: Any, dtype: Any) -> NDArray[Any]:
     """Numbers of a data set's rows: an array stays as it is, mapped from a file, say."""
     return values if isinstance(values, np.ndarray) else np.asarray(values, dtype=dtype)
-
-
-def _short(places: Any) -> Integers:
-    """Places of rows in four bytes each, as far as they fit."""
-    places = np.asarray(places)
-    short: Integers = places.astype(np.uint32 if len(places) < 2**32 else np.int64)
-    return short
 
 
 def limited(count: int, limit: int | float | None) -> int:

@@ -9,12 +9,11 @@ import json
 import os
 import struct
 import tempfile
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from common.lazy import Lazy
 from common.record_types import PairRecord, Record, RecordKind, ScoreRecord, question_digest
 from common.row_formats import RowFormat, RowReader
 from common.row_parser import read_row
+from common.scratch import Column, distinct, first_places, refusal, scratch, stretches
 
 R = TypeVar("R", bound=Record)
 
@@ -41,12 +41,12 @@ class RecordFile(Generic[R]):
         self.path, self.name, self.split, self.kind, self.reader, self.seed = path, name, split, kind, reader, seed
         self.columns: dict[tuple[str, ...], int] = {}
         """The names of columns that rows have beside their parts, numbered."""
+        self.index: NDArray[Any] = np.empty(0, dtype=_ENTRY)
         self._forms: dict[tuple[str, ...], RowFormat] = {}
         self._handle = path.open("rb", buffering=0)
         self._state = self._look()
         self._buffer = bytearray()
         self._written: Any = None
-        self._index: NDArray[Any] = np.empty(0, dtype=_ENTRY)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_handle", "_written")}
@@ -54,6 +54,10 @@ class RecordFile(Generic[R]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._handle, self._written = self.path.open("rb", buffering=0), None
+
+    def opened(self) -> BinaryIO:
+        """The file, to be read from its begin."""
+        return os.fdopen(os.dup(self._handle.fileno()), "rb")
 
     def add(self, row: RawRow, record: Record) -> None:
         """Enter the row of a record."""
@@ -72,26 +76,28 @@ class RecordFile(Generic[R]):
             self._written.write(self._buffer)
             self._written.flush()
         except OSError as error:
-            folder = tempfile.gettempdir()
-            raise UserError(f"{self.name}: its index cannot be written to {folder}: {error.strerror or error}; set TMPDIR") from None
+            raise UserError(f"{self.name}: {refusal(error)}") from None
         self._buffer = bytearray()
 
     def records(self) -> FileRecords[R]:
         """All of the records that were entered."""
         if self._written is None:
-            self._index = np.frombuffer(bytes(self._buffer), dtype=_ENTRY)
+            self.index = np.frombuffer(bytes(self._buffer), dtype=_ENTRY)
         else:
             self._flush()
-            self._index = np.memmap(self._written, dtype=_ENTRY, mode="r").view(np.ndarray)
-        return FileRecords(self, range(len(self._index)))
+            self.index = np.memmap(self._written, dtype=_ENTRY, mode="r").view(np.ndarray)
+        return FileRecords(self, range(len(self.index)))
 
     def read(self, columns: Sequence[str], place: int) -> R:
         """The record of an entry, with None in those of `columns` that it lacks.
 
         Raises UserError where the file is no longer what was checked.
         """
-        start, size, number, *_ = self._index[place].item()
-        data = os.pread(self._handle.fileno(), size, start)
+        start, size, number, *_ = self.index[place].item()
+        try:
+            data = os.pread(self._handle.fileno(), size, start)
+        except OSError as error:
+            raise UserError(f"{self.name}: {self.split} row {number}: cannot be read any more: {error.strerror or error}") from None
         if self._look() != self._state:
             raise UserError(f"{self.name}: the file was changed while it was read; start again")
         value = json.loads(data.decode())
@@ -107,11 +113,6 @@ class RecordFile(Generic[R]):
             record = replace(record, columns={**dict.fromkeys(columns), **record.columns})
         return record  # type: ignore[return-value]
 
-    def entries(self, name: str, places: range | NDArray[Any]) -> NDArray[Any]:
-        """A column of the index."""
-        column = self._index[name]
-        return column[places.start : places.stop : places.step] if isinstance(places, range) else column[places]
-
     def _look(self) -> tuple[int, int, int]:
         state = os.fstat(self._handle.fileno())
         return state.st_ino, state.st_size, state.st_mtime_ns
@@ -126,48 +127,84 @@ class FileRecords(Lazy[R]):
         self.source, self.columns = source, tuple(columns)
 
     def take(self, chosen: NDArray[Any]) -> FileRecords[R]:
-        """Some of these records: by their places here, or by a mask."""
-        places = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+        """Some of these records, by their places here."""
         if isinstance(self.places, range):
             assert self.places == range(len(self))
-            return FileRecords(self.source, places.astype(np.uint32), self.columns)
-        return FileRecords(self.source, self.places[places], self.columns)
+            places = chosen
+        else:
+            places = scratch(len(chosen))
+            for part in stretches(len(chosen)):
+                places[part] = self.places[chosen[part]]
+        return FileRecords(self.source, places, self.columns)
+
+    def where_question(self, test: Callable[[NDArray[Any]], NDArray[Any]]) -> FileRecords[R]:
+        """Those whose question has a digest of which `test`, which gets and gives arrays, is true."""
+        chosen, questions = scratch(len(self)), self.questions
+        count = 0
+        for part in stretches(len(self)):
+            found = np.flatnonzero(test(questions[part]))
+            chosen[count : count + len(found)] = found + part.start
+            count += len(found)
+        return self.take(chosen[:count])
 
     def first_of_each_question(self) -> FileRecords[R]:
         """The first record of each question."""
-        return self.take(np.sort(np.unique(self.questions, return_index=True)[1]))
+        _, first = first_places(self.questions)
+        first.sort()
+        return self.take(first)
 
     def with_columns(self, names: Iterable[str]) -> FileRecords[R]:
         """The same records, each with all of these columns."""
         return FileRecords(self.source, self.places, tuple(names))
 
     @property
-    def questions(self) -> NDArray[Any]:
+    def questions(self) -> Column:
         """(N,), eight bytes each: digests of what is asked."""
-        return self.source.entries("question", self.places)
+        return self._column("question")
 
     @property
-    def values(self) -> NDArray[Any]:
+    def values(self) -> Column:
         """(N,), float64: scores, or margins (NaN where there is none)."""
-        return self.source.entries("value", self.places)
+        return self._column("value")
 
-    def numbers(self) -> Sequence[float]:
-        """`values` as plain floats."""
-        return array("d", np.ascontiguousarray(self.values).tobytes())
+    @property
+    def sizes(self) -> Column:
+        """(N,): bytes of each row in the file."""
+        return self._column("size")
 
     def column_names(self) -> list[str]:
         """Names of all columns of these rows, in the order of their appearance."""
-        kinds, first = np.unique(self.source.entries("columns", self.places), return_index=True)
         known = list(self.source.columns)
-        return list(dict.fromkeys(name for kind in kinds[np.argsort(first)].tolist() for name in known[kind]))
+        kinds, seen = self._column("columns"), dict[int, None]()
+        for part in stretches(len(self)):
+            found, first = np.unique(kinds[part], return_index=True)
+            seen.update(dict.fromkeys(found[np.argsort(first)].tolist()))
+        return list(dict.fromkeys(name for kind in seen for name in known[kind]))
+
+    def _column(self, name: str) -> Column:
+        """One of the index."""
+        column, places = self.source.index[name], self.places
+
+        def read(part: slice) -> NDArray[Any]:
+            if isinstance(places, range):
+                return column[places.start + part.start : places.start + part.stop]
+            found: NDArray[Any] = column[places[part]]
+            return found
+
+        return Column(len(places), read)
 
 
 def distinct_questions(rows: Sequence[Any]) -> NDArray[Any]:
     """Digests of the questions of these records, each once, in rising order."""
     assert isinstance(rows, FileRecords)
-    return np.unique(rows.questions)
+    return distinct(rows.questions)
 
 
 def shared_questions(one: Any, other: Any) -> int:
-    """How many digests two splits have in common, each of which has every digest once."""
-    return len(np.intersect1d(np.asarray(one, dtype=np.uint64), np.asarray(other, dtype=np.uint64), assume_unique=True))
+    """How many digests two splits have in common, each of which has every digest once, in rising order."""
+    few, many = sorted((np.asarray(each, dtype=np.uint64) for each in (one, other)), key=len)
+    count = 0
+    for part in stretches(len(few)):
+        at = np.searchsorted(many, few[part])
+        count += int((many[np.minimum(at, len(many) - 1)] == few[part]).sum())
+    return count

@@ -68,9 +68,7 @@ class JsonLines(Parser):
             try:
                 value, after, duplicates = self._complete(position)
             except BrokenJson as error:
-                while not self.whole and self.text.find("\n{", position) < 0:
-                    self._extend()
-                position = self._after_broken(position, number, error)
+                position = self._past_broken(position, number, error)
                 if len(self.out.problems) >= MOST_BROKEN:
                     self.out.problems.append(f"{self.name}: not read on after {MOST_BROKEN:,} broken rows")
                     return
@@ -78,6 +76,19 @@ class JsonLines(Parser):
             start = self._byte(position)
             yield RawRow(self.split, number, self._line(position), value, duplicates, (start, self._byte(after) - start))
             position = after
+
+    def _past_broken(self, position: int, number: int, error: BrokenJson) -> int:
+        """`_after_broken`, in as much of the file as that takes; nothing of what lies between the rows is kept."""
+        line_end = self.text.find("\n", position)
+        while not self.whole and self.text.find("\n{", position) < 0 and self._skip(line_end) == len(self.text):
+            self._extend()  # what follows the row's line decides which words tell what is wrong
+        after = self._after_broken(position, number, error)
+        while after == len(self.text) and not self.whole:
+            start = self._drop(after)
+            self._extend()
+            opening = self.text.find("\n{", start)
+            after = start if self.text.startswith("{") and not start else opening + 1 if opening >= 0 else len(self.text)
+        return after
 
     def _complete(self, position: int) -> tuple[Any, int, tuple[str, ...]]:
         """The value at a position, after more of the file where it goes on there.
@@ -90,11 +101,11 @@ class JsonLines(Parser):
             except BrokenJson as error:
                 if self.whole or error.position < self.end:
                     raise
-            self._extend()
+            self._extend(len(self.text) - position)  # twice as much each time: a row is not read again for each stretch of it
 
-    def _extend(self) -> None:
-        """Add a stretch of the file to the text."""
-        data = self.file.read(STRETCH_BYTES) + self.file.readline()
+    def _extend(self, least: int = 0) -> None:
+        """Add a stretch of the file to the text, of at least so many bytes where it has them."""
+        data = self.file.read(max(STRETCH_BYTES, least)) + self.file.readline()
         if not data:
             self.whole = True
             return

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import repeat
 from typing import Any, TypeVar
 
 from common.errors import UserError
@@ -16,7 +17,9 @@ from common.followers import end_with_leader, local_world_size
 T = TypeVar("T")
 
 STRETCH = 1000
-"""Rows that a process works on at once."""
+"""Rows that a process works on at once, at most."""
+STRETCH_BYTES = 2**20
+"""Bytes of the rows that a process works on at once, where their sizes are known and it is more than one row."""
 _AHEAD = 3  # stretches per process that are begun before the first one's result is taken
 
 # As the process was started: OpenMP binds its first thread to one of them when torch is imported (OMP_PROC_BIND), and workers inherit that.
@@ -32,23 +35,28 @@ def cores(*, others_wait: bool = False) -> int:
 
 
 def in_stretches(
-    work: Callable[[Sequence[Any]], T], rows: Sequence[Any], processes: int | None = None, *, others_wait: bool = False
+    work: Callable[[Sequence[Any]], T],
+    rows: Sequence[Any],
+    processes: int | None = None,
+    *,
+    sizes: Iterable[int] | None = None,
+    others_wait: bool = False,
 ) -> Iterator[T]:
     """`work(stretch)` of each stretch of rows, in order. `processes`: how many work; default: one per core (`cores`).
 
-    An exception of `work` is raised here. Raises UserError where a process ends before its work is done.
+    sizes: bytes of each row. An exception of `work` is raised here. Raises UserError where a process ends before its work is done.
     """
-    processes = min(processes or cores(others_wait=others_wait), -(-len(rows) // STRETCH))
-    starts = range(0, len(rows), STRETCH)
+    parts = list(_stretches(len(rows), sizes))
+    processes = min(processes or cores(others_wait=others_wait), len(parts))
     if processes <= 1:
-        for start in starts:
-            yield work(rows[start : start + STRETCH])
+        for part in parts:
+            yield work(rows[part])
         return
     pool = ProcessPoolExecutor(processes, initializer=_begin, initargs=(work, rows))
     try:
         begun: deque[Future[T]] = deque()
-        for start in starts:
-            begun.append(pool.submit(_stretch, start))
+        for part in parts:
+            begun.append(pool.submit(_stretch, part))
             if len(begun) > _AHEAD * processes:
                 yield begun.popleft().result()
         while begun:
@@ -57,6 +65,18 @@ def in_stretches(
         raise UserError("a process that was to read rows of the data has ended early; was there too little memory?") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _stretches(count: int, sizes: Iterable[int] | None) -> Iterator[slice]:
+    """Parts of `count` rows that are worked on at once."""
+    start = held = 0
+    for row, size in enumerate(repeat(0, count) if sizes is None else sizes):
+        if row - start == STRETCH or (row > start and held + size > STRETCH_BYTES):
+            yield slice(start, row)
+            start, held = row, 0
+        held += size
+    if count > start:
+        yield slice(start, count)
 
 
 def _begin(work: Callable[[Sequence[Any]], Any], rows: Sequence[Any]) -> None:
@@ -69,5 +89,5 @@ def _begin(work: Callable[[Sequence[Any]], Any], rows: Sequence[Any]) -> None:
     _work, _rows = work, rows
 
 
-def _stretch(start: int) -> Any:
-    return _work(_rows[start : start + STRETCH])
+def _stretch(part: slice) -> Any:
+    return _work(_rows[part])

@@ -252,7 +252,7 @@ class _Reading:
         before = len(self.faults), len(self.shape_faults)
         source: RecordFile[Any] = RecordFile(file, name, split, self.kind, RowReader(self.kind, self.columns), self.seed)
         try:
-            with file.open("rb") as opened:
+            with source.opened() as opened:
                 lines = JsonLines(opened, name, split)
                 for row, record in self._records(self._up_to_many_faults(lines, name), lines.out, name):
                     source.add(row, record)

@@ -52,7 +52,7 @@ def hold_out(rows: Sequence[Any], percentage: float, seed: int, path: str) -> tu
         held = [question_digest(row.prompt, seed) <= last for row in rows]
         train, val = ([row for row, is_held in zip(rows, held, strict=True) if is_held is part] for part in (False, True))
     else:
-        train, val = rows.take(rows.questions > last), rows.take(rows.questions <= last)  # type: ignore[attr-defined]
+        train, val = (rows.where_question(part) for part in (lambda asked: asked > last, lambda asked: asked <= last))  # type: ignore[attr-defined]
     note = f"{path}: no val split: {count} of {len(questions)} train questions ({len(val)} of {len(rows)} rows) held out for validation"
     return train, val, [note]
 
@@ -111,7 +111,8 @@ def fingerprint(rows: Mapping[SplitName, Sequence[Any]]) -> str:
             continue
         from common.parallel import in_stretches
 
-        for stretch in in_stretches(_canonical, rows[split]):
+        streamed: Any = rows[split]
+        for stretch in in_stretches(_canonical, streamed, sizes=streamed.sizes):
             digest.update(stretch)
     return digest.hexdigest()
 

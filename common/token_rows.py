@@ -38,11 +38,12 @@ from common.file_records import FileRecords
 from common.followers import follows
 from common.lazy import Lazy
 from common.notes import say
-from common.parallel import STRETCH, in_stretches
+from common.parallel import in_stretches
 from common.problem_lines import RowFault, fault_lines, raise_problems
 from common.progress import Progress
 from common.record_types import PairRecord, PromptRecord, Record
 from common.run_lock import hold, release
+from common.scratch import Column
 from common.tokenization import Counts, Encoded, Encoder, answers_of
 
 R = TypeVar("R", covariant=True)
@@ -67,8 +68,9 @@ _COLUMNS = {
 
 
 class Stretch(NamedTuple):
-    """What some records become: their part of each file, and what is wrong with the rest."""
+    """What so many records become: their part of each file, and what is wrong with the rest."""
 
+    records: int
     columns: dict[str, NDArray[Any]]
     counts: Counter[str]
     seen: Counter[str]
@@ -98,7 +100,7 @@ class _Tokenizing:
             first_differs = isinstance(records[0], PairRecord)
             groups, problems, unusable = self.encoder.try_groups(prompts, answers, wheres, self.unusable_rows, first_differs=first_differs)
         counted = self.encoder.take_counts()
-        return Stretch(self._columns(groups, counted), counted.counts, counted.seen, problems, unusable)
+        return Stretch(len(records), self._columns(groups, counted), counted.counts, counted.seen, problems, unusable)
 
     def _columns(self, groups: Sequence[list[Encoded] | None], counted: Counts) -> dict[str, NDArray[Any]]:
         """What goes into each file; `ends`, `texts` and `places` count from the stretch's begin."""
@@ -162,7 +164,8 @@ class TokenCache:
                     if lock.alone or not place.is_dir():
                         raise  # else, on a file system without locks, another process was quicker
                 ids = self._read(place)
-                assert ids is not None, "what was just written is whole"
+                if ids is None:
+                    raise UserError(f"{place}: token ids that were just written are gone or damaged; is something else deleting them?")
         finally:
             release(lock)
         encoder.add_counts(ids.counts)
@@ -176,7 +179,7 @@ class TokenCache:
             "data": self.data,
             "split": split,
             "kind": records.source.kind,
-            "rows": repr(places) if isinstance(places, range) else hashlib.sha256(places.tobytes()).hexdigest(),
+            "rows": repr(places) if isinstance(places, range) else hashlib.sha256(places.data).hexdigest(),
             "unusable_rows": unusable_rows,
             "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
             "tokenizers": version("tokenizers"),
@@ -206,8 +209,8 @@ class TokenCache:
         with atomic_directory(place) as staging, _telling(place.parent), ExitStack() as stack:
             files = {name: stack.enter_context(_File(staging / name)) for name in ("tokens", *_COLUMNS)}
             begins = {"ends": 0, "texts": 0, "places": 0}
-            stretches = in_stretches(_Tokenizing(encoder, unusable_rows, dtype), records, others_wait=others_wait)
-            for number, part in enumerate(stretches, start=1):
+            work = _Tokenizing(encoder, unusable_rows, dtype)
+            for part in in_stretches(work, records, sizes=records.sizes, others_wait=others_wait):
                 problems += part.problems
                 unusable += part.unusable
                 if len(problems) + len(unusable) >= MOST_FAULTS:
@@ -216,10 +219,10 @@ class TokenCache:
                     files[name].write((values + begins[name]).astype(_COLUMNS[name]) if name in begins else values)
                 begins["ends"] += len(part.columns["tokens"])
                 begins["texts"] += len(part.columns["ends"])
-                begins["places"] = number * STRETCH
+                begins["places"] += part.records
                 counts.update(part.counts)
                 seen.update(part.seen)
-                progress.update(min(len(records), number * STRETCH), {})
+                progress.update(begins["places"], {})
             progress.close()
             raise_problems([*problems, *fault_lines(unusable)])
             manifest = {
@@ -316,7 +319,7 @@ class StoredRows(Lazy[R]):
         self.lengths, self.answers = ids.columns["lengths"], ids.columns["answers"]
 
     @property
-    def questions(self) -> NDArray[Any]:
+    def questions(self) -> Column:
         return self.records.questions
 
 

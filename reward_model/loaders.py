@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from common.batching import Batch, BatchPlan, PlanSampler
@@ -96,14 +96,17 @@ def answers_in(rows: Sequence[Row]) -> Sequence[Answer]:
     """The answers of all rows, one after another."""
     if not isinstance(rows, StoredRows):
         return [answer for row in rows for answer in row.answers]
-    ends = rows.ids.columns["texts"] - np.arange(1, len(rows) + 1)  # each row has a prompt beside them
+    texts = rows.ids.columns["texts"]
+
+    def answers_up_to(row: int) -> int:
+        return int(texts[row]) - (row + 1)  # each row has a prompt beside them
 
     def answer(number: int) -> Answer:
-        row = int(np.searchsorted(ends, number, side="right"))
-        found: Answer = rows[row].answers[number - (int(ends[row - 1]) if row else 0)]
+        row = bisect_right(range(len(rows)), number, key=answers_up_to)
+        found: Answer = rows[row].answers[number - (answers_up_to(row - 1) if row else 0)]
         return found
 
-    return Lazy(answer, range(int(ends[-1])))
+    return Lazy(answer, range(answers_up_to(len(rows) - 1)))
 
 
 def _loader(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
+import heapq
 import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -332,7 +332,7 @@ def score_with_a_copy(
 ) -> None:
     """Score a batch of the longest rows beside the trained model, as `record_score_moments` does after training."""
     batch_size = config.data.val_batch_size or config.data.batch_size
-    longest = [rows[place] for place in np.argsort(lengths_of(rows), kind="stable")[-batch_size:].tolist()]
+    longest = [rows[place] for _, place in sorted(heapq.nlargest(batch_size, zip(lengths_of(rows), count(), strict=False)))]
     scorer = RewardScorer(
         copy.deepcopy(model),
         batch_size=batch_size,

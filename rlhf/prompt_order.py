@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.sampling import Stream, stream_keys
+from common.scratch import scratch
 
 
 class PromptOrder:
@@ -30,5 +32,10 @@ class PromptOrder:
     def _order(self, passed: int) -> Tensor:
         if passed not in self._orders:
             key = int(stream_keys(self.seed, passed, torch.tensor([0]), 0, Stream.PROMPT_ORDER))
-            self._orders[passed] = torch.randperm(self.prompts, generator=torch.Generator().manual_seed(key)).int()
+            self._orders[passed] = shuffled_places(self.prompts, key)
         return self._orders[passed]
+
+
+def shuffled_places(count: int, seed: int) -> Tensor:
+    """0 to `count` in an order drawn by the seed: (N,), int32, in a temporary file where they are many."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed), out=torch.from_numpy(scratch(count, np.int32)))

@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.dry_run import Forecast, counted, judge_line, model_bytes, report, start_line
 from common.errors import UserError
 from common.launch.runtime import peak_memory_gib
+from common.lazy import Lazy
 from common.token_rows import StoredRows
 from common.tokenization import Encoder
 from common.training_state import state_size, trained_weights
@@ -117,15 +119,19 @@ def _named(phases: Sequence[str]) -> list[tuple[str, str]]:
     return [(phase.removeprefix("perf/").removesuffix("_seconds"), phase) for phase in phases]
 
 
-def _batches(trainer: PPOTrainer, prompts: Sequence[EncodedPrompt], steps: int) -> list[list[int]]:
+def _batches(trainer: PPOTrainer, prompts: Sequence[EncodedPrompt], steps: int) -> Sequence[list[int]]:
     """Which prompts each step of the first pass has, those with the fewest tokens first."""
     each = trainer.config.samples_per_prompt
     rows = trainer.config.batch_size * trainer.runtime.world_size
     order = PromptOrder(len(prompts), rows, seed=trainer.config.seed, samples=each)
     first_pass = min(steps, -(-len(prompts) * each // rows))
-    batches = [order.batch(step)[::each] for step in range(first_pass)]
-    tokens = prompts.lengths if isinstance(prompts, StoredRows) else [len(prompt.ids) for prompt in prompts]
-    return sorted(batches, key=lambda batch: sum(tokens[row] for row in batch))
+
+    def batch(step: int) -> list[int]:
+        return order.batch(step)[::each]
+
+    lengths = prompts.lengths if isinstance(prompts, StoredRows) else [len(prompt.ids) for prompt in prompts]
+    tokens = np.fromiter((sum(lengths[row] for row in batch(step)) for step in range(first_pass)), np.int64, first_pass)
+    return Lazy(batch, np.argsort(tokens, kind="stable"))
 
 
 def _middle(batches: Sequence[list[int]], count: int) -> list[list[int]]:

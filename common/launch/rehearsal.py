@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -115,10 +117,14 @@ def rehearse(
         lengths = plan.lengths[batch.indices]
         return int(lengths.sum() if padding_free else lengths.max() * len(lengths))
 
+    def all_tokens(plan: BatchPlan, batches: Sequence[Batch]) -> NDArray[np.int64]:
+        return np.fromiter((tokens(plan, batch) for batch in batches), np.int64, len(batches))
+
     used = batches[: total_steps * accumulate]
-    longest, typical = _longest_and_typical(used, [tokens(train_plan, batch) for batch in used])
+    used_tokens, val_tokens = all_tokens(train_plan, used), all_tokens(val_plan, val_batches)
+    longest, typical = _longest_and_typical(used, used_tokens)
     shown = [longest] * 2 + [typical] * TYPICAL_STEPS
-    val_shown = _longest_and_typical(val_batches, [tokens(val_plan, batch) for batch in val_batches])[:2] if val_batches else ()
+    val_shown = _longest_and_typical(val_batches, val_tokens) if val_batches else ()
     watch = Stopwatch(accumulate)
     trainer = lightning_trainer(
         {name: params[name] for name in _KEPT if name in params},
@@ -145,7 +151,7 @@ def rehearse(
         Cost(tokens(train_plan, batch), seconds / accumulate)
         for batch, seconds in ((longest, watch.steps[1]), (typical, statistics.median(watch.steps[2:])))
     ]
-    once_through = seconds_of((tokens(train_plan, batch) for batch in used), *step)
+    once_through = seconds_of(map(int, used_tokens), *step)
     steps_seconds = once_through * total_steps / math.ceil(len(used) / accumulate)
     count, once = validations(settings, len(train_plan.batches(0)), total_steps), 0.0
     if val_shown:
@@ -153,7 +159,7 @@ def rehearse(
             Cost(tokens(val_plan, batch), seconds)
             for batch, seconds in zip(val_shown, (watch.val_batches[0], watch.val_batches[-1]), strict=True)
         ]
-        once = seconds_of((tokens(val_plan, batch) for batch in val_batches), *val_step) + watch.val_rest
+        once = seconds_of(map(int, val_tokens), *val_step) + watch.val_rest
     release_optimization(trainer, module)
     closing()
     return Forecast(
@@ -247,9 +253,9 @@ def _plan(loader: DataLoader[Any]) -> BatchPlan:
     return sampler.plan
 
 
-def _longest_and_typical(batches: Sequence[Batch], tokens: Sequence[int]) -> tuple[Batch, Batch]:
-    order = sorted(range(len(batches)), key=lambda place: tokens[place])
-    return batches[order[-1]], batches[order[len(order) // 2]]
+def _longest_and_typical(batches: Sequence[Batch], tokens: NDArray[np.int64]) -> tuple[Batch, Batch]:
+    order = np.argsort(tokens, kind="stable")
+    return batches[int(order[-1])], batches[int(order[len(order) // 2])]
 
 
 def _with_batches(loader: DataLoader[Any], batches: Sequence[Batch]) -> DataLoader[Any]:

@@ -45,4 +45,4 @@ def _margins(rows: Sequence[PairRecord]) -> Sequence[float]:
     """The rows' margins, NaN where there is none."""
     if isinstance(rows, list):
         return [math.nan if row.margin is None else row.margin for row in rows]
-    return rows.numbers()  # type: ignore[attr-defined, no-any-return]  # those of a large file
+    return rows.values  # type: ignore[attr-defined, no-any-return]  # those of a large file

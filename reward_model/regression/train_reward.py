@@ -73,7 +73,7 @@ def scores_of(rows: Sequence[ScoreRecord]) -> Sequence[float]:
     """The rows' scores."""
     if isinstance(rows, list):
         return [row.score for row in rows]
-    return rows.numbers()  # type: ignore[attr-defined, no-any-return]  # those of a large file
+    return rows.values  # type: ignore[attr-defined, no-any-return]  # those of a large file
 
 
 def check_pairs(config: RewardConfig, rows: Sequence[ScoreRecord]) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from common.record_types import PromptRecord
@@ -16,6 +15,7 @@ from common.schema import GenerateParams
 from rlhf.ppo.prompts import EncodedPrompt
 from rlhf.ppo.rollout import Rollout
 from rlhf.ppo.sharing import score_rollout
+from rlhf.prompt_order import shuffled_places
 from rlhf.reward_pipelines.build import RewardPipeline
 
 if TYPE_CHECKING:
@@ -84,5 +84,4 @@ class Evaluator:
 
 def choose_evaluation_prompts(records: Sequence[PromptRecord], count: int, seed: int) -> list[PromptRecord]:
     """`count` records at most, drawn by the seed."""
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [records[index] for index in sorted(order[:count])]
+    return [records[index] for index in sorted(shuffled_places(len(records), seed)[:count].tolist())]

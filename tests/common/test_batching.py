@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from common import scratch
 from common.batching import Batch, BatchPlan, PlanSampler, batch_loader, fill, pack
 from common.launch.lightning import total_optimizer_steps
 from common.schema import CheckpointSettings, TrainerSettings
+from common.scratch import Column
 
 MODES = ["random", "bucketed", "packed", "by_question", "sequential"]
 LENGTHS = [int(n) for n in np.random.default_rng(0).integers(1, 30, size=103)]
@@ -142,22 +144,36 @@ def test_every_epoch_has_the_same_number_of_batches(mode: Any, world_size: int, 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_arrays_give_the_batches_that_lists_give(mode: Any) -> None:
-    """Digests stand for questions there, in eight bytes each."""
-    digests = np.array([hash(question) for question in QUESTIONS], dtype=np.int64)
+def test_arrays_give_the_batches_that_lists_give(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digests stand for questions there, in eight bytes each, and what belongs to all rows lies in temporary files."""
+    monkeypatch.setattr(scratch, "MAPPED_BYTES", 0)
+    monkeypatch.setattr(scratch, "STRETCH", 10)
+    hashes = np.array([hash(question) for question in QUESTIONS], dtype=np.int64)
+    digests = Column(len(hashes), lambda part: hashes[part])
     shape: dict[str, Any] = {"batch_size": 4, "seed": 7, "mode": mode, "capacity": 40, "world_size": 2, "accumulate": 3}
     arrays = BatchPlan(np.array(LENGTHS, dtype=np.int32), questions=digests, weights=np.array(LENGTHS, dtype=np.int32), **shape)
     assert arrays.batches(2) == plan(**shape, weights=LENGTHS).batches(2)
 
 
-def test_a_plan_holds_few_bytes_per_row() -> None:
-    lengths = np.ones(20_000, dtype=np.int32)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_plan_of_many_rows_holds_none_of_them(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "MAPPED_BYTES", 0)
+    monkeypatch.setattr(scratch, "STRETCH", 1000)
+    rows = 40_000
+    numbers = np.arange(1, rows + 1, dtype=np.int32)
+    shape: dict[str, Any] = {
+        "batch_size": 4,
+        "seed": 0,
+        "accumulate": 2,
+        "capacity": rows,
+        "questions": Column(rows, lambda part: numbers[part] // 3),
+    }
     tracemalloc.start()
-    batches = BatchPlan(lengths, batch_size=4, seed=0, accumulate=2).batches(0)
-    held = tracemalloc.get_traced_memory()[0]
+    batches = BatchPlan(numbers, mode=mode, **shape).batches(0)
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(batches) == len(lengths) // 4 and batches[:2] == list(batches)[:2]
-    assert held < 10 * len(lengths)
+    assert len(batches) >= rows // 8 and batches[:2] == list(batches)[:2]
+    assert peak < 4 * rows
 
 
 def test_pack_by_hand() -> None:

@@ -104,11 +104,15 @@ def test_renamed_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 def test_what_an_index_knows_of_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pairs = read(monkeypatch, write(tmp_path / "p.jsonl", GOOD["pair"]), "pair", streamed=True, validation_split_percentage=0.0).train
-    np.testing.assert_array_equal(pairs.values, [row.margin if row.margin is not None else np.nan for row in pairs])
-    some = pairs.take(np.array([9, 2, 5])).take(np.array([True, False, True]))
+    np.testing.assert_array_equal(list(pairs.values), [row.margin if row.margin is not None else np.nan for row in pairs])
+    some = pairs.take(np.array([9, 2, 5])).take(np.array([0, 2]))
     assert list(some) == [pairs[9], pairs[5]] and some.column_names() == ["c1"]
+    asked = pairs.questions[4]
+    assert list(pairs.where_question(lambda digests: digests == asked)) == [pairs[4]]
+    lines = (tmp_path / "p.jsonl").read_text().splitlines()
+    assert list(some.sizes) == [len(lines[9]), len(lines[5])]
     prompts = read(monkeypatch, write(tmp_path / "q.jsonl", GOOD["prompt"]), "prompt", streamed=True, validation_split_percentage=0.0).train
-    assert prompts.column_names() == ["b", "a"] and len(np.unique(prompts.questions)) == 9
+    assert prompts.column_names() == ["b", "a"] and len(set(prompts.questions)) == 9
     assert source_kind(str(tmp_path / "p.jsonl")) == "pair"
 
 
@@ -137,6 +141,13 @@ def test_several_processes_give_the_results_in_order_and_their_errors() -> None:
         list(parallel.in_stretches(_refuse, rows, 2))
     with pytest.raises(UserError, match="has ended early"):
         list(parallel.in_stretches(_die, rows, 2))
+
+
+def test_a_stretch_of_long_rows_has_few_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "STRETCH", 3)
+    monkeypatch.setattr(parallel, "STRETCH_BYTES", 10)
+    parts = parallel.in_stretches(list, range(9), 1, sizes=[1, 1, 1, 1, 9, 1, 50, 10, 1])
+    assert list(parts) == [[0, 1, 2], [3, 4], [5], [6], [7], [8]]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")

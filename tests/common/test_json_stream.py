@@ -32,6 +32,9 @@ FILES = {
     "cut off": f'{ROW}\n{ROW}\n{{"a": "b',
     "cut off behind a comma": f'{ROW}\n{{"a": 1,\n\n',
     "many digits": f'{{"a": {"1" * 5000}}}\n{ROW}\n',
+    "a row that is never closed and no other": f'{ROW}\n{{"a": [\n' + ' {"a": 1},\n' * 30,
+    "a broken row before others that are indented": f'{ROW}\n{{"a"}}\n' + f"  {ROW}\n" * 30 + ROW,
+    "a broken row before blank lines": '{"a"}\n' + "\n" * 40 + ROW,
     "broken at the end of a line": f'{{"a": \n{ROW}\n{ROW}',
     "no UTF-8": f"{ROW}\n{ROW}\n".encode() + b'{"a": "\xff"}\n',
     "broken row before no UTF-8": b'{"a"}\n{"a": "\xe2\x82\n"}\n',
@@ -99,6 +102,25 @@ def test_memory_holds_a_stretch_and_no_more(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(json_stream, "STRETCH_BYTES", 1000)
     lines = JsonLines(io.BytesIO(f"{ROW}\n".encode() * 2000), "f.jsonl")
     assert max(len(lines.text) + len(lines.line_starts) for _ in lines) < 4000
+
+
+def test_memory_holds_no_more_behind_a_broken_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "STRETCH_BYTES", 1000)
+    held = []
+    extend = JsonLines._extend
+    monkeypatch.setattr(JsonLines, "_extend", lambda lines, least=0: (extend(lines, least), held.append(len(lines.text)))[0])
+    data = b'{"a"}\n' + b' {"indented": 1}\n' * 5000 + f"{ROW}\n".encode()
+    lines = JsonLines(io.BytesIO(data), "f.jsonl")
+    assert [row.value["Answer"] for row in lines] == ["a"] and len(lines.out.problems) == 1
+    assert len(held) > 50 and max(held) < 3000
+
+
+def test_a_row_of_many_stretches_is_begun_anew_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "STRETCH_BYTES", 10)
+    begun, value = [], JsonLines._value
+    monkeypatch.setattr(JsonLines, "_value", lambda lines, position: begun.append(position) or value(lines, position))
+    [row] = JsonLines(io.BytesIO(json.dumps(list(range(5000)), indent=0).encode()), "f.jsonl")
+    assert row.value == list(range(5000)) and len(begun) < 15
 
 
 def test_a_file_of_nothing_but_broken_rows_is_left_early(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,6 @@ def tokenizer() -> Any:
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "STREAMED_BYTES", 0)
     monkeypatch.setattr(parallel, "STRETCH", 9)
-    monkeypatch.setattr(token_rows, "STRETCH", 9)
     monkeypatch.setattr(parallel, "cores", lambda **_: 1)
     monkeypatch.setattr(token_rows, "RESIDENT_BYTES", 2**18)
 
