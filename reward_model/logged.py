@@ -1,8 +1,8 @@
 """What reward models log, a line of definition each. No torch: `monitor` is checked against these names when a config is read."""
 
 PAIR_TRAINING_METRICS = {
-    "train/accuracy": "Share of the micro-batch's pairs whose chosen answer scores higher; ties count half.",
-    "train/margin": "Mean chosen score minus rejected score of the micro-batch.",
+    "train/accuracy": "Share of the step's pairs, in all micro-batches and processes, whose chosen answer scores higher; ties count half.",
+    "train/margin": "Mean chosen score minus rejected score of the same pairs.",
 }
 PAIR_METRICS = {
     "val/loss": "Mean of -log sigmoid(chosen - rejected) over the questions of the validation split, in nats; margins as in training.",

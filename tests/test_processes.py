@@ -117,9 +117,7 @@ def check_equal(one: Path, two: Path, *, losses: float = 1e-5, of_weights: float
     """Losses and weights agree, and both runs have left the same files."""
     expected, found = figures(one), figures(two)
     assert expected.keys() == found.keys()
-    # the accuracy and margin of training are those of a micro-batch
-    compared = {key: value for key, value in expected.items() if key[1] not in ("train/accuracy", "train/margin")}
-    assert {key: found[key] for key in compared} == pytest.approx(compared, rel=losses, abs=losses)
+    assert found == pytest.approx(expected, rel=losses, abs=losses)
     tensors = weights(two)
     for name, tensor in weights(one).items():
         torch.testing.assert_close(tensors.pop(name), tensor, rtol=0, atol=of_weights, msg=name)

@@ -104,7 +104,9 @@ def mixed_seed(*parts: int) -> int:
 class TrainingMetrics(pl.Callback):
     """Loss, learning rate, gradient norm, speed and memory of each step; does not step on a loss or gradient that is not finite.
 
-    A module may name the rows of a batch in errors: `describe_rows(batch) -> str`. `skips`: such a step is left out, else the run ends.
+    A module may name the rows of a batch in errors: `describe_rows(batch) -> str`; and have `means`, of its last training batch: name ->
+    (values, weights), two (N,) tensors, of whose weighted mean over all rows of the step's micro-batches and processes a figure is made.
+    `skips`: such a step is left out, else the run ends.
     """
 
     def __init__(self, tracker: Tracker, total_steps: int, log_every_n_steps: int, skips: bool = False) -> None:
@@ -117,7 +119,8 @@ class TrainingMetrics(pl.Callback):
         self._batch: Any = None
         self._window: list[tuple[Tensor, Any]] = []  # (loss, batch) of the micro-batches since the last step
         self._losses: list[Tensor] = []  # the same losses, as they add up to the step's
-        self._step_loss = torch.tensor(math.nan)
+        self._sums: dict[str, Tensor] = {}  # name -> (weighted sum, sum of weights) of the module's `means`, over the same batches
+        self._step_loss, self._step_sums = torch.tensor(math.nan), self._sums
         self._lr = math.nan
         self._grad_norm: float | None = None
         # since the last line
@@ -130,6 +133,11 @@ class TrainingMetrics(pl.Callback):
     def loss(self) -> float:
         """Loss of the last step on this process."""
         return float(self._step_loss)
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The module's figures of the last step on this process."""
+        return {name: _mean(sums) for name, sums in self._step_sums.items()}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
@@ -162,6 +170,9 @@ class TrainingMetrics(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._losses.append(outputs["loss"].detach().float())
+        for name, (values, weights) in getattr(pl_module, "means", {}).items():
+            sums = torch.stack([(values * weights).sum(), weights.sum()]).detach().float()
+            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
         self._tokens.append(count_tokens(batch))
         self._seconds += time.monotonic() - self._started
         self._batch = None
@@ -171,13 +182,15 @@ class TrainingMetrics(pl.Callback):
         self._steps += 1
         # Lightning has divided each by the number of micro-batches, so the sum is the loss of the step.
         self._step_loss = torch.stack(self._losses).sum()
-        self._losses = []
+        self._step_sums = self._sums
+        self._losses, self._sums = [], {}
         on_schedule = self.log_every_n_steps > 0 and self._step % self.log_every_n_steps == 0
         if on_schedule or self._step == self.total_steps:
             self._log(trainer, pl_module, batch_idx)
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         metrics = {"train/loss": float(trainer.strategy.reduce(self._step_loss, reduce_op="mean")), "train/lr": self._lr}
+        metrics |= {name: _mean(trainer.strategy.reduce(sums, reduce_op="sum")) for name, sums in self._step_sums.items()}
         if self._grad_norm is not None:
             metrics["train/grad_norm"] = self._grad_norm
         metrics["train/skipped_steps"] = self.skipped
@@ -187,6 +200,11 @@ class TrainingMetrics(pl.Callback):
         metrics["perf/memory_gib"] = peak_memory_gib(pl_module.device)
         self.tracker.log(metrics, self._step)
         self._steps, self._seconds, self._tokens = 0, 0.0, []
+
+
+def _mean(sums: Any) -> float:
+    total, weight = sums.tolist()
+    return total / weight if weight else math.nan
 
 
 def not_finite(what: str, module: pl.LightningModule, batches: list[Any]) -> str:
@@ -250,7 +268,7 @@ class ProgressReport(pl.Callback):
             self._started = time.monotonic()
         if self.progress.due(self._step):
             # In a log, validation has lines of its own.
-            figures = _shown(trainer) if self.progress.is_bar else {}
+            figures = self.metrics.means | _shown(trainer) if self.progress.is_bar else {}
             self.progress.update(self._step, {"loss": self.metrics.loss, **figures})
         if made == ESTIMATE_AFTER_STEPS and self._step < self.total_steps:
             self._estimate(pl_module.device)

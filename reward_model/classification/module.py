@@ -30,6 +30,7 @@ class PairModule(pl.LightningModule):
         self.params = params
         self.total_steps = total_steps
         self.seed = seed
+        self.means: dict[str, tuple[Tensor, Tensor]] = {}
         self._validation = Gathered()
 
     def describe_rows(self, batch: PairBatch) -> str:
@@ -53,9 +54,8 @@ class PairModule(pl.LightningModule):
             centring_coef=self.params.centring_coef,
         )
         margins = (chosen - rejected).detach().mean(1)
-        right = ordered_rightly(margins)
-        self.log("train/accuracy", right.mean(), prog_bar=True)
-        self.log("train/margin", margins.mean())
+        counted = batch["weight"] > 0
+        self.means = {"train/accuracy": (ordered_rightly(margins), counted), "train/margin": (margins, counted)}
         return loss_sum / (batch["denominator"] * chosen.shape[1])
 
     def on_fit_start(self) -> None:
