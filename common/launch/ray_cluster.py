@@ -6,9 +6,11 @@ import contextlib
 import os
 import secrets
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from common.errors import UserError
 from common.launch import ray_watchdog
 from common.launch.signals import Stopped, StopSignals
 from common.launch.workers import token_file
+from common.parallel import cores
 from common.run_lock import LOCK_FILE, hold, release
 from common.schema import LaunchSettings
 
@@ -25,6 +28,7 @@ _FOLDER = "rlhf-qa-ray-"
 _LONGEST_BASE = 40  # sockets lie below it, and a socket's path has 107 bytes
 _OBJECT_STORE_BYTES = 100 * 2**20  # nothing big goes through it: workers read files
 _PROBE_S = 10.0
+_NEW_S = 60.0  # a folder that is younger may have no lock yet
 # What Ray says in the workers' words: nothing but errors; the run says the rest.
 _QUIET = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -32,6 +36,7 @@ _QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # would write into the log, too, what is printed
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_V2_ENABLED": "1",
 }
 
 
@@ -39,7 +44,7 @@ _QUIET = {
 def cluster(launch: LaunchSettings, signals: StopSignals) -> Iterator[Path]:
     """Inside, this process is connected to the cluster that `launch` names; yields a folder for what need not outlive the run.
 
-    Raises UserError where the cluster cannot be joined, or would answer anyone.
+    Raises UserError where the cluster cannot be joined, or would answer anyone; `Stopped` where a second SIGINT ends it.
     """
     os.environ.update(_QUIET, RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token")
     with scratch_folder() as folder:
@@ -48,17 +53,18 @@ def cluster(launch: LaunchSettings, signals: StopSignals) -> Iterator[Path]:
 
         ray._private.worker.print_to_stdstream = lambda *_, **__: None  # of lost workers, in a paragraph; the run has a line
         try:
-            ray.init(**arguments, log_to_driver=False, logging_level="CRITICAL")
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"launch: no Ray cluster: {' '.join(str(error).split())[:300]}") from error
-        except SystemExit:  # Ray's answer to a SIGTERM that comes while it starts
-            raise Stopped(143) from None
-        finally:
-            signals.install()
-        try:
-            yield folder
-        finally:
-            ray.shutdown()
+            try:
+                ray.init(**arguments, log_to_driver=False, logging_level="CRITICAL")
+            except Exception as error:  # of any class: a start that takes too long is a plain one
+                raise UserError(f"launch: no Ray cluster: {' '.join(str(error).split())[:300]}") from error
+            finally:
+                signals.install()
+            try:
+                yield folder
+            finally:
+                ray.shutdown()
+        except SystemExit:  # of a second SIGINT, whose code Ray loses; or Ray's answer to a SIGTERM that comes while it starts
+            raise Stopped(130 if signals.insisted else 143) from None
 
 
 def _own_cluster(folder: Path) -> dict[str, object]:
@@ -74,7 +80,7 @@ def _own_cluster(folder: Path) -> dict[str, object]:
         "address": "local",
         "_node_ip_address": "127.0.0.1",
         "_temp_dir": str(folder / "ray"),  # Ray opens it to everyone; the folder above stays closed
-        "num_cpus": len(os.sched_getaffinity(0)),
+        "num_cpus": cores(),
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE_BYTES,
     }
@@ -130,26 +136,26 @@ def scratch_folder() -> Iterator[Path]:
         base = Path("/tmp")
     for left in base.glob(f"{_FOLDER}*"):
         _remove_if_left(left)
-    folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=base))
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=base)).resolve()  # as processes name the files that they write
     held = hold(folder / LOCK_FILE)
     command = [sys.executable, "-I", ray_watchdog.__file__, str(folder)]
     # in a session of its own, where no Ctrl-C reaches it
-    watchdog = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    watchdog = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
     try:
         yield folder
     finally:
         ray_watchdog.end(folder)
         release(held)
-        watchdog.communicate()
+        watchdog.communicate(ray_watchdog.ENDED)
 
 
 def _remove_if_left(folder: Path) -> None:
     """Remove a scratch folder that no process holds any more."""
-    lock = folder / LOCK_FILE
-    if folder.is_symlink() or not lock.is_file() or folder.stat().st_uid != os.getuid():
-        return
-    try:
-        release(hold(lock))
-    except OSError:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another process removes it just now, or holds it
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or time.time() - found.st_mtime < _NEW_S:
+            return
+        held = hold(folder / LOCK_FILE)
+        if held.alone:
+            shutil.rmtree(folder, ignore_errors=True)
+        release(held)

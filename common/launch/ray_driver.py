@@ -39,10 +39,10 @@ from common.runs import CHECKPOINTS_FOLDER, checkpoints_in
 from common.schema import LaunchSettings, WorkerResources
 
 _LOOK_EVERY_S = 0.2
-_START_TIMEOUT_S = 60.0
 _UNLOCK_TIMEOUT_S = 60.0
+_ROOM_LATER = "start it when others have ended, or let it wait longer (RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S)"
 # Settings that the scripts and their libraries read from the environment; keys and tokens stay where they are.
-_PASSED_ON = re.compile(r"(HF_|TRANSFORMERS_|WANDB_|NCCL_|TORCH_)\w+|RESULTS_ROOT_DIR|TOKENIZERS_PARALLELISM")
+_PASSED_ON = re.compile(r"(HF_|TRANSFORMERS_|WANDB_|NCCL_|TORCH_|PYTORCH_)\w+|RESULTS_ROOT_DIR|TOKENIZERS_PARALLELISM")
 _SECRET = re.compile(r"KEY|TOKEN(?!IZERS_)|SECRET|PASSWORD")
 
 
@@ -118,13 +118,16 @@ def train(
 ) -> int:
     """As `common.launch.ray.train_on_ray`, in a process that is connected to the cluster. scratch: a folder for Ray's own files."""
     relay = _Relay(resumed)
+    before = () if resumed is None else _checkpoints(resumed)
     check_room(launch)
     print(f"launch: {_words(launch)} on {launch.address or 'a cluster of this machine'}", flush=True)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     with _marker(root) as marker:
         for failures in range(launch.max_failures + 1):
+            again = () if failures == 0 else _going_on(relay, before)
+            if signals.received:
+                return signals.exit_code
             mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
-            again = () if failures == 0 else _going_on(relay)
             order = Order(main, (*argv, *again), Path.cwd(), _environment(), launch.resources_per_worker.CPU, marker, mailbox)
             try:
                 attempt = _run(launch, order, scratch, relay, signals, timeout_s)
@@ -136,11 +139,14 @@ def train(
                 print(f"note: {attempt.lost}; starting again ({failures + 1} of {launch.max_failures} times)", flush=True)
     if attempt.error is not None:
         raise attempt.error
-    if attempt.lost is not None and signals.received is None:
-        raise UserError(f"{attempt.lost}; --resume goes on from the last checkpoint (launch.max_failures lets Ray do it)")
     if attempt.problems:
         raise UserError(*attempt.problems)
-    return signals.exit_code if signals.received and attempt.lost else attempt.code
+    if attempt.lost is not None and signals.received:
+        print(f"{attempt.lost} before it stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        return signals.exit_code
+    if attempt.lost is not None:
+        raise UserError(f"{attempt.lost}; --resume goes on from the last checkpoint (launch.max_failures lets Ray do it)")
+    return attempt.code
 
 
 def _run(launch: LaunchSettings, order: Order, scratch: Path, relay: _Relay, signals: StopSignals, timeout_s: float) -> _Attempt:
@@ -189,7 +195,7 @@ def _outcome(trainer: TorchTrainer, launch: LaunchSettings) -> _Attempt:
         return _Attempt(code=trainer.fit().return_value)
     except ControllerError as error:
         if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
-            return _Attempt(problems=(f"launch: the cluster has had no room for {_words(launch)} for {_START_TIMEOUT_S:.0f} s",))
+            return _Attempt(problems=(f"launch: the cluster had no room for {_words(launch)} in time; {_ROOM_LATER}",))
         return _Attempt(lost=f"the workers could not be started ({_line(error.controller_failure)})")
     except WorkerGroupError as error:
         failures = {
@@ -210,6 +216,8 @@ def _outcome(trainer: TorchTrainer, launch: LaunchSettings) -> _Attempt:
         return _Attempt(lost=f"worker {rank} of {launch.num_training_workers} was lost{why}")
     except TrainingFailedError as error:
         return _Attempt(lost=f"the workers were lost ({_line(error)})")
+    except RayActorError:
+        return _Attempt(lost="the process that watches the workers was lost")
     except BaseException as error:
         return _Attempt(error=error)
 
@@ -218,8 +226,16 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _going_on(relay: _Relay) -> Sequence[str]:
-    """What the command line of a new start has more; a run that has no checkpoint yet starts anew, in the same place."""
+def _checkpoints(run_dir: Path) -> tuple[Path, ...]:
+    return tuple(checkpoints_in(run_dir / CHECKPOINTS_FOLDER))
+
+
+def _going_on(relay: _Relay, before: Sequence[Path]) -> Sequence[str]:
+    """What the command line of a new start has more; a run that has no checkpoint yet starts anew, in the same place.
+
+    before: the checkpoints when a resumed run was to go on. While it has these, it still goes on from the one that was asked for, which
+    may be an earlier one.
+    """
     run_dir = relay.run_dir
     if run_dir is None:
         return ()
@@ -232,8 +248,8 @@ def _going_on(relay: _Relay) -> Sequence[str]:
             if time.monotonic() > until:
                 raise
             time.sleep(_LOOK_EVERY_S)
-    if checkpoints_in(run_dir / CHECKPOINTS_FOLDER):
-        return ("--resume", str(run_dir))
+    if found := _checkpoints(run_dir):
+        return () if found == tuple(before) else ("--resume", str(run_dir))
     shutil.rmtree(run_dir, ignore_errors=True)
     return ()
 

@@ -16,6 +16,8 @@ import psutil
 
 _ENDS_BY_ITSELF_S = 3.0
 _REMOVE_TRIES = 20
+_KILL_TRIES = 20  # a process that waits for a device cannot be ended
+ENDED = "ended"
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
@@ -32,9 +34,13 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 def end(folder: Path) -> None:
     """End every process of a cluster, and remove its folder."""
     psutil.wait_procs(processes_of(folder), timeout=_ENDS_BY_ITSELF_S)
-    while left := processes_of(folder):
+    for _ in range(_KILL_TRIES):  # what is killed may have started others just before
+        left = processes_of(folder)
+        if not left:
+            break
         for process in left:
-            process.kill()
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         psutil.wait_procs(left, timeout=_ENDS_BY_ITSELF_S)
     for _ in range(_REMOVE_TRIES):
         shutil.rmtree(folder, ignore_errors=True)
@@ -44,5 +50,7 @@ def end(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdin.read()  # ends when the other end does
+    if sys.stdin.read() != ENDED:  # returns when the parent has ended, however that came
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            print("error: the script was ended, or Ray was; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
     end(Path(sys.argv[1]))

@@ -37,6 +37,8 @@ class StopSignals:
     def __init__(self, *, tells: bool = True) -> None:
         """`tells`: say that a signal came; in one of several processes is enough."""
         self.tells = tells
+        self.insisted = False
+        """Whether a second SIGINT came."""
         self._caught: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
 
@@ -65,6 +67,7 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number)
         if self.received is not None and name is signal.SIGINT:
+            self.insisted = True
             raise Stopped(EXIT_CODES[signal.SIGINT])
         if self.received is None:
             self._caught = name

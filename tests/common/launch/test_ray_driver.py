@@ -1,0 +1,88 @@
+"""What the process that starts Ray workers makes of losses and signals, without a cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock, Mock
+
+import pytest
+
+from common.errors import UserError
+from common.launch.signals import StopSignals
+from common.schema import LaunchSettings
+
+pytest.importorskip("ray", reason="requirements-ray.txt is not installed")
+
+Run = Callable[[int, Any], Any]
+"""`run(number, relay)`: what comes of the n-th start of the workers."""
+
+
+def train(monkeypatch: pytest.MonkeyPatch, root: Path, run: Run, signals: StopSignals | None = None, resumed: Path | None = None) -> Any:
+    """The command lines of all starts, and the exit code or the problems."""
+    from common.launch import ray_driver
+
+    orders: list[tuple[str, ...]] = []
+
+    def start(launch: LaunchSettings, order: Any, scratch: Path, relay: Any, *_: Any) -> Any:
+        orders.append(order.argv)
+        return run(len(orders), relay)
+
+    monkeypatch.setattr(ray_driver, "ray", MagicMock())
+    monkeypatch.setattr(ray_driver, "check_room", lambda launch: None)
+    monkeypatch.setattr(ray_driver, "NodeAffinitySchedulingStrategy", Mock())
+    monkeypatch.setattr(ray_driver, "_run", start)
+    launch = LaunchSettings(engine="ray", num_training_workers=2, max_failures=2)
+    signals = signals or StopSignals()
+    try:
+        code = ray_driver.train(print, ["a=1"], launch, signals, root, root=root, resumed=resumed, timeout_s=1)  # type: ignore[arg-type]
+    except UserError as error:
+        return orders, error.problems
+    return orders, code
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_does_so_again_after_a_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Until it has checkpoints of its own: later ones of the old course are not where it was."""
+    from common.launch.ray_driver import _Attempt
+
+    run_dir = tmp_path / "desc-run,index-0"
+    for step in (5, 10):
+        (run_dir / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+
+    def run(number: int, relay: Any) -> Any:
+        if number == 2:
+            (run_dir / "checkpoints" / "step-000010").rename(run_dir / "checkpoints" / "aside-step-000010")
+        return _Attempt(lost="worker 1 of 2 was lost") if number < 3 else _Attempt()
+
+    orders, code = train(monkeypatch, tmp_path, run, resumed=run_dir)
+    assert (orders, code) == ([("a=1",), ("a=1",), ("a=1", "--resume", str(run_dir))], 0)
+
+
+def test_a_signal_before_the_workers_start_ends_it_without_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with StopSignals(tells=False) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert train(monkeypatch, tmp_path, Mock(), signals) == ([], 143)
+
+
+def test_a_worker_that_is_lost_before_it_saved_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from common.launch.ray_driver import _Attempt
+
+    def run(number: int, relay: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return _Attempt(lost="worker 1 of 2 was lost")
+
+    with StopSignals(tells=False) as signals:
+        assert train(monkeypatch, tmp_path, run, signals) == ([("a=1",)], 143)
+    assert capsys.readouterr().err == "worker 1 of 2 was lost before it stopped; --resume goes on from the last checkpoint\n"
+
+
+def test_the_loss_of_what_watches_the_workers_is_a_loss() -> None:
+    from common.launch import ray_driver
+
+    attempt = ray_driver._outcome(Mock(fit=Mock(side_effect=ray_driver.RayActorError())), LaunchSettings())
+    assert (attempt.lost, attempt.error) == ("the process that watches the workers was lost", None)
