@@ -9,7 +9,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from common.errors import UserError
 from common.json_rows import RawRow, SplitName
 from common.lazy import Lazy
+from common.notes import say
 from common.record_types import PairRecord, Record, RecordKind, ScoreRecord, question_digest
 from common.row_formats import RowFormat, RowReader
 from common.row_parser import read_row
@@ -31,6 +32,8 @@ R = TypeVar("R", bound=Record)
 _ENTRY = np.dtype([("start", "<i8"), ("size", "<u4"), ("number", "<u4"), ("question", "<u8"), ("value", "<f8"), ("columns", "<u4")])
 _PACKED = struct.Struct("<qIIQdI")
 _BUFFER_BYTES = 2**20
+TAUGHT_BYTES = 64 * 2**20
+"""What a fresh tokenizer learns from a file, about, at most: what its training holds grows with the words that it has seen."""
 
 
 class RecordFile(Generic[R]):
@@ -192,6 +195,14 @@ class FileRecords(Lazy[R]):
             return found
 
         return Column(len(places), read)
+
+
+def tokenizer_rows(records: Sequence[R]) -> Iterator[R]:
+    """Those that a fresh tokenizer is trained on: all, or of a large file every n-th, which a note says once they are asked for."""
+    nth = max(1, -(-sum(records.sizes) // TAUGHT_BYTES)) if isinstance(records, FileRecords) else 1
+    if nth > 1:
+        say(f"a fresh tokenizer learns from one row in {nth} of a large file, about {TAUGHT_BYTES / 2**20:.3g} MiB of text")
+    yield from records if nth == 1 else records[::nth]
 
 
 def distinct_questions(rows: Sequence[Any]) -> NDArray[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections import deque
@@ -52,6 +53,7 @@ def in_stretches(
         for part in parts:
             yield work(rows[part])
         return
+    gc.freeze()  # looking for garbage writes to each object, and what is written to is shared by the processes no more
     pool = ProcessPoolExecutor(processes, initializer=_begin, initargs=(work, rows))
     try:
         begun: deque[Future[T]] = deque()
@@ -65,6 +67,7 @@ def in_stretches(
         raise UserError("a process that was to read rows of the data has ended early; was there too little memory?") from None
     finally:
         pool.shutdown(cancel_futures=True)
+        gc.unfreeze()
 
 
 def _stretches(count: int, sizes: Iterable[int] | None) -> Iterator[slice]:

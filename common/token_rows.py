@@ -161,8 +161,8 @@ class TokenCache:
                 try:
                     self._write(place, facts, encoder, records, split, unusable_rows, lock.alone)
                 except UserError:
-                    if lock.alone or not place.is_dir():
-                        raise  # else, on a file system without locks, another process was quicker
+                    if not place.is_dir():
+                        raise  # else another process was quicker: there are no locks, or somebody deleted them
                 ids = self._read(place)
                 if ids is None:
                     raise UserError(f"{place}: token ids that were just written are gone or damaged; is something else deleting them?")

@@ -24,6 +24,7 @@ from typing import Any
 from common.checkpoint import atomic_directory
 from common.closing import BEST
 from common.errors import UserError
+from common.file_records import tokenizer_rows
 from common.launch.checkpointing import LAST
 from common.launch.lightning import training_device
 from common.models.answers import CachedAnswer, StartedAnswer
@@ -151,7 +152,7 @@ def one_backbone(config: ComparisonConfig, splits: Splitted, directory: Path) ->
         own = config.run(readout, config.rates[0], config.seed, backbone=str(place), folder=directory, cache=directory)
         fresh = own.model_copy(update={"model_name": None, "model_init": config.model_init})
         objective = objective_of(own, splits)
-        tokenizer, model = start_model(fresh, (text for record in splits.train for text in objective.texts(record)))
+        tokenizer, model = start_model(fresh, (text for record in tokenizer_rows(splits.train) for text in objective.texts(record)))
         with atomic_directory(place) as staging:
             tokenizer.save_pretrained(staging)
             model.backbone.save_pretrained(staging)

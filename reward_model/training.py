@@ -21,6 +21,7 @@ from common.closing import finish_run, opening_lines
 from common.config import resolved_dict
 from common.disk import checkpoint_bytes
 from common.errors import UserError
+from common.file_records import tokenizer_rows
 from common.followers import follows
 from common.freezing import apply_freezing
 from common.launch.checkpointing import LAST
@@ -112,7 +113,7 @@ def train(
     check_number_of_workers(config.launch, processes)
 
     # 1. model and tokenizer
-    tokenizer, model = start_model(config, (text for record in splits.train for text in objective.texts(record)), resume)
+    tokenizer, model = start_model(config, (text for record in tokenizer_rows(splits.train) for text in objective.texts(record)), resume)
     if resume is not None:
         resume.check_tokenizer(tokenizer)
     prepared = prepare_model(model, config)

@@ -19,7 +19,7 @@ from common.disk import checkpoint_bytes
 from common.errors import UserError
 from common.evaluation.generate import Answer, generate_answers
 from common.evaluation.text_metrics import corpus_metrics
-from common.file_records import FileRecords
+from common.file_records import FileRecords, tokenizer_rows
 from common.followers import follows, rank
 from common.freezing import apply_freezing
 from common.gathered import Gathered, own_share
@@ -194,7 +194,7 @@ def load_model(
         model = load_generator(name, dtype=config.model_params.model_dtype, trust_remote_code=config.trust_remote_code)
     else:
         assert config.model_init is not None  # the config holds one of the two
-        texts = (text for row in train_rows for text in (render_prompt(row.prompt), answer_text(row.answer, "qa")))
+        texts = (text for row in tokenizer_rows(train_rows) for text in (render_prompt(row.prompt), answer_text(row.answer, "qa")))
         tokenizer = train_tokenizer(texts, config.model_init.vocab_size) if resume is None else load_tokenizer(str(resume.checkpoint))
         model = build_generator(config.model_init, tokenizer, config.data.max_length, config.seed)
         model.to(getattr(torch, config.model_params.model_dtype))

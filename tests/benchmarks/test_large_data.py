@@ -31,8 +31,8 @@ def test_configs_are_those_of_the_stages(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads /proc of Linux")
 def test_memory_and_moments_are_those_of_the_command() -> None:
-    held = "held = bytearray(b'x' * 60_000_000); print('note: 2 held out for validation'); time.sleep(0.7); print('9 optimizer steps')"
-    found = run([sys.executable, "-c", f"import time; {held}"])
+    held = "held = bytearray(b'x' * 60_000_000); print('note: 2 held out for validation'); time.sleep(0.7)"
+    found = run([sys.executable, "-c", f"import time; {held}; print('data: 2 train rows; 9 PPO steps')"])
     assert 60e6 / 2**20 < found.anonymous < 120 and found.resident > found.anonymous
     assert found.moments["run"] - found.moments["read"] > 0.5 and list(found.moments) == ["read", "run", "end"]
     with pytest.raises(ContenderFailed, match="no such thing"):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import json
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from common import json_stream, parallel, records
+from common import file_records, json_stream, parallel, records, scratch, splits
 from common.errors import UserError
-from common.file_records import FileRecords
+from common.file_records import FileRecords, tokenizer_rows
 from common.records import read_splits, source_kind
 
 GOOD: dict[str, list[dict[str, Any]]] = {
@@ -116,6 +119,60 @@ def test_what_an_index_knows_of_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert source_kind(str(tmp_path / "p.jsonl")) == "pair"
 
 
+def test_a_fresh_tokenizer_learns_from_some_rows_of_a_large_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory, streamed = (found.train for found in both_ways(monkeypatch, write(tmp_path / "data.jsonl", GOOD["sft"]), "sft"))
+    assert list(tokenizer_rows(memory)) == list(tokenizer_rows(streamed)) == memory
+    monkeypatch.setattr(file_records, "TAUGHT_BYTES", sum(streamed.sizes) // 3 + 1)
+    chosen = tokenizer_rows(streamed)
+    assert "learns from" not in capsys.readouterr().out  # a tokenizer that is there already asks for none
+    assert list(chosen) == memory[::3] and list(tokenizer_rows(memory)) == memory
+    assert "learns from one row in 3 of a large file" in capsys.readouterr().out
+
+
+def test_what_is_known_of_many_rows_is_not_held(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = 100_000
+    path = write(tmp_path / "data.jsonl", GOOD["prompt"][:1])
+    records = read(monkeypatch, path, "prompt", streamed=True, validation_split_percentage=0.0).train
+    index = np.repeat(records.source.index, rows)
+    index["question"] = np.random.default_rng(0).integers(0, 2**63, size=rows)
+    index["question"][::2] = index["question"][1::2]
+    records.source.index = index
+    many = FileRecords(records.source, range(rows))
+    monkeypatch.setattr(scratch, "MAPPED_BYTES", 0)
+    monkeypatch.setattr(scratch, "STRETCH", 1000)
+    tracemalloc.start()
+    train, val, _ = splits.hold_out(many, 30.0, 0, path)
+    notes = list(splits.overlap_notes(path, {"train": many, "val": val, "test": []}, 0))
+    first = many.take(train.places).first_of_each_question()
+    names = first.column_names()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(first) == len(train) // 2 == 35_000 and names == [] and len(notes) == 1
+    assert peak < 2 * rows
+
+
+def test_a_file_that_cannot_be_read_any_more_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = read(monkeypatch, write(tmp_path / "data.jsonl", GOOD["sft"]), "sft", streamed=True).train
+
+    def stale(descriptor: int, size: int, start: int) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "pread", stale)
+    with pytest.raises(UserError, match=r"data\.jsonl: train row 1: cannot be read any more: Stale file handle"):
+        rows[0]
+
+
+def test_a_file_that_takes_its_place_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", GOOD["sft"])
+    rows = read(monkeypatch, path, "sft", streamed=True, validation_split_percentage=0.0).train
+    os.replace(write(tmp_path / "other.jsonl", GOOD["prompt"]), path)
+    assert rows[149].answer == "a 149"
+    with pytest.raises(UserError, match="was changed"):  # by a process that opens it anew
+        pickle.loads(pickle.dumps(rows))[149]
+
+
 def test_a_file_that_changes_under_a_run_ends_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", GOOD["sft"])
     rows = read(monkeypatch, path, "sft", streamed=True).train
@@ -141,6 +198,12 @@ def test_several_processes_give_the_results_in_order_and_their_errors() -> None:
         list(parallel.in_stretches(_refuse, rows, 2))
     with pytest.raises(UserError, match="has ended early"):
         list(parallel.in_stretches(_die, rows, 2))
+
+
+def test_what_processes_share_is_left_alone_when_they_look_for_garbage() -> None:
+    before = gc.get_freeze_count()
+    assert all(count > 10_000 for count in parallel.in_stretches(_frozen, range(1500), 2))
+    assert gc.get_freeze_count() == before
 
 
 def test_a_stretch_of_long_rows_has_few_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +235,10 @@ def test_processes_that_train_together_divide_the_cores_unless_they_wait_for_one
 
 def _affinity(part: range) -> set[int]:
     return os.sched_getaffinity(0)
+
+
+def _frozen(part: range) -> int:
+    return gc.get_freeze_count()
 
 
 def _refuse(part: range) -> None:

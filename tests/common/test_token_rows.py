@@ -154,6 +154,22 @@ def test_a_disk_that_refuses_is_a_line(tmp_path: Path, tokenizer: Any) -> None:
         TokenCache(tmp_path / "ids", "data").ids(encoder(tokenizer), found, "train", "drop")
 
 
+def test_a_folder_that_goes_while_its_ids_are_used_is_used_on(tmp_path: Path, tokenizer: Any) -> None:
+    found, cache = read(tmp_path / "data.jsonl"), TokenCache(tmp_path / "ids", "data")
+    rows = stored_rows(answers, encoder(tokenizer), found, cache, "train", "drop")
+    whole = list(rows)
+    shutil.rmtree(tmp_path / "ids")
+    assert list(rows) == whole
+    assert list(stored_rows(answers, encoder(tokenizer), found, cache, "train", "drop")) == whole  # made anew
+
+
+def test_ids_that_go_before_they_are_read_are_a_line(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, write = read(tmp_path / "data.jsonl"), TokenCache._write
+    monkeypatch.setattr(TokenCache, "_write", lambda *arguments: (write(*arguments), shutil.rmtree(arguments[1]))[0])
+    with pytest.raises(UserError, match="token ids that were just written are gone or damaged"):
+        TokenCache(tmp_path / "ids", "data").ids(encoder(tokenizer), found, "train", "drop")
+
+
 def test_a_run_that_is_making_them_is_waited_for(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found, cache = read(tmp_path / "data.jsonl"), TokenCache(tmp_path / "ids", "data")
     waited = []
