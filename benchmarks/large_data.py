@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,12 @@ from common.tracking import markdown_table
 
 SCRIPTS = {"sft": "sft/train_sft.py", "pairs": "reward_model/classification/train_reward.py", "ppo": "rlhf/train_ppo.py"}
 HEAD = ("stage", "file MB", "rows", "anonymous MiB", "resident MiB", "read s", "tokenize s", "MB/s", "total s", "ids MB")
+_MOMENTS = {
+    "read": re.compile("held out for validation"),
+    "train": re.compile("note: train: tokenizing"),
+    "val": re.compile("note: val: tokenizing"),
+    "run": re.compile("rows; .* steps"),
+}
 _WHOLE = "import runpy, sys; sys.path[0] = '.'; import common.records as r; r.STREAMED_BYTES = 2**62; sys.argv.pop(0); "
 _WHOLE += "runpy.run_path(sys.argv[0], run_name='__main__')"
 
@@ -90,9 +97,9 @@ def make_model(folder: Path) -> None:
 
     questions, sentences = texts()
     tokenizer = train_tokenizer([*questions, *sentences], 8_000)
-    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_position_embeddings": 256}
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_position_embeddings": 1024}
     init = ModelInit(model_type="gpt_neo", vocab_size=8_000, config=sizes)
-    build_generator(init, tokenizer, 256, 0).save_pretrained(folder)
+    build_generator(init, tokenizer, 1024, 0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -148,13 +155,8 @@ def run(command: Sequence[str]) -> Found:
     assert process.stdout is not None
     for line in process.stdout:
         said.append(line)
-        for name, words in {
-            "read": "held out for validation",
-            "train": "note: train: tokenizing",
-            "val": "note: val: tokenizing",
-            "run": "optimizer steps",
-        }.items():
-            if words in line:
+        for name, words in _MOMENTS.items():
+            if words.search(line):
                 found.moments.setdefault(name, time.monotonic() - begun)
     process.wait()
     stop.set()
