@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,21 +132,21 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     return trained | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
-def load_trained_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], load: Callable[[nn.Module, Mapping[str, Tensor]], None] | None = None
-) -> None:
-    """Put back what `trained_weights` gave; `load` does so where copying is not enough. Raises UserError where the model is another one."""
-    import torch
-
+def check_trained_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse what `trained_weights` gave of another model. Raises UserError."""
     own = trained_weights(model)
     if problem := next(iter(own.keys() ^ weights.keys()), None):
         raise UserError(f"the checkpoint's weights are of another model: {problem} is in {'the model' if problem in own else 'them'} alone")
     for name, tensor in own.items():
         if tensor.shape != weights[name].shape or tensor.dtype != weights[name].dtype:
             raise UserError(f"the checkpoint's weights are of another model: {name} is {tuple(weights[name].shape)} there")
-    if load is not None:
-        load(model, weights)
-        return
+
+
+def load_trained_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put back what `trained_weights` gave. Raises UserError where the model is another one."""
+    import torch
+
+    check_trained_weights(model, weights)
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in trained_weights(model).items():
             tensor.copy_(weights[name])

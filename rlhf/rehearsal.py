@@ -96,7 +96,7 @@ def rehearse(
     evaluation = max(0.0, seconds - sum(measured)) / 2 if eval_prompts else 0.0  # before the first step and after the last
     every = config.evaluation.every_n_steps
     evaluations = (1 + -(-steps // every)) if eval_prompts else 0
-    trainer_state, rewards = trainer.state_dict() if trainer.sharding.resumes else {}, trainer.reward.state_dict()
+    trainer_state, rewards = trainer.state_dict(), trainer.reward.state_dict()
     with trainer.sharding.whole(trainer.model) as model:
         state = {"weights": trained_weights(model.pretrained_model), "trainer": trainer_state, "reward": rewards}
         checkpoint = model_bytes(model.pretrained_model, trainer.tokenizer) + state_size(state)

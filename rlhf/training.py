@@ -82,7 +82,7 @@ def _train(
     params, generation = config.ppo_config, config.generation_config
     seed = config.seed if params.seed is None else params.seed
     sharding = launched_sharding(runtime, params.mixed_precision)
-    refuse_unserved(config, sharding, resume)
+    refuse_unserved(config, sharding)
     if sharding.spreads:
         say("weights are sharded: cache_frozen_layers and static_decoding have no effect, every process reads the models' files")
 
@@ -200,17 +200,18 @@ def _speaking(speaks: bool) -> Iterator[None]:
         yield
 
 
-def refuse_unserved(config: PPORunConfig, sharding: Sharding, resume: ResumePoint | None) -> None:
+def refuse_unserved(config: PPORunConfig, sharding: Sharding) -> None:
     """Raise UserError for what sharded weights do not allow."""
     params, problems = config.ppo_config, []
     if sharding.spreads and config.reward_config.offload:
         problems.append("reward_config.offload: got true, but reward models lie spread over the processes as all others do; leave it false")
     if sharding.spreads and params.optimizer == "Adafactor":
         problems.append(f"ppo_config.optimizer: got Adafactor, which needs whole weights; under {sharding.name} use AdamW, Adam or SGD")
-    if not sharding.resumes and params.critic_warmup_steps:
-        problems.append(f"ppo_config.critic_warmup_steps: {sharding.name} counts them as steps of the policy; set it to 0, or use FSDP")
-    if not sharding.resumes and resume is not None:
-        problems.append(f"--resume: checkpoints of {sharding.name} hold no optimizer states; start a new run from the last model")
+    if sharding.steps_all and params.critic_warmup_steps:
+        warmup = params.critic_warmup_steps
+        problems.append(
+            f"ppo_config.critic_warmup_steps: got {warmup}, expected 0: {sharding.name} counts them as steps of the policy; or use FSDP"
+        )
     if problems:
         raise UserError(*problems)
 

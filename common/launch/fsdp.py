@@ -78,11 +78,20 @@ class FullySharded(Sharding):
             for name, weight in weights.items():
                 own[name].copy_(_spread(weight, own[name]))
 
-    def whole_state(self, state: Any) -> Any:
+    def whole_weights(self, network: nn.Module) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = self._on_main(network.state_dict())
+        return weights
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        state: dict[str, Any] = self._on_main(optimizer.state_dict())
+        return state
+
+    def _on_main(self, state: Any) -> Any:
+        """A nested state with whole tensors in the main process, and none in others."""
         if isinstance(state, Mapping):
-            return {key: self.whole_state(value) for key, value in state.items()}
+            return {key: self._on_main(value) for key, value in state.items()}
         if isinstance(state, list | tuple):
-            return type(state)(self.whole_state(value) for value in state)
+            return type(state)(self._on_main(value) for value in state)
         if not isinstance(state, Tensor):
             return state
         tensor = _whole(state.detach())  # by all processes together

@@ -59,6 +59,8 @@ SHARDINGS: dict[str, Callable[[Runtime], Sharding]] = {"fsdp": FullySharded, "de
 """Strategies under which no process has the whole model."""
 STRATEGIES = ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false", *SHARDINGS)
 FLOAT16 = frozenset({16, "16", "16-mixed", "16-true"})
+NOT_FLOAT32 = frozenset({"bf16-true", 64, "64", "64-true"})
+"""Weights that train are of that type; DeepSpeed would train float32 copies of them."""
 
 
 class LaunchedEnvironment(TorchElasticEnvironment):
@@ -222,7 +224,7 @@ def _check_sharding(strategy: str, params: Mapping[str, Any]) -> None:
     problems = []
     if _all_processes(params) == 1:
         problems.append(f"trainer.params.strategy: got {strategy}, but the run is one process; set trainer.params.devices to 2 or more")
-    if params.get("precision") in FLOAT16:
+    if params.get("precision") in (FLOAT16 | NOT_FLOAT32 if strategy == "deepspeed" else FLOAT16):
         problems.append(f"trainer.params.precision: got {params['precision']!r}, expected bf16-mixed or 32 under strategy {strategy}")
     if params.get("gradient_clip_val") and params.get("gradient_clip_algorithm") == "value":
         problems.append(f"trainer.params.gradient_clip_algorithm: got value, expected norm under strategy {strategy}")
@@ -360,11 +362,6 @@ def fit(
     started = time.monotonic()
     checkpoints.frozen = weights_digest(frozen_weights(module))
     if state is not None:
-        if not state["optimizers"]:
-            raise UserError(
-                "--resume: under strategy deepspeed, checkpoints hold weights alone, not the optimizer's state; start a new run from them "
-                "(trainer.ckpt_path)"
-            )
         if trainer.world_size != state["processes"]:
             raise UserError(f"--resume: {trainer.world_size} processes now, {state['processes']} when the run began; start as many")
         check_start_weights(checkpoints.frozen, state["frozen"], "frozen weights")

@@ -131,14 +131,11 @@ def whole_network(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def optimizer_states(trainer: pl.Trainer) -> list[Any]:
-    """The states of its optimizers as one process has them; of a network that is spread, in the process that leads. Every process asks.
-
-    Empty where they cannot be had.
-    """
+    """The states of its optimizers as one process has them; of a network that is spread, in the process that leads. Every process asks."""
     if not isinstance(trainer.strategy, ShardedStrategy):
         return [optimizer.state_dict() for optimizer in trainer.optimizers]
     sharding = trainer.strategy.sharding
-    return [sharding.whole_state(optimizer.state_dict()) for optimizer in trainer.optimizers] if sharding.resumes else []
+    return [sharding.optimizer_state(optimizer) for optimizer in trainer.optimizers]
 
 
 def load_optimizer_state(trainer: pl.Trainer, optimizer: Optimizer, state: dict[str, Any]) -> None:

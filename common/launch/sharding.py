@@ -25,8 +25,8 @@ class Sharding:
     name = "none"
     spreads = False
     """Whether networks are spread; processes then run the same forwards and backwards in an update."""
-    resumes = True
-    """Whether optimizer states are kept in checkpoints."""
+    steps_all = False
+    """Whether a step of the optimizer moves weights without a gradient, too."""
 
     def place(self, *networks: nn.Module) -> None:
         """Spread networks that do not train. What copies a network, looks at its modules or tries it comes before."""
@@ -70,16 +70,20 @@ class Sharding:
         for target, source in zip(into.parameters(), network.parameters(), strict=True):
             target.data.copy_(source.data)
 
-    def whole_state(self, state: Any) -> Any:
-        """A nested state as one process has it; where networks are spread, in the main process alone."""
-        return state
+    def whole_weights(self, network: nn.Module) -> dict[str, Tensor]:
+        """`state_dict` of a network; where it is spread, all processes ask, and the main one alone gets the tensors, on the CPU."""
+        return network.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """`state_dict` as one process has it; where networks are spread, all ask, and the main one alone gets the tensors, on the CPU."""
+        return optimizer.state_dict()
 
     def load_weights(self, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Put whole weights, those of `state_dict` or some of them, into a network."""
         network.load_state_dict(weights, strict=False)
 
     def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-        """Put back what `whole_state` made of an optimizer's state."""
+        """Put back what `optimizer_state` gave, which every process has."""
         optimizer.load_state_dict(dict(state))
 
 

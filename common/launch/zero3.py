@@ -1,9 +1,12 @@
-"""Weights, gradients and optimizer states spread over processes by DeepSpeed's ZeRO-3, where deepspeed is installed."""
+"""Weights, gradients and optimizer states spread over processes by DeepSpeed's ZeRO-3, where deepspeed is installed.
+
+Phases without gradients gather networks whole, as under FSDP; what an update gathers, and when, is DeepSpeed's own affair.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -18,9 +21,9 @@ T = TypeVar("T")
 
 
 class Zero3(Sharding):
-    """DeepSpeed's ZeRO-3: what is gathered in an update, and when, is its own affair. Optimizer states are not kept in checkpoints."""
+    """DeepSpeed's ZeRO-3. It keeps the optimizer's weights and moments as a flat part of many parameters in each process."""
 
-    name, spreads, resumes = "DeepSpeed", True, False
+    name, spreads, steps_all = "DeepSpeed", True, True
 
     def __init__(self, runtime: Runtime) -> None:
         import deepspeed
@@ -35,10 +38,12 @@ class Zero3(Sharding):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a CPU would compile this kernel now, which only inference uses
         deepspeed.init_distributed(dist_init_required=False)
         self.engine: Any = None
         self._trained: list[nn.Module] = []
         self._gathered: list[nn.Module] = []
+        self._has_gradients = False
 
     def place(self, *networks: nn.Module) -> None:
         for network in networks:
@@ -63,11 +68,13 @@ class Zero3(Sharding):
         if hooked:
             remove_hooks(self.engine)
         self._gathered += fresh
-        with self.deepspeed.zero.GatheredParameters(parameters) if parameters else contextlib.nullcontext():
-            yield
-        self._gathered = [network for network in self._gathered if network not in fresh]
-        if hooked:
-            add_hooks(self.engine)
+        try:
+            with self.deepspeed.zero.GatheredParameters(parameters) if parameters else contextlib.nullcontext():
+                yield
+        finally:
+            self._gathered = [network for network in self._gathered if network not in fresh]
+            if hooked:
+                add_hooks(self.engine)
 
     @contextmanager
     def whole(self, network: Network) -> Iterator[Network]:
@@ -86,9 +93,11 @@ class Zero3(Sharding):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.runtime.world_size)  # it takes the mean over processes
+        self._has_gradients = True
 
     def drop_gradients(self, optimizer: Optimizer) -> None:
         self.engine.optimizer.zero_grad()
+        self._has_gradients = False
 
     def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         squares = [gradient.square().sum() for _, gradient in self._gradients(parameters)]
@@ -109,7 +118,74 @@ class Zero3(Sharding):
             yield parameter, safe_get_local_grad(parameter)
 
     def step(self, optimizer: Optimizer) -> None:
-        self.engine.step()
+        if self._has_gradients:  # it would step with those it has summed up, dropped or not
+            self.engine.step()
+        self._has_gradients = False
+
+    def whole_weights(self, network: nn.Module) -> dict[str, Tensor]:
+        with self.gathered(network):
+            if not self.runtime.is_main:
+                return {}
+            return {name: tensor.to("cpu", copy=True) for name, tensor in network.state_dict().items()}
+
+    def load_weights(self, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        named = network.named_parameters(remove_duplicate=False)
+        parameters = [parameter for name, parameter in named if name in weights]
+        with self.deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+            super().load_weights(network, weights)
+        self.engine.optimizer.refresh_fp32_params()  # the optimizer's, where it has its own
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        with self._flat_parts() as parts:
+            flat = optimizer.state_dict()
+        state: dict[int, dict[str, Any]] = {}
+        numbers: list[range] = []  # of the parameters in each flat part
+        for number, parameters in enumerate(parts):
+            numbers.append(range(len(state), len(state) + len(parameters)))
+            for parameter in parameters:
+                own = state[len(state)] = dict(flat["state"].get(number, {}))
+                for name, value in own.items():
+                    if isinstance(value, Tensor):
+                        whole = safe_get_full_optimizer_state(parameter, name) if value.ndim else value  # by all processes together
+                        own[name] = whole.to("cpu", copy=True) if self.runtime.is_main else None
+        groups = [{**group, "params": [own for number in group["params"] for own in numbers[number]]} for group in flat["param_groups"]]
+        return {"state": state, "param_groups": groups}
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        with self._flat_parts() as parts:
+            groups = optimizer.state_dict()["param_groups"]
+            flat: dict[int, dict[str, Any]] = {}
+            first = 0
+            for number, parameters in enumerate(parts):
+                states = [state["state"][first + place] for place in range(len(parameters))]
+                first += len(parameters)
+                flat[number] = {
+                    name: self._part([own[name] for own in states], parameters) if isinstance(value, Tensor) and value.ndim else value
+                    for name, value in states[0].items()
+                }
+            restored = [{**saved, "params": group["params"]} for saved, group in zip(state["param_groups"], groups, strict=True)]
+            optimizer.load_state_dict({"state": flat, "param_groups": restored})
+
+    @contextmanager
+    def _flat_parts(self) -> Iterator[list[list[Any]]]:
+        """Inside, the optimizer has its flat parts, which it is given for steps alone; the parameters that each of them is made of."""
+        zero = self.engine.optimizer
+        zero._set_fp32_optimizer_param_groups()
+        try:
+            yield zero.fp16_groups
+        finally:
+            zero._clear_fp32_optimizer_param_groups()
+
+    def _part(self, tensors: Sequence[Tensor], parameters: Sequence[Any]) -> Tensor:
+        """This process's flat part of whole tensors, each like its parameter."""
+        parts = []
+        for tensor, parameter in zip(tensors, parameters, strict=True):
+            size = parameter.ds_tensor.numel()  # as large in each process: what is behind the end is filled up
+            padded = nn.functional.pad(tensor.flatten(), (0, size * self.runtime.world_size - tensor.numel()))
+            parts.append(padded[self.runtime.rank * size :][:size])
+        return torch.cat(parts)
 
 
 class _Trained(nn.Module):

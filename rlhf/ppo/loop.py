@@ -30,7 +30,7 @@ from common.runs import write_config
 from common.schema import GenerateParams, WandbSettings
 from common.token_rows import StoredRows
 from common.tracking import TIME, Tracker, read_metrics
-from common.training_state import check_finite, check_start_weights, load_trained_weights, trained_weights, weights_digest
+from common.training_state import check_finite, check_start_weights, check_trained_weights, trained_weights, weights_digest
 from rlhf.config import PPOGeneration
 from rlhf.inputs import UNLIMITED_PROMPT, with_columns
 from rlhf.ppo.evaluation import SAMPLE_COLUMNS, Evaluator
@@ -171,7 +171,9 @@ def train(
         if steps != state["steps"]:
             raise UserError(f"steps: got {steps}, but the run began with {state['steps']}; a resumed run keeps them")
         check_start_weights(began_with, state["began_with"], "policy's weights")
-        load_trained_weights(model.pretrained_model, state["weights"], sharding.load_weights)
+        with sharding.whole(model) as held:
+            check_trained_weights(held.pretrained_model, state["weights"])
+        sharding.load_weights(model.pretrained_model, state["weights"])
         trainer.load_state_dict(state["trainer"])
         pipeline.load_state_dict(state["reward"])
         first = state["first"]
@@ -247,7 +249,7 @@ def train(
             if trainer.critic is not None:
                 with sharding.whole(trainer.critic) as critic:
                     check_finite(critic, step)
-            trainer_state = trainer.state_dict() if sharding.resumes else {}
+            trainer_state = trainer.state_dict()
             with sharding.whole(model) as held:
                 check_finite(held, step)
                 if keeper is not None:

@@ -458,10 +458,10 @@ class PPOTrainer(ClassicAttributes):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything beside the model's own weights that the next step depends on; sharded, whole in the main process alone."""
-        state = {
-            "v_head": self.model.v_head.state_dict(),
-            "critic": None if self.critic is None else self.critic.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+        return {
+            "v_head": self.sharding.whole_weights(self.model.v_head),
+            "critic": None if self.critic is None else self.sharding.whole_weights(self.critic),
+            "optimizer": self.sharding.optimizer_state(self.optimizer),
             "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
             "kl_coef": self.kl_coef,
             "moments": vars(self.moments).copy(),
@@ -469,8 +469,6 @@ class PPOTrainer(ClassicAttributes):
             "optimizer_steps": self.optimizer_steps,
             "sampled_rows": self.sampled_rows,
         }
-        whole: dict[str, Any] = self.sharding.whole_state(state)
-        return whole
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave; the model's own weights are the caller's to load.

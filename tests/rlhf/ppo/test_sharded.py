@@ -1,11 +1,10 @@
-"""Two processes with sharded weights (FSDP) make the numbers of one, save what one saves, and go on from it."""
+"""Two processes with sharded weights (FSDP, DeepSpeed) make the numbers of one, save what one saves, and go on from it."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import socket
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ HELD_OUT = [[60, 61], [62], [63, 64, 65, 66]]
 STEPS = 4
 CASES: dict[str, dict[str, Any]] = {
     "head": {"max_grad_norm": 0.3},
-    "critic and adapters": {"critic": True, "lora": True, "gradient_checkpointing": True},
+    "critic and adapters": {"critic": True, "lora": True, "gradient_checkpointing": True, "max_grad_norm": 0.3, "weight_decay": 0.1},
 }
 LAUNCHED = {
     "FSDP": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"},
@@ -39,6 +38,7 @@ LAUNCHED = {
 }
 """What `accelerate launch` tells its processes."""
 RESUMED = "critic and adapters"
+RUNS = [("FSDP", "head"), ("FSDP", RESUMED), ("DeepSpeed", RESUMED)]
 
 
 def by_length(responses: list[str]) -> list[float]:
@@ -74,17 +74,11 @@ def process(rank: int, port: int, policy: str, judge: str, folder: str, kind: st
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= LAUNCHED[kind]
     with Runtime.start(timeout_s=60) as runtime:
-        for case in CASES:
+        for case in [case for launched, case in RUNS if launched == kind]:
             trainer = make_trainer(case, policy, runtime, launched_sharding(runtime))
             train(trainer, rewards(case, judge), Path(folder) / case)
-            if kind == "DeepSpeed":
-                continue  # which keeps weights whole that are as small as these
-            held = [trainer.parameters, *(state.values() for state in trainer.optimizer.state.values())]
-            held += [network.parameters() for network in (trainer.ref_model, trainer.model)]
-            tensors = [tensor for group in held for tensor in group if tensor.ndim]
-            own = sum(tensor.to_local().numel() for tensor in tensors)  # type: ignore[operator]
-            (Path(folder) / f"{case}-{rank}").write_text(f"{own} {sum(tensor.numel() for tensor in tensors)}")
-            if case == RESUMED and trainer.sharding.resumes:
+            (Path(folder) / f"{case}-{rank}").write_text("{} {}".format(*held(trainer)))
+            if case == RESUMED:
                 if rank == 0:
                     shutil.copytree(Path(folder) / case, Path(folder) / f"{case}-again", symlinks=True)
                 runtime.barrier()
@@ -92,11 +86,24 @@ def process(rank: int, port: int, policy: str, judge: str, folder: str, kind: st
                 train(again, rewards(case, judge), Path(folder) / f"{case}-again" / "checkpoints" / "step-000002", resume=True)
 
 
+def held(trainer: PPOTrainer) -> tuple[int, int]:
+    """Numbers that this process holds, of weights, moments and the reference, and those that there are."""
+    moments: list[Any] = [value for state in trainer.optimizer.state.values() for value in state.values() if value.ndim]
+    weights: list[Any] = [*trainer.parameters, *trainer.ref_model.parameters(), *trainer.model.parameters()]
+    if trainer.sharding.name == "FSDP":
+        return sum(tensor.to_local().numel() for tensor in moments + weights), sum(tensor.numel() for tensor in moments + weights)
+    # beside its part of them, DeepSpeed keeps weights whole that are as small as these
+    numbers = [weight.ds_numel for weight in weights] + 2 * [weight.ds_numel for weight in weights[: len(trainer.parameters)]]
+    return sum(weight.ds_tensor.numel() for weight in weights) + sum(moment.numel() for moment in moments), sum(numbers)
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, policy_dir: Path, reward_dir: Path) -> Path:
-    """The folder of every case's run with two processes under FSDP."""
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, policy_dir: Path, reward_dir: Path) -> Path:
+    """The folder of every case's run with two processes under what a test names."""
+    if request.param == "DeepSpeed":
+        pytest.importorskip("deepspeed", reason="requirements-deepspeed.txt is not installed")
     folder = tmp_path_factory.mktemp("sharded")
-    start("FSDP", policy_dir, reward_dir, folder)
+    start(request.param, policy_dir, reward_dir, folder)
     return folder
 
 
@@ -107,21 +114,8 @@ def start(kind: str, policy_dir: Path, reward_dir: Path, folder: Path) -> None:
     torch.multiprocessing.spawn(process, args=(port, str(policy_dir), str(reward_dir), str(folder), kind), nprocs=2)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("runs", "case"), RUNS, indirect=["runs"])
 def test_sharded_processes_make_the_numbers_of_one(case: str, runs: Path, policy_dir: Path, reward_dir: Path, tmp_path: Path) -> None:
-    compare(case, runs, policy_dir, reward_dir, tmp_path)
-
-
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
-def test_processes_of_deepspeed_do_so_too(policy_dir: Path, reward_dir: Path, tmp_path: Path) -> None:
-    start("DeepSpeed", policy_dir, reward_dir, tmp_path)
-    for case in CASES:
-        compare(case, tmp_path, policy_dir, reward_dir, tmp_path / f"{case} alone")
-        assert read_training_state(tmp_path / case / "last")["trainer"] == {}
-
-
-def compare(case: str, runs: Path, policy_dir: Path, reward_dir: Path, tmp_path: Path) -> None:
-    """A run of one process with the sharded one."""
     alone = make_trainer(case, str(policy_dir), Runtime.local("cpu"), Sharding())
     train(alone, rewards(case, str(reward_dir)), tmp_path / "alone")
     for mine, theirs in zip(read_metrics(tmp_path / "alone"), read_metrics(runs / case), strict=True):
@@ -137,13 +131,14 @@ def compare(case: str, runs: Path, policy_dir: Path, reward_dir: Path, tmp_path:
     assert type(AutoModelForCausalLM.from_pretrained(runs / case / "last")).__name__ == "GPTNeoForCausalLM"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("runs", "case"), RUNS, indirect=["runs"])
 def test_a_process_holds_half_of_weights_and_moments_between_phases(case: str, runs: Path) -> None:
     for rank in range(2):
         own, whole = map(int, (runs / f"{case}-{rank}").read_text().split())
         assert own < 0.55 * whole
 
 
+@pytest.mark.parametrize("runs", [*LAUNCHED], indirect=True)
 def test_a_sharded_run_that_goes_on_ends_with_the_bits_of_one_that_never_stopped(runs: Path) -> None:
     states = [flat(read_training_state(runs / name / "last")) for name in (RESUMED, f"{RESUMED}-again")]
     assert states[0].keys() == states[1].keys()

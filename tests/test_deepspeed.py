@@ -1,0 +1,55 @@
+"""SFT and reward models under `strategy: deepspeed`: two processes do what one does with batches of twice the size, and go on from it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import UserError
+from common.followers import rank
+from sft.module import SFTModule
+from tests.processes import as_launched
+from tests.test_processes import MAINS, check_equal, figures, weights, write_config
+
+pytest.importorskip("deepspeed", reason="requirements-deepspeed.txt is not installed")
+
+SPREAD = ["data.batch_size=2", "trainer.params.strategy=deepspeed"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_classification"])
+def test_a_model_that_deepspeed_spreads_trains_as_one_that_is_whole(stage: str, tmp_path: Path) -> None:
+    path = write_config(stage, tmp_path)
+    clipped = "trainer.params.gradient_clip_val=0.5"
+    assert MAINS[stage]([f"--config={path}", "desc=one", clipped]) == 0
+    codes, printed = as_launched(MAINS[stage], [f"--config={path}", clipped, *SPREAD, "desc=two"], tmp_path)
+    assert codes == [0, 0], printed
+    check_equal(*(tmp_path / "models" / f"desc-{name},index-0" for name in ("one", "two")))
+
+
+def test_processes_of_deepspeed_that_were_stopped_go_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_config("sft", tmp_path, model_params={"learning_rate": 1e-2, "dropout": 0.2, "weight_decay": 0.1})
+    command = [f"--config={path}", *SPREAD, "trainer.params.accumulate_grad_batches=1"]
+    assert as_launched(MAINS["sft"], [*command, "desc=whole"], tmp_path)[0] == [0, 0]
+    original = SFTModule.training_step
+
+    def training_step(module: Any, batch: Any, batch_idx: int) -> Any:
+        if module.trainer.global_step == 4 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(module, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTModule, "training_step", training_step)
+        assert as_launched(MAINS["sft"], [*command, "desc=stopped"], tmp_path)[0] == [143, 143]
+    with pytest.raises(UserError, match="the run is one process"):
+        MAINS["sft"]([*command, "desc=stopped", "--resume"])
+    codes, printed = as_launched(MAINS["sft"], [*command, "desc=stopped", "--resume"], tmp_path)
+    assert codes == [0, 0], printed
+    whole, stopped = (tmp_path / "models" / f"desc-{name},index-0" for name in ("whole", "stopped"))
+    assert figures(stopped) == figures(whole)
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(stopped).items())
