@@ -1,10 +1,11 @@
 """One process against two: tokens per second of each stage's own script, start-up of each launcher, memory of each process.
 
-    python benchmarks/scaling.py [--stages sft pairs ppo] [--launchers plain ddp torchrun accelerate fsdp ray]
+    python benchmarks/scaling.py [--stages sft pairs ppo] [--launchers plain apart ddp torchrun accelerate fsdp ray]
 
 Every line is a run of a stage's script on the same seeded random GPT-Neo, data and global batches; runs follow each other in turn, round
 after round. `1 x 2` is one process with two threads, `2 x 1` two processes with a thread each and half of each batch, `1 x 1` one process
-with one thread. Seconds are those that the runs log for their steps, without the first; tokens are those of the same steps in one process.
+with one thread, `apart` two of those at once that know nothing of each other: what the machine has for two processes. Seconds are those
+that the runs log for their steps, without the first; tokens are those of the same steps in one process.
 
     to 1 x 2     speed of two processes to that of one process on the same two cores
     efficiency   speed to the speed of `1 x 1` times the number of threads
@@ -30,6 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ if __name__ == "__main__":
 from benchmarks.training import text, write_run
 from common.tracking import markdown_table
 
-PLAIN = "plain"
+PLAIN, APART = "plain", "apart"
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Launcher:
-    """What stands before a script and after its config, to run it in so many processes."""
+    """What stands before a script and after its config, to run it in so many processes; `runs` of them at once."""
 
     processes: int
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    runs: int = 1
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ def accelerate(config: str) -> Launcher:
 
 LAUNCHERS: dict[str, Launcher] = {
     PLAIN: Launcher(1),
+    APART: Launcher(1, runs=2),
     "ddp": Launcher(2, after=("trainer.params.devices=2",)),
     "torchrun": Launcher(2, ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")),
     "accelerate": accelerate("ddp"),
@@ -167,11 +171,11 @@ NEGLIGIBLE_MIB = 20
 
 
 class Memory:
-    """Peak memory of a process and all that it started, by process number, read while they run (Linux)."""
+    """Peak memory of processes and all that they started, by process number, read while they run (Linux)."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, *pids: int) -> None:
         self.peaks: dict[int, float] = {}
-        self._pid = pid
+        self._pids = pids
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -185,7 +189,7 @@ class Memory:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.2):
-            for pid in family(self._pid):
+            for pid in chain.from_iterable(map(family, self._pids)):
                 peak = peak_mib(pid)
                 if peak is not None and peak > NEGLIGIBLE_MIB:
                     self.peaks[pid] = peak
@@ -219,17 +223,21 @@ def run(stage: Stage, launcher: Launcher, threads: int, config: Path, runs: Path
     command = [sys.executable, *launcher.before, stage.script, "--config", str(config), *shares, *launcher.after]
     begun = time.time()
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(launcher, threads), stdout=said, stderr=subprocess.STDOUT)
-        with Memory(process.pid) as memory:
+        processes = [
+            subprocess.Popen(command, cwd=ROOT, env=environment(launcher, threads), stdout=said, stderr=subprocess.STDOUT)
+            for _ in range(launcher.runs)
+        ]
+        with Memory(*(process.pid for process in processes)) as memory:
             try:
-                failed = process.wait()
+                failed = [process.wait() for process in processes]
             except KeyboardInterrupt:
-                process.terminate()
-                process.wait()
+                for process in processes:
+                    process.terminate()
+                    process.wait()
                 raise
         ended = time.time()
         said.seek(0)
-        if failed:
+        if any(failed):
             raise RunFailed(f"{' '.join(command)}\n{said.read()[-1500:]}")
     newest = max(runs.glob("desc-*"), key=lambda folder: folder.stat().st_mtime)
     lines = [json.loads(line) for line in (newest / "metrics.jsonl").read_text().splitlines()]
@@ -237,7 +245,7 @@ def run(stage: Stage, launcher: Launcher, threads: int, config: Path, runs: Path
 
 
 def environment(launcher: Launcher, threads: int) -> dict[str, str]:
-    bound = "true" if launcher.processes == 1 else "false"
+    bound = "true" if launcher.processes * launcher.runs == 1 else "false"
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "OMP_PROC_BIND": bound}
 
 
@@ -260,7 +268,8 @@ def cases(stages: Sequence[str], launchers: Sequence[str]) -> tuple[list[Case], 
     speeds: list[Case] = []
     for stage in stages:
         several = [(stage, STAGES[stage].several, 1)] if STAGES[stage].several in launchers else []
-        speeds += [(stage, PLAIN, 1), (stage, PLAIN, 2), *several]
+        apart = [(stage, APART, 1)] if APART in launchers else []
+        speeds += [(stage, PLAIN, 1), (stage, PLAIN, 2), *apart, *several]
     covered = {(stage, launcher) for stage, launcher, _ in speeds}
     once = [(stage, launcher, 1) for stage in stages for launcher in STARTS[stage] if launcher in launchers]
     return speeds, [case for case in once if case[:2] not in covered]
@@ -328,10 +337,11 @@ def speed_rows(found: Mapping[Case, Sequence[Found]]) -> list[list[str]]:
     rows = []
     for (stage, launcher, threads), runs in found.items():
         one, two = found.get((stage, PLAIN, 1)), found.get((stage, PLAIN, 2))
-        if (threads, launcher) not in {(1, PLAIN), (2, PLAIN), (1, STAGES[stage].several)} or not one or not two:
+        if (threads, launcher) not in {(1, PLAIN), (2, PLAIN), (1, APART), (1, STAGES[stage].several)} or not one or not two:
             continue
-        processes = LAUNCHERS[launcher].processes
-        seconds, cores = step_seconds(runs), processes * threads
+        at_once = LAUNCHERS[launcher].runs
+        processes = LAUNCHERS[launcher].processes * at_once
+        seconds, cores = step_seconds(runs) / at_once, processes * threads
         speed = sum(two[0].tokens[1:]) / seconds
         relative = step_seconds(two) / seconds
         efficiency = step_seconds(one) / seconds / cores
@@ -344,7 +354,7 @@ def speed_rows(found: Mapping[Case, Sequence[Found]]) -> list[list[str]]:
 def start_rows(found: Mapping[Case, Sequence[Found]]) -> list[list[str]]:
     rows = []
     for (stage, launcher, threads), runs in found.items():
-        if threads != 1:
+        if threads != 1 or launcher == APART:
             continue
         start, end = (statistics.median(values) for values in zip(*((run.start, run.end) for run in runs), strict=True))
         plain = found.get((stage, PLAIN, 1))

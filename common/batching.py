@@ -109,8 +109,15 @@ class BatchPlan:
         window = [order.batch(place) for place in range(first, min(first + self.accumulate, end))]
         total = float(sum(self.weights[unit].sum() for units in window for unit in units))
         units = window[number - first]
-        rows = [row for unit in _share(units, self.world_size, self.rank) for row in unit.tolist()]
+        rows = [row for unit in self._own(units) for row in unit.tolist()]
         return Batch(rows or units[0][:1].tolist(), total / (self.world_size * self.accumulate), filler=not rows)
+
+    def _own(self, units: list[Integers]) -> Sequence[Integers]:
+        """This rank's part of a global batch: rows of like length in all, lines and parts of questions as they follow each other."""
+        if self.world_size > 1 and self.mode in ("random", "bucketed"):
+            own = shares([int(self.lengths[unit].sum()) for unit in units], self.world_size)[self.rank]
+            return [units[number] for number in own]
+        return _share(units, self.world_size, self.rank)
 
     def _order(self, epoch: int) -> _Order:
         """The batches of an epoch over all ranks; units that stay on one rank are rows, packed lines or a rank's part."""
@@ -276,6 +283,22 @@ def fill(groups: Iterable[list[int]], sizes: Iterable[int]) -> Iterator[list[lis
             room -= len(batch[-1])
         if batch:
             yield batch
+
+
+def shares(weights: Sequence[int], parts: int) -> list[list[int]]:
+    """The numbers 0 … len(weights) - 1 in so many parts of like weight, as many numbers in each (give or take one), ascending.
+
+    The heaviest that are left go, one to each part, to the part that has least.
+    """
+    order = sorted(range(len(weights)), key=lambda number: -weights[number])
+    split: list[list[int]] = [[] for _ in range(parts)]
+    loads = [0] * parts
+    for begin in range(0, len(order), parts):
+        lightest = sorted(range(parts), key=lambda part: loads[part])
+        for part, number in zip(lightest, order[begin : begin + parts], strict=False):
+            split[part].append(number)
+            loads[part] += weights[number]
+    return [sorted(part) for part in split]
 
 
 def _share(units: Sequence[T], world_size: int, rank: int) -> Sequence[T]:

@@ -316,7 +316,9 @@ def build_trainer(
             clip = params.pop("gradient_clip_val", None)
             params |= {"strategy": ShardedStrategy(make, clip=clip, timeout=timeout), "inference_mode": False}
         else:
-            params["strategy"] = DDPStrategy(find_unused_parameters=params["strategy"].endswith("_true"), timeout=timeout)
+            params["strategy"] = DDPStrategy(
+                find_unused_parameters=params["strategy"].endswith("_true"), gradient_as_bucket_view=True, timeout=timeout
+            )
         if launched():
             params["plugins"] = [LaunchedEnvironment()]
     logger = TrackerLogger(tracker)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from common.batching import shares
 from common.errors import UserError
 from common.launch.runtime import Runtime
 from rlhf.ppo.prompts import EncodedPrompt
@@ -17,22 +18,6 @@ from rlhf.ppo.rollout import Rollout, joined
 from rlhf.reward_pipelines.build import RewardPipeline
 from rlhf.reward_pipelines.function import AnswerError
 from rlhf.reward_pipelines.part import RewardResult
-
-
-def shares(weights: Sequence[int], parts: int) -> list[list[int]]:
-    """The numbers 0 … len(weights) - 1 in so many parts of like weight, as many numbers in each (give or take one), ascending.
-
-    The heaviest that are left go, one to each part, to the part that has least.
-    """
-    order = sorted(range(len(weights)), key=lambda number: -weights[number])
-    split: list[list[int]] = [[] for _ in range(parts)]
-    loads = [0] * parts
-    for begin in range(0, len(order), parts):
-        lightest = sorted(range(parts), key=lambda part: loads[part])
-        for part, number in zip(lightest, order[begin : begin + parts], strict=False):
-            split[part].append(number)
-            loads[part] += weights[number]
-    return [sorted(part) for part in split]
 
 
 def share(weights: Tensor, runtime: Runtime) -> Tensor:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from benchmarks import scaling
 from benchmarks.scaling import (
+    APART,
     LAUNCHERS,
     PLAIN,
     STAGES,
@@ -74,11 +75,13 @@ def test_two_processes_are_compared_on_the_same_cores_and_to_one_thread_each() -
     runs = {
         ("pairs", PLAIN, 1): [found(6.0)],
         ("pairs", PLAIN, 2): [found(4.0), found(4.0)],
+        ("pairs", APART, 1): [found(8.0, 5.0, 130.0, 120.0)],
         ("pairs", "ddp", 1): [found(3.0, 9.0, 120.0, 110.0, 50.0, 25.0)],
     }
     assert speed_rows(runs) == [
         ["pairs", "1 x 1", "plain", "100", "0.67", "1.00", "100", "6.00"],
         ["pairs", "1 x 2", "plain", "150", "1.00", "0.75", "100", "4.00 4.00"],
+        ["pairs", "2 x 1", "apart", "150", "1.00", "0.75", "130 120", "8.00"],
         ["pairs", "2 x 1", "ddp", "200", "1.33", "1.00", "120 110", "3.00"],
     ]
     assert start_rows(runs) == [
@@ -91,7 +94,8 @@ def test_each_launcher_is_started_once_where_speeds_do_not_start_it() -> None:
     speeds, once = cases(["ppo"], ["plain", "torchrun", "ray"])
     assert speeds == [("ppo", PLAIN, 1), ("ppo", PLAIN, 2), ("ppo", "torchrun", 1)]
     assert once == [("ppo", "ray", 1)]
-    assert environment(LAUNCHERS["ddp"], 1)["OMP_PROC_BIND"] == "false"  # both would take the first core
+    for name in ("ddp", APART):
+        assert environment(LAUNCHERS[name], 1)["OMP_PROC_BIND"] == "false"  # both would take the first core
     assert environment(LAUNCHERS[PLAIN], 2)["OMP_NUM_THREADS"] == "2"
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common import scratch
-from common.batching import Batch, BatchPlan, PlanSampler, batch_loader, fill, pack
+from common.batching import Batch, BatchPlan, PlanSampler, batch_loader, fill, pack, shares
 from common.launch.lightning import total_optimizer_steps
 from common.schema import CheckpointSettings, TrainerSettings
 from common.scratch import Column
@@ -58,6 +58,25 @@ def test_ranks_share_the_rows_of_one_large_process(mode: str, world_size: int) -
     for number, batch in enumerate(single):
         shared = [row for batches in ranks for row in used([batches[number]])]
         assert Counter(shared) == Counter(batch.indices)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_shares_are_of_like_number_and_weight(parts: int) -> None:
+    weights = [(number * 37) % 100 for number in range(50)]
+    split = shares(weights, parts)
+    assert sorted(number for part in split for number in part) == list(range(50)) and all(part == sorted(part) for part in split)
+    assert {len(part) for part in split} <= {50 // parts, -(-50 // parts)}
+    loads = [sum(weights[number] for number in part) for part in split]
+    assert max(loads) - min(loads) <= max(weights)
+    assert shares([3], 2) == [[0], []]
+
+
+@pytest.mark.parametrize("mode", ["random", "bucketed"])
+def test_ranks_have_like_work_in_each_batch(mode: str) -> None:
+    ranks = [plan(mode, world_size=2, rank=rank).batches(0) for rank in (0, 1)]
+    for first, second in zip(*ranks, strict=True):
+        one, two = ([LENGTHS[row] for row in used([batch])] for batch in (first, second))
+        assert abs(sum(one) - sum(two)) <= max(one + two) and abs(len(one) - len(two)) <= 1
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -21,7 +21,7 @@ from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ppo.models import Critic, with_value_head
 from rlhf.ppo.prompts import EncodedPrompt
 from rlhf.ppo.rollout import Rollout
-from rlhf.ppo.sharing import score_rollout, shares
+from rlhf.ppo.sharing import score_rollout
 from rlhf.reward_pipelines.build import RewardPipeline, as_pipeline
 from rlhf.reward_pipelines.function import AnswerError
 from rlhf.reward_pipelines.model import TrainedRewardModel
@@ -136,17 +136,6 @@ def test_two_processes_make_the_numbers_of_one(case: str, train: Callable[..., R
             for name, value in expected.items():
                 if not name.startswith("perf/"):
                     assert line[name] == pytest.approx(value, rel=0 if "loss" in name else 1e-4, abs=1e-5), name
-
-
-@pytest.mark.parametrize("parts", [1, 2, 3, 8])
-def test_shares_are_of_like_number_and_weight(parts: int) -> None:
-    weights = [(number * 37) % 100 for number in range(50)]
-    split = shares(weights, parts)
-    assert sorted(number for part in split for number in part) == list(range(50)) and all(part == sorted(part) for part in split)
-    assert {len(part) for part in split} <= {50 // parts, -(-50 // parts)}
-    loads = [sum(weights[number] for number in part) for part in split]
-    assert max(loads) - min(loads) <= max(weights)
-    assert shares([3], 2) == [[0], []]
 
 
 PROMPT_ROWS = [EncodedPrompt([5], PromptRecord(Prompt(f"Question {row}"), {}, f"file row {row}")) for row in range(5)]
