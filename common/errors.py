@@ -14,7 +14,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 EXIT_USER_ERROR = 2
 LEADER_SPEAKS_S = 10.0
-"""How long a process that follows another lets that one tell an error which both may have found."""
+"""How long a process that follows another, and cannot ask it, lets that one tell an error which both may have found."""
 
 
 class UserError(ValueError):
@@ -67,7 +67,7 @@ def user_problems(error: BaseException) -> tuple[str, ...] | None:
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Run a script's `main(argv)` and exit with its code; a `UserError` becomes lines on stderr and exit code 2."""
-    from common.followers import end_with_leader, follows, launched, tells_errors  # it raises errors of this module
+    from common.followers import end_with_leader, follows, launched, may_be_told_by_leader, tells_errors  # it raises errors of this module
 
     if follows() or launched():
         end_with_leader()
@@ -78,7 +78,7 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         problems = user_problems(error)
         if problems is None:
             raise
-        if follows() and launched():
+        if may_be_told_by_leader():
             time.sleep(LEADER_SPEAKS_S)  # it finds the same, says so, and the launcher ends this process
         sys.stdout.flush()
         for problem in problems if tells_errors() else ():

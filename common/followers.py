@@ -19,6 +19,7 @@ from common.errors import UserError
 _RUN_VARIABLE = "RLHF_QA_FOLLOWED_RUN"
 _PR_SET_PDEATHSIG = 1
 _met = False
+_leader_tells: bool | None = None
 
 
 def rank() -> int:
@@ -73,9 +74,20 @@ def met() -> None:
     _met = True
 
 
+def asked_leader(tells: bool) -> None:
+    """The process that leads knows how this one ends, and tells it, or does not: it ends in another way, or not at all."""
+    global _leader_tells
+    _leader_tells = tells
+
+
+def may_be_told_by_leader() -> bool:
+    """Whether the process that leads may be about to tell the error that this one ends with, and was not asked."""
+    return follows() and launched() and _leader_tells is None
+
+
 def tells_errors() -> bool:
     """Whether this process is to say why it ends: of several that a launcher started, one a machine, until they have met."""
-    return _met or not launched() or local_rank() == 0
+    return not _leader_tells and (_met or not launched() or local_rank() == 0)
 
 
 def end_with_leader() -> None:

@@ -183,7 +183,8 @@ def test_all_stop_after_the_same_step_and_go_on_together(strategy: str, tmp_path
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(stopped).items())
 
 
-def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
+def test_what_is_wrong_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.errors.LEADER_SPEAKS_S", 0.0)
     path = write_config("sft", tmp_path)
     codes, printed = as_launched(MAINS["sft"], [f"--config={path}", "trainer.params.devices=3"], tmp_path)
     assert codes == [2, 2] and printed.count("error: ") == 1
@@ -191,6 +192,15 @@ def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
     codes, printed = as_launched(MAINS["sft"], [f"--config={path}", "launch.num_training_workers=4"], tmp_path)
     assert codes == [2, 2] and "launch.num_training_workers: got 4, but 2 processes train" in printed
     assert not (tmp_path / "models").exists()
+
+
+def test_rows_that_only_another_process_knows_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_config("sft", tmp_path)
+    original = SFTModule.training_step
+    monkeypatch.setattr(SFTModule, "training_step", lambda *batch: original(*batch) * (float("nan") if rank() == 1 else 1.0))
+    codes, printed = as_launched(MAINS["sft"], [f"--config={path}"], tmp_path)
+    assert codes == [2, 2] and (tmp_path / "printed-1").read_text() == ""
+    assert printed.count("error: ") == 2 and "error: step 1: the loss is not finite (rows: " in printed
 
 
 @pytest.mark.parametrize(("stage", "changes"), CASES[:2] + CASES[-2:], ids=["sft", "sft-packed-lora", "pairs", "scores"])

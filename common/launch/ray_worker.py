@@ -77,8 +77,7 @@ def work(config: dict[str, Order]) -> int:
         except Stopped as stopped:
             return int(stopped.code or 0)
         except Exception as error:
-            problems, cause = user_problems(error), error.__cause__ or error
-            lost = isinstance(cause, RuntimeError) and is_of_the_connection(cause)
+            problems, lost = user_problems(error), is_of_the_connection(error)
             if problems is None and not lost:
                 raise
             raise WorkerFailed(problems or [" ".join(str(error).split())], lost) from None

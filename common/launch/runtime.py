@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,11 +17,13 @@ import torch
 from torch import Tensor, distributed
 
 from common.errors import UserError
-from common.followers import local_rank, met
+from common.followers import asked_leader, local_rank, met, world_size
 
 T = TypeVar("T")
 TIMEOUT_S = 600.0
 """Seconds that processes wait for one another, where no setting says."""
+_TOGETHER_S = 3.0
+"""How far apart processes may be that end for the same reason."""
 _BUCKET = 2**23
 """Numbers that are summed over processes in one go."""
 _LOOPBACK = ("127.", "localhost", "::1")
@@ -44,9 +48,8 @@ class Runtime:
     @classmethod
     def local(cls, device: torch.device | str | None = None) -> Runtime:
         """The single process of a plain start. Raises UserError where a launcher started several."""
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        if started > 1:
-            raise UserError(f"WORLD_SIZE is {started}, but this trainer is alone: give it a runtime, as Runtime.start makes them")
+        if world_size() > 1:
+            raise UserError(f"WORLD_SIZE is {world_size()}, but this trainer is alone: give it a runtime, as Runtime.start makes them")
         return cls(device=torch.device(device) if device is not None else best_device())
 
     @classmethod
@@ -56,9 +59,10 @@ class Runtime:
 
         Joins a process group that is there already (of Ray Train, say); else makes one where a launcher (torchrun, accelerate) set
         WORLD_SIZE and its companions, and destroys it at the end; else the process is alone. Other processes are waited for `timeout_s`
-        seconds; where one of them is gone by then, UserError is raised in the others.
+        seconds; where one of them is gone by then, UserError is raised in the others. A UserError that ends several of them is told by the
+        main one alone, with all their problems.
         """
-        made = not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        made = not distributed.is_initialized() and world_size() > 1
         if not made and not distributed.is_initialized():
             yield cls(device=best_device())
             return
@@ -68,7 +72,11 @@ class Runtime:
                 _make_group(device, timeout_s)
             met()
             yield cls(device, distributed.get_rank(), distributed.get_world_size())
-        except (RuntimeError, TimeoutError) as error:
+        except UserError as error:
+            if made and distributed.is_initialized() and not is_of_the_connection(error):
+                _tell_together(error)
+            raise
+        except RuntimeError as error:
             if not is_of_the_connection(error):
                 raise
             raise UserError(
@@ -135,9 +143,34 @@ class Runtime:
 
 
 def is_of_the_connection(error: BaseException) -> bool:
-    """Whether an error says that other processes are gone or do not answer."""
-    words = ("gloo", "nccl", "connection", "timeout", "timed out")
-    return isinstance(error, distributed.DistError) or any(word in str(error).lower() for word in words)
+    """Whether an error, or what caused it, says that other processes are gone or do not answer.
+
+    Stores, NCCL and torch's own checks have classes for it. Gloo's errors are plain RuntimeErrors, which begin with where it was found.
+    """
+    cause = error.__cause__ or error
+    return isinstance(cause, distributed.DistError) or (isinstance(cause, RuntimeError) and "gloo/transport/" in str(cause))
+
+
+def _tell_together(error: UserError) -> None:
+    """Give the main process the problems of those that end within moments of one another; the others then need not say theirs."""
+    store, rank = distributed.distributed_c10d._get_default_store(), distributed.get_rank()
+    latest = time.monotonic() + _TOGETHER_S
+    try:
+        store.set(f"problems/{rank}", json.dumps(error.problems))
+        if rank > 0:
+            store.wait([f"told/{rank}"], timedelta(seconds=_TOGETHER_S))
+            asked_leader(tells=True)
+            return
+        problems = list(error.problems)
+        for other in range(1, distributed.get_world_size()):
+            with contextlib.suppress(distributed.DistError):  # that one has not ended
+                store.wait([f"problems/{other}"], timedelta(seconds=max(0.001, latest - time.monotonic())))
+                problems += json.loads(store.get(f"problems/{other}"))
+                store.set(f"told/{other}", "")
+                store.get(f"told/{other}")  # the answer says that it was sent before this process ends
+        error.problems = tuple(dict.fromkeys(problems))
+    except distributed.DistError:
+        asked_leader(tells=False)
 
 
 def _device_of_local_rank() -> torch.device:
@@ -160,7 +193,7 @@ def _make_group(device: torch.device, timeout_s: float) -> None:
     """Meet the others, at MASTER_ADDR. Raises UserError where no launcher says which of them this is."""
     needed = ("RANK", "MASTER_PORT")
     if missing := [name for name in needed if name not in os.environ]:
-        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {' and '.join(missing)} is not set; start it with torchrun")
+        raise UserError(f"WORLD_SIZE is {world_size()}, but {' and '.join(missing)} is not set; start it with torchrun")
     if os.environ.setdefault("MASTER_ADDR", "127.0.0.1").startswith(_LOOPBACK):
         interface = "lo0" if sys.platform == "darwin" else "lo"
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):

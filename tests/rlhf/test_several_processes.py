@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ import yaml
 from safetensors.torch import load_file
 
 from common.tracking import read_metrics
+from rlhf.ppo.trainer import NonFiniteError, PPOTrainer
 from rlhf.train_ppo import main
+from tests.processes import as_launched
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = ["Is it so?", "Why?", "What is the capital of Peru, and is it wet?", "Is water wet?", "Who asks?", "Is 5 a number?", "And 7?"]
@@ -92,6 +95,13 @@ def test_a_mistake_is_told_once_and_ends_all(tmp_path: Path, policy_dir: Path, r
     told = "7 prompts x global_epochs 1 make no batch of 128"
     assert result.returncode != 0 and result.stderr.count(told) == 1, result
     assert "exitcode  : 2" in result.stderr and not (tmp_path / "models").exists()
+
+
+def test_what_all_find_in_a_step_is_told_once(tmp_path: Path, policy_dir: Path, reward_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PPOTrainer, "step", Mock(side_effect=NonFiniteError("PPO step 0: scores of rows 1, 5 are not finite")))
+    config = write_config(tmp_path, policy_dir, reward_dir, batch_size=4)
+    codes, printed = as_launched(main, ["--config", str(config)], tmp_path)
+    assert codes == [2, 2] and printed.count("PPO step 0: scores of rows 1, 5 are not finite") == 1, printed
 
 
 def test_fewer_processes_than_were_asked_for_are_refused(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 import torch.multiprocessing
 
 from common.errors import UserError
-from common.launch.runtime import Runtime
+from common.followers import may_be_told_by_leader, tells_errors
+from common.launch.runtime import Runtime, is_of_the_connection
 
 
 def test_alone_every_operation_is_the_identity() -> None:
@@ -67,8 +69,14 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def in_processes(count: int, function: Callable[[int, int, str], None], folder: Path) -> None:
+    """Run `function(rank, port, folder)` in so many processes, forked so that torch is imported once."""
+    arguments = (free_port(), str(folder))
+    torch.multiprocessing.start_processes(function, args=arguments, nprocs=count, start_method="fork")
+
+
 def test_two_processes_add_up_and_gather_in_rank_order(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(two_processes, args=(free_port(), str(tmp_path)), nprocs=2)
+    in_processes(2, two_processes, tmp_path)
     same = "({'rank': 0}, True, False)"
     assert (tmp_path / "0").read_text() == f"[3.0, 30.0] [1.0, 10.0] ['1.0', '1.1', '1.2'] True {same}"
     assert (tmp_path / "1").read_text() == f"[3.0, 30.0] [2.0, 20.0] ['1.0', '1.1', '1.2'] False {same}"
@@ -87,5 +95,50 @@ def one_leaves(rank: int, port: int, folder: str) -> None:
 
 
 def test_a_process_that_ended_is_told_as_what_it_is(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_leaves, args=(free_port(), str(tmp_path)), nprocs=2)
+    in_processes(2, one_leaves, tmp_path)
     assert "a process of this training ended, or did not answer within 60 seconds" in (tmp_path / "0").read_text()
+
+
+def each_fails(rank: int, port: int, folder: str) -> None:
+    """The first and the third of three processes find the same, the second something else; the fourth finds nothing in time."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    try:
+        with Runtime.start(timeout_s=60) as runtime:
+            runtime.barrier()
+            if rank == 3:
+                runtime.sum(torch.ones(1))
+            raise UserError("own" if rank == 1 else "both")
+    except UserError as error:
+        said = error.problems if tells_errors() else ()
+        (Path(folder) / str(rank)).write_text(f"{said} {may_be_told_by_leader()}")
+
+
+def test_what_ends_several_processes_is_told_by_one(tmp_path: Path) -> None:
+    in_processes(4, each_fails, tmp_path)
+    told = [(tmp_path / str(rank)).read_text() for rank in range(4)]
+    assert told[:3] == ["('both', 'own') False", "() False", "() False"]
+    assert "a process of this training ended" in told[3]
+
+
+def one_fails(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    try:
+        with Runtime.start(timeout_s=60) as runtime:
+            runtime.barrier()
+            if rank == 1:
+                raise UserError("own")
+            runtime.sum(torch.ones(1))
+    except UserError as error:
+        (Path(folder) / str(rank)).write_text(f"{error.problems if tells_errors() else ()} {may_be_told_by_leader()}")
+
+
+def test_what_ends_one_process_is_told_by_it(tmp_path: Path) -> None:
+    in_processes(2, one_fails, tmp_path)
+    assert (tmp_path / "1").read_text() == "('own',) False"
+    assert "a process of this training ended" in (tmp_path / "0").read_text()
+
+
+@pytest.mark.parametrize("text", ["DataLoader timed out after 5 seconds", "CUDA error: unspecified launch failure in connection with NCCL"])
+def test_errors_that_only_sound_like_it_are_none_of_the_connection(text: str) -> None:
+    assert not is_of_the_connection(RuntimeError(text))
+    assert is_of_the_connection(torch.distributed.DistBackendError(text))
