@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import threading
 import time
 import warnings
@@ -43,19 +42,17 @@ from common.launch.callbacks import (
     plan_sampler,
 )
 from common.launch.checkpointing import BEST, CheckpointKeeper, SaveFn
-from common.launch.fsdp import FullySharded
 from common.launch.loopback import meeting_on_loopback
 from common.launch.runtime import Runtime, is_of_the_connection, peak_memory_gib
 from common.launch.sharded_strategy import ShardedStrategy
-from common.launch.sharding import Sharding, is_set
+from common.launch.sharding import Sharding, accelerate_precision, accelerate_problems, fully_sharded, is_set, zero3
 from common.launch.signals import Stopped, StopSignals
-from common.launch.zero3 import Zero3
 from common.resume import ResumePoint
 from common.schema import DataSettings, TrainerSettings
 from common.tracking import Tracker
 from common.training_state import check_start_weights, frozen_weights, load_trained_weights, weights_digest
 
-SHARDINGS: dict[str, Callable[[Runtime], Sharding]] = {"fsdp": FullySharded, "deepspeed": Zero3}
+SHARDINGS: dict[str, Callable[[Runtime], Sharding]] = {"fsdp": fully_sharded, "deepspeed": zero3}
 """Strategies under which no process has the whole model."""
 STRATEGIES = ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false", *SHARDINGS)
 FLOAT16 = frozenset({16, "16", "16-mixed", "16-true"})
@@ -208,14 +205,14 @@ def check_processes(settings: TrainerSettings, dry_run: bool = False) -> None:
 
 def _accelerate_problems(params: Mapping[str, Any]) -> list[str]:
     """A line for each thing that `accelerate launch` asks for and the trainer's settings do not: they are what counts."""
-    problems = []
+    problems = accelerate_problems()
     for variable, strategy in (("ACCELERATE_USE_FSDP", "fsdp"), ("ACCELERATE_USE_DEEPSPEED", "deepspeed")):
         if is_set(variable) and params.get("strategy") != strategy:
             problems.append(f"trainer.params.strategy: got {params.get('strategy')}, but accelerate asks for {strategy}; set it")
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != "no" and str(params.get("precision")) in ("None", "32", "32-true"):
+    precision, own = accelerate_precision(), str(params.get("precision") or 32)
+    if precision != "no" and not own.startswith(precision.removeprefix("fp")):
         problems.append(
-            f"trainer.params.precision: got 32, but accelerate's mixed_precision is {precision}; set it, or let accelerate have no"
+            f"trainer.params.precision: got {own}, but accelerate's mixed_precision is {precision}; set it, or let accelerate have no"
         )
     return problems
 

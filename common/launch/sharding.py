@@ -6,7 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -88,81 +88,103 @@ class Sharding:
 
 
 def launched_sharding(runtime: Runtime, mixed_precision: str = "no") -> Sharding:
-    """What `accelerate launch` asks for; without it, networks lie whole in each process.
+    """What `accelerate launch` asks PPO for; without it, networks lie whole in each process.
 
     Raises UserError with every setting of accelerate's that would have no effect here, or another one than PPO's `mixed_precision`.
     """
-    fsdp, zero = is_set("ACCELERATE_USE_FSDP"), is_set("ACCELERATE_USE_DEEPSPEED")
-    problems = [f"{name} is set: PPO has FSDP, DeepSpeed and plain data parallelism" for name in _UNSERVED if is_set(name)]
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", mixed_precision):
+    problems = accelerate_problems()
+    if (precision := accelerate_precision()) not in ("no", mixed_precision):
+        remedy = "set that, or let accelerate have no" if precision == "bf16" else "let accelerate have no"
         problems.append(
-            f"accelerate's mixed_precision: got {precision}, but ppo_config.mixed_precision is {mixed_precision}, which counts; set it"
+            f"accelerate's mixed_precision: got {precision}, but ppo_config.mixed_precision is {mixed_precision}, which counts; {remedy}"
         )
+    fsdp, zero = is_set("ACCELERATE_USE_FSDP"), is_set("ACCELERATE_USE_DEEPSPEED")
     if (fsdp or zero) and runtime.world_size == 1:
         problems.append("accelerate asks for sharded weights, but this process is alone; set num_processes to 2 or more, or use python")
-    elif fsdp:
-        problems += _fsdp_problems()
-    elif zero:
-        problems += _zero_problems()
+    if zero and importlib.util.find_spec("deepspeed") is None:
+        problems.append("accelerate asks for DeepSpeed, which is not installed; pip install -r requirements-deepspeed.txt, or use FSDP")
     if problems:
         raise UserError(*problems)
-    if fsdp:
-        from common.launch.fsdp import FullySharded
-
-        return FullySharded(runtime, reshard_after_forward=os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true")
-    if zero:
-        from common.launch.zero3 import Zero3
-
-        return Zero3(runtime)
-    return Sharding()
+    return fully_sharded(runtime) if fsdp else zero3(runtime) if zero else Sharding()
 
 
-_UNSERVED = ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
+def fully_sharded(runtime: Runtime) -> Sharding:
+    """torch's FSDP, as `accelerate launch` may have set it."""
+    from common.launch.fsdp import FullySharded
+
+    return FullySharded(runtime, reshard_after_forward=os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true")
 
 
-def _fsdp_problems() -> list[str]:
-    from accelerate.utils import FullyShardedDataParallelPlugin
-    from torch.distributed.fsdp import CPUOffloadPolicy
-    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+def zero3(runtime: Runtime) -> Sharding:
+    """DeepSpeed's ZeRO-3."""
+    from common.launch.zero3 import Zero3
 
-    if os.environ.get("FSDP_VERSION") != "2":
-        return [f"accelerate's fsdp_version: got {os.environ.get('FSDP_VERSION', '1')}, expected 2"]
-    try:
-        plugin = FullyShardedDataParallelPlugin()
-    except ValueError as error:
-        return [f"accelerate's FSDP settings: {error}"]
-    blocks = plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None
-    unread = {
-        "fsdp_auto_wrap_policy": (not blocks, "TRANSFORMER_BASED_WRAP without fsdp_transformer_layer_cls_to_wrap: blocks are found here"),
-        "fsdp_offload_params": (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "false"),
-        "fsdp_cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "false: each process reads the files"),
-        "fsdp_activation_checkpointing": (plugin.activation_checkpointing, "false; ppo_config.gradient_checkpointing does it"),
-        "fsdp_ignored_modules": (plugin.ignored_modules, "none"),
-    }
-    return _unexpected(unread)
+    return Zero3(runtime)
 
 
-def _zero_problems() -> list[str]:
-    if importlib.util.find_spec("deepspeed") is None:
-        return ["accelerate asks for DeepSpeed, which is not installed; pip install deepspeed, or use FSDP"]
-    from accelerate.utils import DeepSpeedPlugin
+class _Setting(NamedTuple):
+    """One of accelerate's settings, and what can be served of it."""
 
-    plugin = DeepSpeedPlugin()
-    unread = {
-        "zero_stage": (plugin.zero_stage != 3, "3"),
-        "deepspeed_config_file": ("ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ, "none"),
-        "offload_optimizer_device": (plugin.offload_optimizer_device != "none", "none"),
-        "offload_param_device": (plugin.offload_param_device != "none", "none"),
-        "gradient_clipping": (plugin.gradient_clipping != "auto", "none; ppo_config.max_grad_norm does it"),
-        "gradient_accumulation_steps": (plugin.gradient_accumulation_steps not in ("auto", 1), "1; ppo_config has a setting of that name"),
-    }
-    return _unexpected(unread)
+    name: str
+    variable: str
+    """Of the environment, where a launched process finds it."""
+    served: tuple[str, ...]
+    """In lower case; the empty one: not set."""
+    expected: str
 
 
-def _unexpected(settings: Mapping[str, tuple[Any, str]]) -> list[str]:
-    """A line for each setting of accelerate's that is wrong, with what is expected."""
-    return [f"accelerate's {name}: expected {expected}" for name, (wrong, expected) in settings.items() if wrong]
+_ALWAYS = (
+    _Setting("use_megatron_lm", "ACCELERATE_USE_MEGATRON_LM", ("", "false"), "false: there are FSDP, DeepSpeed and data parallelism"),
+    _Setting("use_parallelism_config", "ACCELERATE_USE_PARALLELISM_CONFIG", ("", "false"), "false"),
+    _Setting("dynamo_backend", "ACCELERATE_DYNAMO_BACKEND", ("", "no"), "no: nothing is compiled"),
+    _Setting("enable_cpu_affinity", "ACCELERATE_CPU_AFFINITY", ("", "0"), "false"),
+)
+_FSDP = (
+    _Setting("fsdp_version", "FSDP_VERSION", ("2",), "2"),
+    _Setting("fsdp_auto_wrap_policy", "FSDP_AUTO_WRAP_POLICY", ("transformer_based_wrap",), "TRANSFORMER_BASED_WRAP"),
+    _Setting("fsdp_transformer_layer_cls_to_wrap", "FSDP_TRANSFORMER_CLS_TO_WRAP", ("",), "none: blocks are found here"),
+    _Setting("fsdp_reshard_after_forward", "FSDP_RESHARD_AFTER_FORWARD", ("", "true", "false"), "true or false"),
+    _Setting("fsdp_state_dict_type", "FSDP_STATE_DICT_TYPE", ("", "full_state_dict"), "FULL_STATE_DICT: checkpoints hold whole weights"),
+    _Setting("fsdp_offload_params", "FSDP_OFFLOAD_PARAMS", ("", "false"), "false"),
+    _Setting("fsdp_cpu_ram_efficient_loading", "FSDP_CPU_RAM_EFFICIENT_LOADING", ("", "false"), "false: each process reads the files"),
+    _Setting(
+        "fsdp_activation_checkpointing",
+        "FSDP_ACTIVATION_CHECKPOINTING",
+        ("", "false"),
+        "false; the stage's own gradient_checkpointing does it",
+    ),
+    _Setting("fsdp_forward_prefetch", "FSDP_FORWARD_PREFETCH", ("", "false"), "false"),
+    _Setting("fsdp_ignored_modules", "FSDP_IGNORED_MODULES", ("",), "none"),
+)
+_ZERO = (
+    _Setting("deepspeed_config_file", "ACCELERATE_DEEPSPEED_CONFIG_FILE", ("", "none"), "none"),
+    _Setting("zero_stage", "ACCELERATE_DEEPSPEED_ZERO_STAGE", ("3",), "3"),
+    _Setting("offload_optimizer_device", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", ("", "none"), "none"),
+    _Setting("offload_param_device", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", ("", "none"), "none"),
+    _Setting("gradient_clipping", "ACCELERATE_GRADIENT_CLIPPING", ("", "none", "auto"), "none; the stage's own setting does it"),
+    _Setting(
+        "gradient_accumulation_steps", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "auto", "1"), "1; the stage's own setting does it"
+    ),
+    _Setting("zero3_init_flag", "ACCELERATE_DEEPSPEED_ZERO3_INIT", ("", "false"), "false: each process reads the files"),
+    _Setting("zero3_save_16bit_model", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", ("", "false"), "false: float32 is saved"),
+    _Setting("deepspeed_moe_layer_cls_names", "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", ("",), "none"),
+)
+
+
+def accelerate_problems() -> list[str]:
+    """A line for each setting that `accelerate launch` has passed on and nothing here reads."""
+    asked = [*_ALWAYS, *(_FSDP if is_set("ACCELERATE_USE_FSDP") else ()), *(_ZERO if is_set("ACCELERATE_USE_DEEPSPEED") else ())]
+    found = [(setting, os.environ.get(setting.variable, "")) for setting in asked]
+    return [
+        f"accelerate's {setting.name}: got {value or 'nothing'}, expected {setting.expected}"
+        for setting, value in found
+        if value.lower() not in setting.served
+    ]
+
+
+def accelerate_precision() -> str:
+    """`mixed_precision` of `accelerate launch`; `no` without it."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def is_set(name: str) -> bool:

@@ -551,14 +551,24 @@ def test_what_accelerate_asks_for_and_the_trainer_would_not_do_is_refused(monkey
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     check_processes(cpu_settings())
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    asked = {"USE_FSDP": "true", "MIXED_PRECISION": "bf16"}
+    shipped = {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    for name, value in {**{f"ACCELERATE_{name}": value for name, value in asked.items()}, **shipped}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as refused:
         check_processes(cpu_settings())
     strategy, precision = refused.value.problems
     assert strategy == "trainer.params.strategy: got ddp, but accelerate asks for fsdp; set it"
     assert precision.startswith("trainer.params.precision: got 32, but accelerate's mixed_precision is bf16")
     check_processes(cpu_settings(strategy="fsdp", precision="bf16-mixed"))
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError) as refused:
+        check_processes(cpu_settings(strategy="fsdp", precision="bf16-mixed"))
+    assert refused.value.problems == (
+        "accelerate's fsdp_offload_params: got true, expected false",
+        "trainer.params.precision: got bf16-mixed, but accelerate's mixed_precision is fp16; set it, or let accelerate have no",
+    )
 
 
 def test_what_a_model_that_is_spread_cannot_do_is_refused() -> None:
@@ -576,6 +586,10 @@ def test_what_a_model_that_is_spread_cannot_do_is_refused() -> None:
         "trainer.params.precision",
         "trainer.params.gradient_clip_algorithm",
     ]
+    check_processes(cpu_settings(devices=2, strategy="fsdp", precision="bf16-true"))
+    for precision in ("bf16-true", 64):
+        with pytest.raises(UserError, match=rf"precision: got '?{precision}'?, expected bf16-mixed or 32 under strategy deepspeed"):
+            check_processes(TrainerSettings.model_construct(params={"devices": 2, "strategy": "deepspeed", "precision": precision}))
 
 
 def test_processes_that_a_launcher_started_are_as_many_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
