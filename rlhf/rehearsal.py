@@ -46,23 +46,25 @@ def report_ppo(
 
     arguments: what `PPOTrainer.train` is given beside prompts and steps. The trainer has made steps afterwards.
     """
-    forecast = rehearse(config, trainer, prompts, eval_prompts, arguments, steps)
+    forecast, processes = rehearse(config, trainer, prompts, eval_prompts, arguments, steps), trainer.runtime.world_size
     policy = sources.policy
     positions = encoder.max_length + config.generation_config.max_new_tokens
-    report(
-        config,
-        encoder=encoder,
-        rows={"train": len(prompts), "evaluation": len(eval_prompts)},
-        fits=[
-            start_line(policy.name, trainer.model.config, encoder.tokenizer, positions, sources.prompt_format),
-            *(judge_line(policy, judge, sources.prompt_format) for judge in sources.judges),
-        ],
-        parameters=[*trainer.model.parameters(), *(trainer.critic.parameters() if trainer.critic is not None else ())],
-        forecast=forecast,
-        root=root,
-        keep_last=config.save_config.keep_last,
-        keep_best=config.save_config.keep_best,
-    )
+    with trainer.sharding.gathered(*trainer.networks.trained):
+        report(
+            config,
+            encoder=encoder,
+            rows={"train": len(prompts), "evaluation": len(eval_prompts)},
+            fits=[
+                start_line(policy.name, trainer.model.config, encoder.tokenizer, positions, sources.prompt_format),
+                *(judge_line(policy, judge, sources.prompt_format) for judge in sources.judges),
+            ],
+            parameters=[parameter for network in trainer.networks.trained for parameter in network.parameters()],
+            forecast=forecast,
+            root=root,
+            keep_last=config.save_config.keep_last,
+            keep_best=config.save_config.keep_best,
+            notes=[f"processes: {processes}; the memory is that of the one with the most"] if processes > 1 else [],
+        )
 
 
 def rehearse(
@@ -110,7 +112,7 @@ def rehearse(
         steps_seconds=steps * each,
         validations=evaluations,
         validations_seconds=evaluations * evaluation,
-        memory_gib=peak_memory_gib(trainer.runtime.device),  # that of saving, too, by now
+        memory_gib=max(trainer.runtime.gather([peak_memory_gib(trainer.runtime.device)])),  # that of saving, too, by now
         checkpoint_bytes=checkpoint,
     )
 

@@ -21,7 +21,7 @@ from common.disk import most_saves
 from common.dry_run import Cost, Forecast, counted, model_bytes, report, seconds_of, start_line
 from common.errors import UserError
 from common.launch.callbacks import StatelessDropout, TrainingMetrics, plan_sampler
-from common.launch.lightning import batch_limit, lightning_trainer, quiet_lightning, release_optimization, trainer_params
+from common.launch.lightning import SHARDINGS, batch_limit, lightning_trainer, quiet_lightning, release_optimization, trainer_params
 from common.launch.runtime import peak_memory_gib
 from common.schema import DataSettings, TrainerSettings, TrainingSettings
 from common.tokenization import Encoder
@@ -73,6 +73,8 @@ def report_training(
     )
     name = config.trainer.ckpt_path or config.model_name
     cached = "cache: the run computes states of layers that do not train once and keeps them; measured without, so it takes less than this"
+    strategy = trainer_params(config.trainer).get("strategy")
+    spread = f"strategy: {strategy} spreads weights, gradients and moments over {processes} processes; measured with all of them in one"
     report(
         config,
         encoder=encoder,
@@ -83,7 +85,7 @@ def report_training(
         root=root,
         keep_last=config.trainer.checkpoint.keep_last,
         keep_best=config.trainer.checkpoint.keep_best,
-        notes=[cached] if keeps_states else [],
+        notes=[*([cached] if keeps_states else []), *([spread] if strategy in SHARDINGS else [])],
     )
 
 

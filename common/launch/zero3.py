@@ -6,6 +6,7 @@ Phases without gradients gather networks whole, as under FSDP; what an update ga
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ class Zero3(Sharding):
     def __init__(self, runtime: Runtime) -> None:
         import deepspeed
 
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # of its calls, at every one
         self.runtime = runtime
         self.deepspeed: Any = deepspeed
         self.settings = {

@@ -17,6 +17,7 @@ import yaml
 from common.errors import UserError
 from common.tracking import read_metrics
 from rlhf.train_ppo import main
+from tests.processes import as_launched
 from tests.runs import contents
 
 FIRST_WORDS = ["config", "data", "parameters", "models", "models", "steps", "measured", "time", "memory", "disk"]
@@ -77,6 +78,21 @@ def test_what_can_be_counted_is_what_the_run_does(config: Path, tmp_path: Path, 
     assert f"parameters: {total}, of which {trained} train and " in out
     on_disk = sum(path.stat().st_size for path in (run_dir / "last").resolve().rglob("*"))
     assert float(re.findall(r"disk: ([\d.]+) KiB a checkpoint", out)[0]) * 1024 == pytest.approx(on_disk, rel=0.25)
+
+
+def test_processes_with_sharded_weights_measure_together(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = reported(config, capsys)
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    codes, out = as_launched(main, ["--config", str(config), "--dry_run"], tmp_path / "printed")
+    assert codes == [0, 0], out
+    assert "PPO steps of 8 answers" in out and out.count("processes: 2; the memory is that of the one with the most\n") == 1
+    sizes, other = (re.findall(r"parameters: .* frozen;|disk: [\d.]+", text) for text in (alone, out))
+    assert sizes == other and len(sizes) == 2
+    assert not (tmp_path / "models").exists()
 
 
 def test_what_does_not_fit_or_has_no_room_ends_it(config: Path, tmp_path: Path, reward_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

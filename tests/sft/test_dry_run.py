@@ -92,6 +92,11 @@ def test_generated_answers_and_packed_rows_are_measured_too(config: Path, capsys
     assert "0 validations\n" in reported(config, capsys, "trainer.params.limit_val_batches=0")
 
 
+def test_a_model_that_will_be_spread_is_measured_whole_and_that_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = reported(config, capsys, "trainer.params.strategy=fsdp", "trainer.params.devices=2")
+    assert "strategy: fsdp spreads weights, gradients and moments over 2 processes; measured with all of them in one\n" in out
+
+
 def test_a_disk_that_is_too_small_ends_it(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100 * 1024))
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'models'}: checkpoints need ") + r".* 100.0 KiB are free; .*keep_last"):
