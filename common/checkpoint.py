@@ -80,6 +80,7 @@ class Manifest(BaseModel):
     packages: dict[str, str] = Field(default_factory=dict, description="Versions of the packages that matter.")
     config: dict[str, Any] = Field(default_factory=dict, description="Resolved configuration without secrets; `~` is the home folder.")
     step: int | None = Field(None, description="Optimizer (PPO: PPO) steps done.")
+    processes: int | None = Field(None, description="Processes that trained together.")
     created: str = Field("", description="UTC time of writing, ISO 8601.")
     files: dict[str, FileRecord] = Field(default_factory=dict, description="Size and checksum of every file; filled on saving.")
 

@@ -20,7 +20,7 @@ from common.disk import check_writable
 from common.errors import UserError
 from common.failed_start import removed_if_unused
 from common.followers import followed_run, follows
-from common.launch.workers import check_launch, idle_launch_settings
+from common.launch.workers import check_launch, idle_launch_settings, processes_to_train
 from common.notes import say
 from common.run_lock import locked, refuse_locked
 from common.runs import (
@@ -228,6 +228,12 @@ def point_in(path: Path, stage: Stage) -> ResumePoint:
     raise UserError(*damaged, f"{run_dir}: no checkpoint is whole, so there is nothing to go on from; start a new run, without --resume")
 
 
+def refuse_other_processes(running: int | None, then: int | None) -> None:
+    """Raise UserError where a run goes on with another number of processes than it began with; None: not known yet."""
+    if running is not None and then is not None and running != then:
+        raise UserError(f"--resume: {running} process{'es' if running != 1 else ''} now, {then} when the run began; start as many")
+
+
 def begin(invocation: Invocation[C], root: Path, stage: Stage) -> ResumePoint | None:
     """Refuse what cannot start or go on, before anything is loaded; returns where a resumed run goes on, None for a new one.
 
@@ -240,6 +246,8 @@ def begin(invocation: Invocation[C], root: Path, stage: Stage) -> ResumePoint | 
     check_start(invocation.config, root if point is None else None)
     if point is None or not point.finished:
         check_writable(root if point is None else point.run_dir)
+    if point is not None and not point.finished:
+        refuse_other_processes(processes_to_train(invocation.config), point.manifest.processes)
     if point is not None:
         for note in [*point.notes, *point.check_config(invocation.config)]:
             say(note)

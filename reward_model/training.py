@@ -181,6 +181,7 @@ def train(
             data_fingerprint=splits.fingerprint,
             config=resolved,
             step=step,
+            processes=processes,
         )
         save_model_directory(directory, module.model, tokenizer, manifest, extra=extra)
 

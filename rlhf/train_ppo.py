@@ -19,7 +19,7 @@ if __name__ == "__main__":
 from common.config import parse_command_line
 from common.errors import both, run_main
 from common.followers import world_size
-from common.launch.workers import check_number_of_workers, starts_ray
+from common.launch.workers import check_number_of_workers, processes_to_train, starts_ray
 from common.notes import say
 from common.resume import begin, check_data, say_finished
 from common.run_length import check_save_interval
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     sources, splits = both(lambda: check_models(config), lambda: read_prompts(config))
     prompts = training_prompts(splits, config.data_config)
-    processes = (config.launch.num_training_workers if starts_ray(config.launch) else None) or world_size()
+    processes = processes_to_train(config) or 1
     steps = total_steps(config, len(prompts), processes)
     interval = config.save_config.save_interval if "save_interval" in config.save_config.model_fields_set else None
     setting, length = "save_config.save_interval", ("data_config", "global_epochs", "ppo_config")

@@ -162,6 +162,7 @@ def train(config: SFTConfig, splits: Splits[SFTRecord], resume: ResumePoint | No
                     data_fingerprint=splits.fingerprint,
                     config=resolved,
                     step=step,
+                    processes=processes,
                 )
                 save_model_directory(directory, module.model, tokenizer, manifest, extra=extra)
 

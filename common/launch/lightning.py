@@ -47,7 +47,7 @@ from common.launch.runtime import Runtime, is_of_the_connection, peak_memory_gib
 from common.launch.sharded_strategy import ShardedStrategy
 from common.launch.sharding import Sharding, accelerate_precision, accelerate_problems, fully_sharded, is_set, zero3
 from common.launch.signals import Stopped, StopSignals
-from common.resume import ResumePoint
+from common.resume import ResumePoint, refuse_other_processes
 from common.schema import DataSettings, TrainerSettings
 from common.tracking import Tracker
 from common.training_state import check_start_weights, frozen_weights, load_trained_weights, weights_digest
@@ -361,8 +361,7 @@ def fit(
     started = time.monotonic()
     checkpoints.frozen = weights_digest(frozen_weights(module))
     if state is not None:
-        if trainer.world_size != state["processes"]:
-            raise UserError(f"--resume: {trainer.world_size} processes now, {state['processes']} when the run began; start as many")
+        refuse_other_processes(trainer.world_size, state["processes"])
         check_start_weights(checkpoints.frozen, state["frozen"], "frozen weights")
         trainer.precision_plugin.convert_module(module)  # as Lightning will: under bf16-true what was saved is bfloat16
         load_trained_weights(module, state["weights"])

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from common.errors import UserError
-from common.followers import launched
-from common.schema import LaunchSettings
+from common.followers import launched, world_size
+from common.schema import LaunchSettings, RunSettings, TrainingSettings
 
 WORKER_VARIABLE = "RLHF_QA_RAY_WORKER"
 
@@ -62,6 +62,16 @@ def check_number_of_workers(launch: LaunchSettings, running: int) -> None:
             f"launch.num_training_workers: got {asked}, but {running} process{'es train' if running > 1 else ' trains'}; start as many, "
             "set it to null, or let Ray start them (launch.engine: ray)"
         )
+
+
+def processes_to_train(config: RunSettings) -> int | None:
+    """Processes that will train together; None where it depends on the GPUs that are here."""
+    if starts_ray(config.launch):
+        return config.launch.num_training_workers
+    if launched() or not isinstance(config, TrainingSettings):
+        return world_size()
+    devices = config.trainer.params.get("devices", 1)
+    return devices if type(devices) is int and devices > 0 and not getattr(config, "use_multi_gpu_if_available", False) else None
 
 
 def idle_launch_settings(launch: LaunchSettings) -> list[str]:

@@ -25,7 +25,7 @@ from common.launch.signals import StopSignals
 from common.models.kinds import positions_of
 from common.progress import Progress, format_figure
 from common.prompts import PromptFormat
-from common.resume import ABSENT, ResumePoint, differences, holding, point_in, remove_leftovers, say_finished
+from common.resume import ABSENT, ResumePoint, differences, holding, point_in, refuse_other_processes, remove_leftovers, say_finished
 from common.runs import write_config
 from common.schema import GenerateParams, WandbSettings
 from common.token_rows import StoredRows
@@ -164,8 +164,7 @@ def train(
     state: dict[str, Any] | None = None
     if point is not None:
         state = point.state
-        if state["processes"] != runtime.world_size:
-            raise UserError(f"--resume: {runtime.world_size} processes now, {state['processes']} when the run began; start as many")
+        refuse_other_processes(runtime.world_size, state["processes"])
         if sharding.name != state.get("sharding", sharding.name):
             raise UserError(f"--resume: sharding is {sharding.name} now, and was {state['sharding']} when the run began; start it as then")
         if steps != state["steps"]:
@@ -512,6 +511,7 @@ def _save(
         data_fingerprint=output.data_fingerprint,
         config=dict(output.config),
         step=step,
+        processes=trainer.runtime.world_size,
         **facts,
     )
 

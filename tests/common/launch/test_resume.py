@@ -301,7 +301,7 @@ def test_another_number_of_processes_or_another_model_is_refused(tmp_path: Path,
     interrupted(tmp_path / "run", "step", 1, accumulate=2)
     point = last(tmp_path / "run")
     point.state["processes"] = 2
-    with pytest.raises(UserError, match="1 processes now, 2 when the run began"):
+    with pytest.raises(UserError, match="1 process now, 2 when the run began"):
         run(tmp_path / "run", accumulate=2, resume=point)
     point = last(tmp_path / "run")
     point.state["weights"]["other"] = torch.zeros(1)

@@ -12,7 +12,7 @@ import pytest
 
 from common.config import load_config
 from common.errors import UserError
-from common.launch.workers import WORKER_VARIABLE, check_launch, check_number_of_workers, idle_launch_settings
+from common.launch.workers import WORKER_VARIABLE, check_launch, check_number_of_workers, idle_launch_settings, processes_to_train
 from common.resume import is_free
 from common.schema import LaunchSettings, Section
 from reward_model.config import ClassificationConfig, RegressionConfig
@@ -80,6 +80,18 @@ def test_another_number_of_processes_than_asked_for_is_an_error() -> None:
     check_number_of_workers(LaunchSettings(num_training_workers=2), 2)
     with pytest.raises(UserError, match=r"launch\.num_training_workers: got 2, but 1 process trains; start as many"):
         check_number_of_workers(LaunchSettings(num_training_workers=2), 1)
+
+
+def test_how_many_will_train_is_known_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [processes_to_train(load(stage)) for stage in STAGES] == [1, 1, 1, 1]
+    devices = [2, "auto", -1, [0, 1]]
+    assert [processes_to_train(load("sft", f"trainer.params.devices={value}")) for value in devices] == [2, None, None, None]
+    assert processes_to_train(load("reward_model/regression", "use_multi_gpu_if_available=true")) is None
+    ray = load("rlhf", "launch.engine=ray", "launch.num_training_workers=3")
+    assert processes_to_train(ray) == 3
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert [processes_to_train(config) for config in (load("sft"), load("rlhf"), ray)] == [4, 4, 3]
 
 
 def test_settings_of_ray_are_named_where_nothing_reads_them() -> None:
