@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -28,6 +28,7 @@ from common.config_yaml import MarkedData, read_marked_yaml
 from common.errors import UserError, locate_problems
 from common.llm_on_ray import translate
 from common.notes import begin_notes, say
+from common.runs import RESULTS_ROOT_VARIABLE
 from common.schema import Section
 from common.schema_types import KeyPath, dotted, section_of
 
@@ -200,7 +201,8 @@ def _load(schema: type[C], path: Path, overrides: Sequence[str], base_dir: Path)
     if key is not None:
         moved = "is moved there for this run" if move_to_environment(key) else "is ignored: one is set there"
         notes.append(f"{marked.at(key_path)}: a key belongs into the environment ({KEY_VARIABLE}); this one {moved}")
-    notes.extend(_path_notes(marked, resolved_dict(config)))
+    idle = _idle_folders(marked, config)
+    notes.extend([*_path_notes(marked, resolved_dict(config), idle), *idle.values()])
     return config, notes, marked
 
 
@@ -216,10 +218,26 @@ def _spell_out_sections(data: dict[str, Any], schema: type[BaseModel]) -> None:
             _spell_out_sections(data[name], inner)
 
 
-def _path_notes(marked: MarkedData, resolved: dict[str, Any]) -> list[str]:
-    """A line for each path that was given relative: what it stands for."""
+def _idle_folders(marked: MarkedData, config: Section) -> dict[KeyPath, str]:
+    """A line for each folder of runs that was given where runs lie below a root instead."""
+    root = getattr(config, "runs_root", None) or os.environ.get(RESULTS_ROOT_VARIABLE)
+    notes: dict[KeyPath, str] = {}
+    folders: list[KeyPath] = [("trainer", "checkpoint", "dirpath"), ("save_config", "checkpoint_dir")]
+    for path in folders if root else ():
+        given: Any = marked.data
+        for key in path:
+            given = given.get(key) if isinstance(given, dict) else None
+        if given is not None:
+            notes[path] = f"{dotted(path)}: {given} is without effect, since runs lie in {root}"
+    return notes
+
+
+def _path_notes(marked: MarkedData, resolved: dict[str, Any], idle: Collection[KeyPath]) -> list[str]:
+    """A line for each path that was given relative, and is not idle: what it stands for."""
 
     def walk(given: Any, final: Any, path: KeyPath) -> list[str]:
+        if path in idle:
+            return []
         if isinstance(given, dict) and isinstance(final, dict):
             return [note for key in given if key in final for note in walk(given[key], final[key], (*path, key))]
         if isinstance(given, list) and isinstance(final, list):

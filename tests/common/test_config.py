@@ -331,6 +331,20 @@ def test_default_paths_are_the_stages_however_little_is_given(given: str, stage:
     assert invoke(SFTConfig, stage, SFT + given).config.trainer.checkpoint.dirpath == str(stage / "models")
 
 
+@pytest.mark.parametrize("given", ["results_root=/r", "launch.storage_path=/r", "RESULTS_ROOT_DIR"])
+def test_a_folder_of_runs_that_is_not_used_is_named(given: str, stage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = [given] if "=" in given else []
+    if not overrides:
+        monkeypatch.setenv(given, "/r")
+    sft = invoke(SFTConfig, stage, SFT + "trainer: {checkpoint: {dirpath: models}}\n", *overrides)
+    ppo = invoke(PPORunConfig, stage, PPO + "save_config: {checkpoint_dir: /elsewhere}\n", *overrides)
+    assert [note for note in sft.notes if "dirpath" in note] == [
+        "trainer.checkpoint.dirpath: models is without effect, since runs lie in /r"
+    ]
+    assert "save_config.checkpoint_dir: /elsewhere is without effect, since runs lie in /r" in ppo.notes
+    assert not [note for note in invoke(SFTConfig, stage, SFT, *overrides).notes if "dirpath" in note]
+
+
 def test_absent_sections_keep_the_default_of_their_field(stage: Path) -> None:
     config = invoke(GenerationTestConfig, stage, "model_name: m\ndata: {data_dir: a}\n").config
     assert config.wandb.mode == "disabled"
