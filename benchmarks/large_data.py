@@ -1,6 +1,7 @@
 """Memory and seconds that a run takes for JSON Lines of growing size, through the scripts of all three stages (Linux).
 
     OMP_WAIT_POLICY=passive python benchmarks/large_data.py [--mb 50 200 2000] [--stages sft pairs ppo] [--in_memory] [--steps 8]
+        [--tokenizer bytes]
 
 For each size a file of made-up questions and answers is written to a temporary folder, a tiny model is trained on it for a few steps by a
 process of its own, and both are removed. A line has, of all processes together:
@@ -10,7 +11,7 @@ process of its own, and both are removed. A line has, of all processes together:
     read s          to read, check, split and fingerprint the rows    tokenize s, MB/s    to write the ids of train and val, all cores
     total s         of the whole command, packages, model and steps included                ids MB    size of the ids on disk
 
-`--in_memory` reads every file whole, as files up to 64 MiB always are. Forty bytes a row or so of files lie in TMPDIR while a run goes on.
+`--in_memory` reads every file whole, as files up to 64 MiB always are. Some sixty bytes a row of files lie in TMPDIR while a run goes on.
 """
 
 from __future__ import annotations
@@ -90,17 +91,29 @@ def write_rows(path: Path, stage: str, megabytes: float, seed: int = 0) -> int:
     return rows
 
 
-def make_model(folder: Path) -> None:
-    """A tiny causal model with a byte-level tokenizer of 8,000 entries."""
+def make_model(folder: Path, tokenizer: str = "bytes") -> None:
+    """A tiny causal model with a tokenizer of 8,000 entries: byte-level BPE, or whole words."""
     from common.models.load import build_generator, train_tokenizer
     from common.schema import ModelInit
 
     questions, sentences = texts()
-    tokenizer = train_tokenizer([*questions, *sentences], 8_000)
+    known = word_tokenizer(sentences, 8_000) if tokenizer == "words" else train_tokenizer([*questions, *sentences], 8_000)
     sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_position_embeddings": 1024}
     init = ModelInit(model_type="gpt_neo", vocab_size=8_000, config=sizes)
-    build_generator(init, tokenizer, 1024, 0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    build_generator(init, known, 1024, 0).save_pretrained(folder)
+    known.save_pretrained(folder)
+
+
+def word_tokenizer(texts: Sequence[str], size: int) -> Any:
+    """The commonest words, parted at white space: it takes little time, so that a run measures all that is beside it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordLevelTrainer(vocab_size=size, special_tokens=["<pad>", "<eos>", "<unk>"], show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 def settings(stage: str, data: Path, model: Path, runs: Path, steps: int) -> dict[str, Any]:
@@ -194,11 +207,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mb", nargs="+", type=float, default=[50, 200, 2000], help="sizes of the file in MB")
     parser.add_argument("--stages", nargs="+", default=list(SCRIPTS), choices=SCRIPTS)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--tokenizer", choices=("bytes", "words"), default="bytes", help="byte-level BPE, or whole words (quicker)")
     parser.add_argument("--in_memory", action="store_true", help="read files whole, whatever their size")
     options = parser.parse_args(argv)
     lines = []
     with tempfile.TemporaryDirectory(prefix="large_data-") as name:
-        make_model(Path(name))
+        make_model(Path(name), options.tokenizer)
         for stage in options.stages:
             for megabytes in options.mb:
                 lines.append(measure(stage, megabytes, Path(name), steps=options.steps, in_memory=options.in_memory))

@@ -44,3 +44,9 @@ def test_a_line_of_the_table() -> None:
     assert table_row("sft", 200.0, 1234, found, 90.0) == ["sft", "200", "1,234", "512", "600", "10.0", "50.0", "4.0", "80.0", "90"]
     found.moments = {"read": 1.0, "run": 2.0, "end": 3.0}
     assert table_row("sft", 20.0, 12, found, 0.0)[5:] == ["1.0", "-", "-", "3.0", "-"]
+
+
+def test_a_tokenizer_of_whole_words() -> None:
+    tokenizer = large_data.word_tokenizer(["one two two", "two three. two"], 5)
+    assert len(tokenizer) == 5 and (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    assert tokenizer("two four one")["input_ids"][:2] == [3, 2]
