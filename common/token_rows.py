@@ -136,7 +136,7 @@ class TokenCache:
     def ids(self, encoder: Encoder, records: FileRecords[Any], split: str, unusable_rows: Literal["error", "drop"] = "error") -> TokenIds:
         """Ids of the records that can be used; `encoder` has counted them as if it had made them.
 
-        Made here by all cores where no earlier run has left them whole; another run that is making them is waited for. Raises UserError
+        Made here by all cores where no earlier run has left them whole; another process that is making them is waited for. Raises UserError
         with a line for each bad row, and where the disk has no room.
         """
         facts = self._facts(encoder, records, split, unusable_rows)
@@ -148,7 +148,7 @@ class TokenCache:
             try:
                 lock = hold(folder / f"{key}.lock")
             except BlockingIOError:
-                say(f"{place}: another run is making these token ids; waiting for it")
+                say(f"{place}: another process is making these token ids; waiting for it")
                 lock = hold(folder / f"{key}.lock", wait=True)
         try:
             with _telling(folder):

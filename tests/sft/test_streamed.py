@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 
 from common import json_stream, parallel, records
 from common.errors import UserError
+from common.token_rows import TokenCache
 from common.tracking import read_metrics
 from sft.module import SFTModule
 from sft.train_sft import main
+from tests.processes import as_launched
 
 ROWS = [{"Question": f"What is {a} and {b}?", "Answer": f"It is {a + b}{', friend' * (b % 4)}."} for a in range(6) for b in range(7)]
 ODD = [{"Question": "x", "Answer": " "}, {"Question": "long " * 30, "Answer": "yes"}, {"Question": "<|endoftext|>", "Answer": "no"}]
@@ -113,6 +115,24 @@ def test_a_run_goes_on_from_ids_that_are_there_or_made_anew(config: Path, monkey
             for file in (config.parent / "models" / "token_cache").glob("*/*"):
                 file.unlink()
         assert same(whole, run(config, desc, "--resume"))
+
+
+def test_processes_that_train_together_make_the_ids_once(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, write, written = [], TokenCache._write, config.parent / "written"
+
+    def noted(*arguments: Any) -> None:
+        with written.open("a") as file:
+            file.write(f"{arguments[5]}\n")
+        write(*arguments)
+
+    monkeypatch.setattr(TokenCache, "_write", noted)
+    for desc in ("memory", "streamed"):
+        stream(monkeypatch, desc == "streamed")
+        codes, printed = as_launched(main, [f"--config_file={config}", "data.batch_size=2", f"desc={desc}"], config.parent / desc)
+        assert codes == [0, 0], printed
+        found.append(load_file(config.parent / "models" / f"desc-{desc},index-0" / "last" / "model.safetensors"))
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+    assert written.read_text() == "train\nval\n"
 
 
 def test_errors_name_the_rows_that_they_name_in_memory(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
