@@ -107,5 +107,6 @@ def _absent_package(params: dict[str, Any], names: set[str]) -> dict[str, str]:
     for name in sorted(names & params.keys()):
         package = next((package for word, package in PACKAGES.items() if word in str(params[name])), None)
         if package is not None and find_spec(package) is None:
-            problems[name] = f"got {params[name]!r}, which needs {package}, and that is not installed; use auto"
+            remedy = "pip install -r requirements-deepspeed.txt, or use fsdp" if package == "deepspeed" else "use auto"
+            problems[name] = f"got {params[name]!r}, which needs {package}, and that is not installed; {remedy}"
     return problems

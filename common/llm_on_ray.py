@@ -144,7 +144,7 @@ KEYS: dict[str, Row] = {
     ),
     "Dataset.block_size": _nowhere(NO_EFFECT, "a packed line has `data.max_length` tokens"),
     "Dataset.shuffle": _nowhere(NO_EFFECT, "rows are shuffled anew in each epoch, by `seed`", quiet=(True,)),
-    "Dataset.preprocessing_num_workers": _nowhere(NO_EFFECT, "rows are tokenized once, and kept"),
+    "Dataset.preprocessing_num_workers": _nowhere(NO_EFFECT, "all cores tokenize, once, and the ids are kept"),
     "Dataset.padding_side": _nowhere(NO_EFFECT, "padding is never learnt, on either side"),
     "Dataset.padding": _nowhere(NO_EFFECT, "padding is never learnt", quiet=(True,)),
     "Dataset.truncation_side": _nowhere(NO_EFFECT, "prompts lose their end, dialogues their oldest turns"),
@@ -186,12 +186,13 @@ KEYS: dict[str, Row] = {
     "Training.accelerate_mode": _of_trainer(
         "trainer.params.strategy",
         REFUSED,
-        "DDP is how processes train together anyway; PPO is sharded by accelerate's own file (rlhf/configs/accelerate)",
+        "FSDP is `fsdp`, DeepSpeed `deepspeed` (ZeRO-3, requirements-deepspeed.txt), both of two workers or more; DDP is how processes "
+        "train together anyway; PPO is sharded by accelerate's own file (rlhf/configs/accelerate)",
         read=_choice(_STRATEGIES),
         quiet=("DDP", "CPU_DDP", "GPU_DDP"),
     ),
     "Training.deepspeed_config_file": _nowhere(
-        NO_EFFECT, "`trainer.params.strategy: deepspeed` (ZeRO-3) says what is sharded", quiet=("",)
+        NO_EFFECT, "DeepSpeed spreads weights, gradients and optimizer (ZeRO-3), and moves nothing to the CPU or a disk", quiet=("",)
     ),
     "Training.logging_steps": _of_trainer("trainer.params.log_every_n_steps", NO_EFFECT, "PPO logs every step"),
     "Training.hpu_execution_mode": _nowhere(NO_EFFECT, "Gaudi's devices are not supported"),

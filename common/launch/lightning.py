@@ -217,10 +217,13 @@ def _accelerate_problems(params: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+_MORE = "set trainer.params.devices (Ray: launch.num_training_workers) to 2 or more, or use auto"
+
+
 def _check_sharding(strategy: str, params: Mapping[str, Any]) -> None:
     problems = []
     if _all_processes(params) == 1:
-        problems.append(f"trainer.params.strategy: got {strategy}, but the run is one process; set trainer.params.devices to 2 or more")
+        problems.append(f"trainer.params.strategy: got {strategy}, but the run is one process; {_MORE}")
     if params.get("precision") in (FLOAT16 | NOT_FLOAT32 if strategy == "deepspeed" else FLOAT16):
         problems.append(f"trainer.params.precision: got {params['precision']!r}, expected bf16-mixed or 32 under strategy {strategy}")
     if params.get("gradient_clip_val") and params.get("gradient_clip_algorithm") == "value":

@@ -97,7 +97,7 @@ def _await_stop(mailbox: Any) -> None:
 
 
 class _Sender(io.TextIOBase):
-    """A stream whose text appears where the training was started."""
+    """A stream whose text appears where the training was started, in whole lines: notes are known there by theirs."""
 
     def __init__(self, mailbox: Any, name: str) -> None:
         self._mailbox, self._name = mailbox, name
@@ -121,12 +121,14 @@ class _Sender(io.TextIOBase):
         return len(text)
 
     def _send(self) -> None:
-        ended = False
+        ended, rest = False, ""
         while not ended:
             ended = self._ends.wait(_SEND_EVERY_S)
             count = len(self._text)
-            text = "".join(self._text[:count])
+            text = rest + "".join(self._text[:count])
             del self._text[:count]
+            whole = len(text) if ended else max(text.rfind("\n"), text.rfind("\r")) + 1
+            text, rest = text[:whole], text[whole:]
             if text:
                 ray.get(self._mailbox.send.remote(self._name, text))
 

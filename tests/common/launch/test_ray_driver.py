@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from common.errors import UserError
 from common.launch.signals import StopSignals
+from common.run_lock import hold, release
 from common.schema import LaunchSettings
 
 pytest.importorskip("ray", reason="requirements-ray.txt is not installed")
@@ -86,3 +88,31 @@ def test_the_loss_of_what_watches_the_workers_is_a_loss() -> None:
 
     attempt = ray_driver._outcome(Mock(fit=Mock(side_effect=ray_driver.RayActorError())), LaunchSettings())
     assert (attempt.lost, attempt.error) == ("the process that watches the workers was lost", None)
+
+
+def test_markers_of_processes_that_were_killed_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from common.launch.ray_driver import _Attempt
+
+    left, held, new = (tmp_path / f".ray-{name}" for name in ("left", "held", "new"))
+    for path in (left, held, new):
+        path.touch()
+    for path in (left, held):
+        os.utime(path, (time.time() - 61,) * 2)
+    lock = hold(held)
+    assert train(monkeypatch, tmp_path, lambda *_: _Attempt())[1] == 0
+    release(lock)
+    assert {path.name for path in tmp_path.glob(".ray-*")} == {".ray-held", ".ray-new"}
+
+
+def test_what_a_worker_prints_comes_in_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    from common.launch import ray_worker
+
+    sent: list[str] = []
+    monkeypatch.setattr(ray_worker, "_SEND_EVERY_S", 0.01)
+    monkeypatch.setattr(ray_worker.ray, "get", lambda text: sent.append(text))
+    mailbox = Mock(**{"send.remote": lambda name, text: text})
+    with ray_worker._Sender(mailbox, "stdout") as stream:
+        stream.write("note: half")
+        time.sleep(0.1)
+        stream.write(" a line\nthe end")
+    assert sent[0].startswith("note: half a line\n") and "".join(sent) == "note: half a line\nthe end"
