@@ -22,11 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 INIT = ModelInit(model_type="llama", config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16})
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.closing.plot_curves", lambda run_dir: run_dir)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base model of all three."""

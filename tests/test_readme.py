@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from common.freezing import apply_freezing
 from common.schema import FreezeSettings
+from tests.processes import as_typed
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +36,7 @@ def test_the_readme_has_the_eight_commands() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("picture")
 def test_the_commands_run_from_their_folders_for_two_steps(tmp_path: Path) -> None:
     """Each command word for word, plus overrides that shorten it and keep what it writes out of the repository."""
     models = {stage: tmp_path / stage for stage in ("sft", "classification", "regression", "rlhf")}
@@ -60,10 +60,8 @@ def test_the_commands_run_from_their_folders_for_two_steps(tmp_path: Path) -> No
         ]  # fmt: skip
     for folder, command in stage_commands():
         arguments = command.split("#")[0].split()
-        result = subprocess.run(
-            [sys.executable, *arguments, *overrides[folder, arguments[0]]], cwd=ROOT / folder, capture_output=True, text=True, timeout=300
-        )
-        assert result.returncode == 0, f"cd {folder} && python {command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+        code, printed = as_typed(ROOT / folder, [*arguments, *overrides[folder, arguments[0]]], tmp_path / "printed")
+        assert code == 0, f"cd {folder} && python {command}\n{printed[-4000:]}"
     for stage, folder in models.items():
         assert (folder / "latest" / "manifest.json").exists(), stage
 
@@ -87,9 +85,9 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith("make test")
 
 
-def test_generated_tables_are_current() -> None:
-    result = subprocess.run([sys.executable, "docs/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, f"{result.stdout}{result.stderr} (make docs regenerates them)"
+def test_generated_tables_are_current(tmp_path: Path) -> None:
+    code, printed = as_typed(ROOT, ["docs/tables.py", "--check"], tmp_path / "printed")
+    assert code == 0, f"{printed} (make docs regenerates them)"
 
 
 @pytest.mark.parametrize("document", ["README.md", "rlhf/reward_pipelines/README.md"])

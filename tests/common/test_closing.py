@@ -31,6 +31,7 @@ def test_the_first_words() -> None:
     ]
 
 
+@pytest.mark.usefixtures("picture")
 def test_the_end_publishes_summarises_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, result = finished(tmp_path)
     with Tracker(run, stage="sft") as tracker:

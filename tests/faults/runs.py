@@ -159,9 +159,6 @@ def start(stage: str, config: Path, *arguments: str, prepare: Callable[[], objec
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.argv = ["script", "--config", str(config), *arguments]
-        import common.closing
-
-        common.closing.plot_curves = lambda run_dir: run_dir  # takes longer than training
         if prepare is not None:
             prepare()
         run_main(MAINS[stage])

@@ -12,6 +12,7 @@ import pytest
 from common.checkpoint import new_manifest, save_model_directory
 from common.models.load import build_generator, train_tokenizer
 from common.schema import ModelInit
+from tests.processes import as_typed
 
 KINDS = ("classification", "regression")
 
@@ -40,28 +41,16 @@ def test_the_commands_of_the_readme_run_for_two_steps(kind: str, root: Path, sft
     train = "train_reward.py --config_file configs/trainer_config.yaml"
     test = "test_reward.py  --config_file configs/test_config.yaml"
     assert f"python {train}" in readme and f"python {test}" in readme
-    made = command(
-        root,
-        kind,
-        *train.split(),
-        f"model_name={sft_model}",
-        f"trainer.checkpoint.dirpath={tmp_path / 'models'}",
-        "trainer.params.max_steps=2",
-        "trainer.params.limit_val_batches=2",
-        "data.batch_size=4",
-    )
-    assert made.returncode == 0, made.stderr
-    assert "best val/" in made.stdout and str(tmp_path / "models" / "latest") in made.stdout
-    tested = command(
-        root,
-        kind,
-        *test.split(),
-        f"model_name={tmp_path / 'models' / 'latest'}",
-        f"test_params.log_file={tmp_path / 'scores.csv'}",
-        "test_params.bootstrap_samples=20",
-    )
-    assert tested.returncode == 0, tested.stderr
-    assert "can it be trusted?" in tested.stdout
+    short = ["trainer.params.max_steps=2", "trainer.params.limit_val_batches=2", "data.batch_size=4"]
+    here = [f"model_name={sft_model}", f"trainer.checkpoint.dirpath={tmp_path / 'models'}"]
+    code, printed = as_typed(root / "reward_model" / kind, [*train.split(), *here, *short], tmp_path / "printed")
+    assert code == 0, printed
+    assert "best val/" in printed and str(tmp_path / "models" / "latest") in printed
+    here = [f"model_name={tmp_path / 'models' / 'latest'}", f"test_params.log_file={tmp_path / 'scores.csv'}"]
+    words = [*test.split(), *here, "test_params.bootstrap_samples=20"]
+    code, printed = as_typed(root / "reward_model" / kind, words, tmp_path / "printed")
+    assert code == 0, printed
+    assert "can it be trusted?" in printed
     assert (tmp_path / "scores.csv").is_file() and (tmp_path / "scores.summary.json").is_file()
 
 

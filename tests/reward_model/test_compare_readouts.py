@@ -53,7 +53,6 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return train(config, *arguments)
 
     monkeypatch.setattr(comparison, "train", counted)
-    monkeypatch.setattr("common.closing.plot_curves", lambda run: None)  # a third of the time of a run this short
     return names
 
 

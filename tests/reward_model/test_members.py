@@ -48,12 +48,6 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the curves takes longer than training."""
-    monkeypatch.setattr("common.closing.plot_curves", lambda run_dir: run_dir)
-
-
 def model(ensemble: int, **readout: Any) -> RewardModel:
     config = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
     backbone = build_backbone(ModelInit(model_type="gpt_neo", config=config), train_tokenizer(["a b c"], 258), 32, seed=0)

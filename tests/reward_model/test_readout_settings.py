@@ -23,12 +23,6 @@ from tests.reward_model.conftest import ARCHITECTURES
 MAINS: dict[str, Any] = {"pair": train_pairs.main, "score": train_scores.main}
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the curves takes longer than training."""
-    monkeypatch.setattr("common.closing.plot_curves", lambda run_dir: run_dir)
-
-
 def refusal(config: Path, *overrides: str) -> list[str]:
     with pytest.raises(UserError) as caught:
         MAINS["pair"](["--config_file", str(config), "--validate", *overrides])

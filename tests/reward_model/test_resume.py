@@ -16,6 +16,7 @@ from reward_model.classification import train_reward as train_pairs
 from reward_model.classification.module import PairModule
 from reward_model.regression import train_reward as train_scores
 from reward_model.regression.module import ScoreModule
+from tests.processes import as_launched
 from tests.runs import left_by, stop_at
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,26 +61,24 @@ def test_a_stopped_run_goes_on_with_the_same_bits(name: str, write_config: Any, 
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_together(write_config: Any) -> None:
+def test_two_processes_go_on_together(write_config: Any, tmp_path: Path) -> None:
+    """One of two that the script starts is stopped; two that something else starts go on."""
     config = write_config("pair", model_params={"dropout": 0.2})
-    command = [sys.executable, "reward_model/classification/train_reward.py", f"--config={config}", "trainer.params.devices=2"]
-    command += ["trainer.params.max_epochs=20", "trainer.params.log_every_n_steps=1", "data.batch_size=4"]
-    command += ["trainer.params.enable_progress_bar=true"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen([*command, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
-
-    whole, stopped = start("desc=whole"), start("desc=stopped")
+    argv = [f"--config={config}", "trainer.params.devices=2", "trainer.params.max_epochs=20", "trainer.params.log_every_n_steps=1"]
+    argv += ["data.batch_size=4", "trainer.params.enable_progress_bar=true"]
+    stopped = subprocess.Popen(
+        [sys.executable, "reward_model/classification/train_reward.py", *argv, "desc=stopped"],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    codes, printed = as_launched(MAINS["pair"], [*argv, "desc=whole"], tmp_path / "whole")
+    assert codes == [0, 0], printed
     assert stopped.stderr is not None
     for line in stopped.stderr:
         if line.startswith("step ") and "val/loss" in line:  # of 20
             stopped.send_signal(signal.SIGTERM)
             break
     assert stopped.communicate(timeout=300) and stopped.returncode == 143
-    resumed = start("desc=stopped", "--resume")
-    for process in (whole, resumed):
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    codes, printed = as_launched(MAINS["pair"], [*argv, "desc=stopped", "--resume"], tmp_path / "resumed")
+    assert codes == [0, 0], printed
     models = config.parent / "models"
     assert left_by(models / "desc-stopped,index-0") == left_by(models / "desc-whole,index-0")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +12,13 @@ from safetensors.torch import load_file
 from common.errors import UserError
 from common.tracking import read_metrics
 from reward_model.classification.train_reward import main
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import as_launched
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted((run / "last/").glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.slow
 def test_two_processes_train_what_one_does(write_config: Any, tmp_path: Path) -> None:
     """Over an encoder whose decoder gets no gradient, with batches that do not come out even, saving between validations."""
     model_init = {"config": {"dropout_rate": 0.0}}
@@ -31,14 +26,11 @@ def test_two_processes_train_what_one_does(write_config: Any, tmp_path: Path) ->
     common = [f"--config_file={config}", "trainer.params.log_every_n_steps=1", "trainer.checkpoint.every_n_train_steps=2"]
     common += ["data.val_batch_size=4", "trainer.params.val_check_interval=1", "trainer.params.enable_progress_bar=true"]
     assert main([*common, "data.batch_size=12", f"results_root={tmp_path / 'one'}"]) == 0
-    command = [sys.executable, "reward_model/classification/train_reward.py", *common, "data.batch_size=6", "trainer.params.devices=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, f"results_root={tmp_path / 'two'}"], cwd=ROOT, capture_output=True, text=True, timeout=900, env=environment
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("output: ") == 1 and result.stderr.count("step 1: val/loss") == 1
-    assert "steps of 6 x 1 rows on each of 2 devices" in result.stdout
+    halves = [*common, "data.batch_size=6", "trainer.params.devices=2", f"results_root={tmp_path / 'two'}"]
+    codes, printed = as_launched(main, halves, tmp_path / "printed")
+    assert codes == [0, 0], printed
+    assert printed.count("output: ") == 1 and printed.count("step 1: val/loss") == 1
+    assert "steps of 6 x 1 rows on each of 2 devices" in printed
     one, two = (tmp_path / name / "reward_classification/desc-x,index-0" for name in ("one", "two"))
     assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
     expected, found = weights(one), weights(two)

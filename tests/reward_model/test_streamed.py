@@ -43,11 +43,10 @@ def run(config: Path, kind: str, desc: str, *overrides: str) -> tuple[Any, ...]:
 
 
 @pytest.fixture(autouse=True)
-def small_stretches_and_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_stream, "STRETCH_BYTES", 500)
     monkeypatch.setattr(parallel, "STRETCH", 7)
     monkeypatch.setattr(parallel, "cores", lambda **_: 1)
-    monkeypatch.setattr("common.closing.plot_curves", lambda run_dir: run_dir)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def raw_scores_of_plain_transformers(directory: Path) -> torch.Tensor:
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
 
 
+@pytest.mark.usefixtures("picture")
 @pytest.mark.parametrize(("kind", "metric", "steps"), [("pair", "val/accuracy", 30), ("score", "val/pair_accuracy", 64)])
 def test_a_separable_toy_is_learnt(kind: str, metric: str, steps: int, write_config, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(kind, trainer={"params": {"max_epochs": -1, "max_steps": steps, "val_check_interval": 4}})

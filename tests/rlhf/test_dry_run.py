@@ -38,7 +38,6 @@ def config(tmp_path: Path, policy_dir: Path, reward_dir: Path, monkeypatch: pyte
     }
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
-    monkeypatch.setattr("common.closing.plot_curves", lambda run_dir: run_dir)
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings))

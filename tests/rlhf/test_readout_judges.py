@@ -44,9 +44,8 @@ def test_every_readout_judges() -> None:
 
 @pytest.mark.parametrize("name", JUDGES)
 def test_ppo_is_rewarded_by_what_the_readout_scores(
-    name: ReadoutName, tmp_path: Path, policy_dir: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    name: ReadoutName, tmp_path: Path, policy_dir: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    monkeypatch.setattr("common.closing.plot_curves", lambda run_dir: run_dir)  # longer than the training
     backbone = build_backbone(ModelInit(model_type=JUDGES[name], config=MODELS[JUDGES[name]]), tokenizer, 64, 0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

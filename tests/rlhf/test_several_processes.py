@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -48,7 +50,8 @@ def torchrun(*arguments: str, script: Path = ROOT / "rlhf" / "train_ppo.py") -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, str(script), *arguments]
+    options = ["--nproc_per_node", "2", "--master_port", port, "--shutdown_timeout", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(script), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
 
@@ -58,10 +61,7 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_run_that_goes_on_bit_for_bit(
-    tmp_path: Path, policy_dir: Path, reward_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("common.closing.plot_curves", lambda run_dir: run_dir)
+def test_two_processes_are_one_run_that_goes_on_bit_for_bit(tmp_path: Path, policy_dir: Path, reward_dir: Path) -> None:
     batch = {"batch_size": 4, "mini_batch_size": 2}
     config = write_config(tmp_path, policy_dir, reward_dir, **batch)
     result = torchrun("--config", str(config))
@@ -82,9 +82,10 @@ def test_two_processes_are_one_run_that_goes_on_bit_for_bit(
         torch.testing.assert_close(weights(together, 4)[name], tensor, rtol=0, atol=1e-4)
 
     ended = weights(together, 4)
-    result = torchrun("--config", str(config), "--resume", str(together / "checkpoints" / "step-000002"))
-    assert result.returncode == 0, result
-    assert result.stderr.count("PPO step 4/4") == 1 and result.stdout.count("going on with") == 1
+    argv = ["--config", str(config), "--resume", str(together / "checkpoints" / "step-000002")]
+    codes, printed = as_launched(main, argv, tmp_path / "printed")
+    assert codes == [0, 0], printed
+    assert printed.count("PPO step 4/4") == 1 and printed.count("going on with") == 1
     for name, tensor in weights(together, 4).items():
         assert torch.equal(tensor, ended[name]), name
 
@@ -117,41 +118,63 @@ def test_fewer_processes_than_were_asked_for_are_refused(
 
 
 SCRIPT = """
-import os, signal, sys
+import signal, sys
 
 sys.path[0] = {root!r}
+from pathlib import Path
 from common.errors import run_main
-from rlhf.train_ppo import main
+from tests.rlhf.test_several_processes import main, send_in_the_fourth_step
 
-def spoilt(argv):
-    from rlhf.ppo.trainer import PPOTrainer
-    original = PPOTrainer.step
-    def step(trainer, *arguments, **options):
-        open(os.path.join({folder!r}, "pid-" + os.environ["RANK"]), "w").write(str(os.getpid()))
-        if trainer.steps_done == 3 and trainer.runtime.rank == 1:
-            os.kill(os.getpid(), signal.{signal})
-        return original(trainer, *arguments, **options)
-    PPOTrainer.step = step
-    return main(argv)
-
-run_main(spoilt)
+send_in_the_fourth_step(signal.SIGSTOP, Path({folder!r}), setattr)
+run_main(main)
 """
 
 
+def send_in_the_fourth_step(number: signal.Signals, folder: Path, patch: Callable[[Any, str, Any], None]) -> None:
+    """Let the second of two processes send itself a signal; each tells its id in `folder`."""
+    original = PPOTrainer.step
+
+    def step(trainer: PPOTrainer, *arguments: Any, **options: Any) -> Any:
+        (folder / f"pid-{trainer.runtime.rank}").write_text(str(os.getpid()))
+        if trainer.steps_done == 3 and trainer.runtime.rank == 1:
+            os.kill(os.getpid(), number)
+        return original(trainer, *arguments, **options)
+
+    patch(PPOTrainer, "step", step)
+
+
+def newest_save(folder: Path) -> str:
+    [run] = (folder / "models").glob("desc-two,*")
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*"))[-1]
+
+
+def test_one_that_is_killed_ends_both(tmp_path: Path, policy_dir: Path, reward_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(tmp_path, policy_dir, reward_dir, batch_size=4, steps=6)
+    send_in_the_fourth_step(signal.SIGKILL, tmp_path, monkeypatch.setattr)
+    codes, printed = as_launched(main, ["--config", str(config)], tmp_path / "printed")
+    assert codes == [2, -signal.SIGKILL], printed
+    assert "a process of this training ended, or did not answer within 60 seconds" in printed
+    assert newest_save(tmp_path) == "step-000002"
+
+
+def test_one_that_is_asked_to_stop_stops_both(tmp_path: Path, policy_dir: Path, reward_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(tmp_path, policy_dir, reward_dir, batch_size=4, steps=6)
+    send_in_the_fourth_step(signal.SIGTERM, tmp_path, monkeypatch.setattr)
+    codes, printed = as_launched(main, ["--config", str(config)], tmp_path / "printed")
+    assert codes == [143, 143] and printed.count("to go on: the same command with --resume") == 1, printed
+    assert newest_save(tmp_path) == "step-000004"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("signal", "steps"), [("SIGKILL", 2), ("SIGTERM", 4), ("SIGSTOP", 2)])
-def test_what_ends_or_stalls_one_process_ends_both(signal: str, steps: int, tmp_path: Path, policy_dir: Path, reward_dir: Path) -> None:
-    config = write_config(tmp_path, policy_dir, reward_dir, batch_size=4, steps=6, process_timeout_s=20)
+def test_one_that_stalls_ends_both(tmp_path: Path, policy_dir: Path, reward_dir: Path) -> None:
+    """The other one gives up, and `torchrun` ends the one that stalls."""
+    config = write_config(tmp_path, policy_dir, reward_dir, batch_size=4, steps=6, process_timeout_s=15)
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(root=str(ROOT), folder=str(tmp_path), signal=signal))
+    script.write_text(SCRIPT.format(root=str(ROOT), folder=str(tmp_path)))
     result = torchrun("--config", str(config), script=script)
     assert result.returncode != 0, result
-    if signal == "SIGTERM":  # one of them was asked to stop: both save and stop
-        assert "to go on: the same command with --resume" in result.stderr
-    else:
-        assert "a process of this training ended, or did not answer within 20 seconds" in result.stderr
+    assert "a process of this training ended, or did not answer within 15 seconds" in result.stderr
     for rank in "01":
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / f"pid-{rank}").read_text()), 0)
-    [run] = (tmp_path / "models").glob("desc-two,*")
-    assert sorted(path.name for path in (run / "checkpoints").glob("step-*"))[-1] == f"step-{steps:06d}"
+    assert newest_save(tmp_path) == "step-000002"

@@ -28,7 +28,6 @@ def config(tmp_path: Path, policy_dir: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(json_stream, "STRETCH_BYTES", 500)
     monkeypatch.setattr(parallel, "STRETCH", 7)
     monkeypatch.setattr(parallel, "cores", lambda **_: 1)
-    monkeypatch.setattr("common.closing.plot_curves", lambda run_dir: run_dir)
     rows = [{"prompt": f"Is {n % 25} {'very ' * (n % 9)}a number?", **({"topic": n} if n % 3 else {"level": n})} for n in range(40)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "judge.py").write_text(JUDGE)

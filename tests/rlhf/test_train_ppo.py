@@ -44,13 +44,6 @@ from tests.runs import left_by, stop_at
 QUESTIONS = [f"Is {number} a number?" for number in range(20)]
 
 
-@pytest.fixture(autouse=True)
-def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the curves takes longer than training; one test looks at them."""
-    if request.node.name != "test_two_steps_end_to_end":
-        monkeypatch.setattr("common.closing.plot_curves", lambda run_dir: run_dir)
-
-
 @pytest.fixture
 def run(tmp_path: Path, policy_dir: Path, reward_dir: Path) -> Any:
     """`run(section__key=value, …)` writes data and config and trains; returns the run directory."""
@@ -90,6 +83,7 @@ def run(tmp_path: Path, policy_dir: Path, reward_dir: Path) -> Any:
     return start
 
 
+@pytest.mark.usefixtures("picture")
 def test_two_steps_end_to_end(run: Any, tmp_path: Path, policy_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run()
     lines = read_metrics(folder)

@@ -29,7 +29,6 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(json_stream, "STRETCH_BYTES", 500)
     monkeypatch.setattr(parallel, "STRETCH", 7)
     monkeypatch.setattr(parallel, "cores", lambda **_: 1)
-    monkeypatch.setattr("common.closing.plot_curves", lambda run_dir: run_dir)
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:20], *ODD, *ROWS[20:]]))
     settings: dict[str, Any] = {
         "data": {"data_dir": str(tmp_path / "data.jsonl"), "batch_size": 4, "max_length": 40, "unusable_rows": "drop"},

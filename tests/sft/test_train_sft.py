@@ -56,6 +56,7 @@ def run(path: Path, *overrides: str) -> Path:
     return (path.parent.parent / "models" / "latest").resolve()
 
 
+@pytest.mark.usefixtures("picture")
 def test_a_run_writes_a_model_that_plain_transformers_loads(tmp_path: Path) -> None:
     directory = run(config(tmp_path))
     assert verify_directory(directory) == []

@@ -414,6 +414,7 @@ def test_defaults_are_one_epoch_in_one_process() -> None:
     assert "max_epochs" not in trainer_params(TrainerSettings(params={"max_steps": 3}))
 
 
+@pytest.mark.usefixtures("picture")
 def test_a_run_is_quiet_but_for_its_own_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -34,11 +34,6 @@ def shorter(responses: list[str]) -> list[float]:
     return [-float(len(response)) for response in responses]
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.closing.plot_curves", lambda run_dir: run_dir)
-
-
 def weights(trainer: PPOTrainer) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in trainer.parameters])
 

@@ -71,7 +71,6 @@ def rows(heading: str) -> list[tuple[list[str], str]]:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("common.closing.plot_curves", lambda run_dir: run_dir)
     return tmp_path
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 from safetensors.torch import load_file
+from torch.multiprocessing import start_processes
 from transformers import AutoModelForCausalLM
 
 from common.checkpoint import verify_directory
@@ -25,6 +27,7 @@ from common.training_state import read_training_state
 from rlhf.ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf.ppo.models import Critic
 
+pytestmark = pytest.mark.xdist_group("sharded PPO")  # whose processes run once
 PROMPTS = [[5 + number, *range(30, 30 + number * 5 % 7)] for number in range(11)]
 HELD_OUT = [[60, 61], [62], [63, 64, 65, 66]]
 STEPS = 4
@@ -98,20 +101,32 @@ def held(trainer: PPOTrainer) -> tuple[int, int]:
 
 
 @pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, policy_dir: Path, reward_dir: Path) -> Path:
+def runs_under(tmp_path_factory: pytest.TempPathFactory, policy_dir: Path, reward_dir: Path) -> Callable[[str], Path]:
+    """`runs_under(kind)`: the folder of every case's run with two processes, which are started once."""
+
+    @cache
+    def started(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp("sharded")
+        start(kind, policy_dir, reward_dir, folder)
+        return folder
+
+    return started
+
+
+@pytest.fixture
+def runs(request: pytest.FixtureRequest, runs_under: Callable[[str], Path]) -> Path:
     """The folder of every case's run with two processes under what a test names."""
     if request.param == "DeepSpeed":
         pytest.importorskip("deepspeed", reason="requirements-deepspeed.txt is not installed")
-    folder = tmp_path_factory.mktemp("sharded")
-    start(request.param, policy_dir, reward_dir, folder)
-    return folder
+    return runs_under(request.param)
 
 
 def start(kind: str, policy_dir: Path, reward_dir: Path, folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, args=(port, str(policy_dir), str(reward_dir), str(folder), kind), nprocs=2)
+    arguments = (port, str(policy_dir), str(reward_dir), str(folder), kind)
+    start_processes(process, args=arguments, nprocs=2, start_method="fork")
 
 
 @pytest.mark.parametrize(("runs", "case"), RUNS, indirect=["runs"])
