@@ -173,6 +173,7 @@ def test_all_stop_after_the_same_step_and_go_on_together(strategy: str, tmp_path
         patch.setattr(SFTModule, "training_step", training_step)
         codes, printed = as_launched(MAINS["sft"], [*command, "desc=stopped"], tmp_path)
     assert codes == [143, 143] and printed.count("to go on: the same command with --resume") == 1, printed
+    assert (tmp_path / "printed-1").read_text() == ""
     if strategy == "ddp":  # told before the data are read
         (tmp_path / "data.json").rename(tmp_path / "elsewhere.json")
         with pytest.raises(UserError, match="--resume: 1 process now, 2 when the run began; start as many"):

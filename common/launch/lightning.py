@@ -326,7 +326,9 @@ def build_trainer(
     report = ProgressReport(metrics, total_steps, shows_progress and not follows())
     keeper = CheckpointKeeper.from_settings(run_dir, save, settings.checkpoint, choices)
     state = None if resume is None else resume.state
-    checkpoints = Checkpoints(keeper, settings.checkpoint.every_n_train_steps, total_steps, StopSignals(), report, tracker, state)
+    checkpoints = Checkpoints(
+        keeper, settings.checkpoint.every_n_train_steps, total_steps, StopSignals(tells=not follows()), report, tracker, state
+    )
     trainer = lightning_trainer(
         params,
         logger=logger,
