@@ -385,6 +385,7 @@ def fit(
             raise UserError(f"trainer.params: {' '.join(str(error).split())}") from error
         except BaseException as error:
             end_followers(trainer, at_once=not isinstance(error, Stopped))
+            trainer.fit_loop.teardown()  # left alone where a validation in mid-training is stopped: its data workers would stay for long
             if isinstance(error, RuntimeError) and "find_unused_parameters=True" in str(error):
                 raise UserError(
                     "trainer.params.strategy: under ddp every weight that trains must enter every loss, and some do "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -139,6 +140,7 @@ def interrupted(directory: Path, place: str, step: int, **options: Any) -> None:
 
     with pytest.raises(Stopped):
         run(directory, hook=hook, **options)
+    assert not multiprocessing.active_children()  # data workers
 
 
 def last(directory: Path) -> ResumePoint:
