@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import re
@@ -31,6 +30,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.errors import UserError
+from common.launch.ray_mailbox import Mailbox
 from common.launch.ray_worker import MeetingConfig, Order, WorkerFailed, work
 from common.launch.signals import StopSignals
 from common.notes import take_notes
@@ -46,32 +46,6 @@ _ROOM_LATER = "start it when others have ended, or let it wait longer (RAY_TRAIN
 # Settings that the scripts and their libraries read from the environment; keys and tokens stay where they are.
 _PASSED_ON = re.compile(r"(HF_|TRANSFORMERS_|WANDB_|NCCL_|TORCH_|PYTORCH_)\w+|RESULTS_ROOT_DIR|TOKENIZERS_PARALLELISM")
 _SECRET = re.compile(r"KEY|TOKEN(?!IZERS_)|SECRET|PASSWORD")
-
-
-class Mailbox:
-    """An actor between the workers and the process that started them: lines one way, the wish to stop the other."""
-
-    def __init__(self) -> None:
-        self._items: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
-        self._stop: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-
-    async def send(self, kind: str, text: str) -> None:
-        self._items.put_nowait((kind, text))
-
-    async def receive(self) -> list[tuple[str, str]]:
-        """What came since the last call; waits for something."""
-        items = [await self._items.get()]
-        while not self._items.empty():
-            items.append(self._items.get_nowait())
-        return items
-
-    async def stop(self, number: int) -> None:
-        if not self._stop.done():
-            self._stop.set_result(number)
-
-    async def stopped(self) -> int:
-        """Waits for `stop`; returns the signal's number."""
-        return await asyncio.shield(self._stop)
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
