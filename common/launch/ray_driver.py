@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._raylet import PlacementGroupID
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
     WorkerGroupStartupTimeoutError,
@@ -27,6 +29,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckTimeoutError,
 )
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.errors import UserError
@@ -49,10 +52,15 @@ _SECRET = re.compile(r"KEY|TOKEN(?!IZERS_)|SECRET|PASSWORD")
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
-    """Without the process that would hand out Ray's data sets: the scripts read files."""
+    """Without two processes of Ray's.
+
+    One hands out its data sets: the scripts read files. The other frees what a killed controller held, and asks the dashboard whether that
+    lives: where there is none it does neither, and outlives a script that is killed.
+    """
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]
+        left_out = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, left_out)]
 
 
 @dataclass
@@ -193,9 +201,19 @@ def _outcome(trainer: TorchTrainer, launch: LaunchSettings) -> _Attempt:
     except TrainingFailedError as error:
         return _Attempt(lost=f"the workers were lost ({_line(error)})")
     except RayActorError:
+        with contextlib.suppress(RayError):
+            _free_places()
         return _Attempt(lost="the process that watches the workers was lost")
     except BaseException as error:
         return _Attempt(error=error)
+
+
+def _free_places() -> None:
+    """Give back the places of workers whose controller is gone, and end them: Ray does so only when this process ends, too."""
+    job = ray.get_runtime_context().get_job_id()
+    for number, place in placement_group_table().items():
+        if number.endswith(job) and place["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
 
 
 def _line(error: BaseException) -> str:

@@ -83,10 +83,17 @@ def test_a_worker_that_is_lost_before_it_saved_is_told(
     assert capsys.readouterr().err == "worker 1 of 2 was lost before it stopped; --resume goes on from the last checkpoint\n"
 
 
-def test_the_loss_of_what_watches_the_workers_is_a_loss() -> None:
+def test_the_loss_of_what_watches_the_workers_is_a_loss_and_frees_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
     from common.launch import ray_driver
 
+    job, other = "01000000", "02000000"
+    places = {f"{number:028x}{owner}": state for number, owner, state in ((1, job, "CREATED"), (2, job, "REMOVED"), (3, other, "CREATED"))}
+    monkeypatch.setattr(ray_driver, "ray", Mock(**{"get_runtime_context.return_value.get_job_id.return_value": job}))
+    monkeypatch.setattr(ray_driver, "placement_group_table", lambda: {number: {"state": state} for number, state in places.items()})
+    removed: list[str] = []
+    monkeypatch.setattr(ray_driver, "remove_placement_group", lambda group: removed.append(group.id.hex()))
     attempt = ray_driver._outcome(Mock(fit=Mock(side_effect=ray_driver.RayActorError())), LaunchSettings())
+    assert removed == [f"{1:028x}{job}"]
     assert (attempt.lost, attempt.error) == ("the process that watches the workers was lost", None)
 
 
