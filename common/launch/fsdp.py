@@ -7,6 +7,7 @@ and keeps it, so that processes may run different numbers of forwards; an update
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -32,6 +33,8 @@ class FullySharded(Sharding):
 
     def __init__(self, runtime: Runtime, *, reshard_after_forward: bool = True) -> None:
         """`reshard_after_forward`: blocks are gathered anew for backward; else they stay from forward to backward."""
+        # T5's blocks hand on the relative position bias, a view to which nothing adds in place.
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDP\w*T5Block\) returned a view", UserWarning)
         self.runtime = runtime
         self.reshard_after_forward = reshard_after_forward
         self.mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))

@@ -314,7 +314,7 @@ def build_trainer(
         timeout = timedelta(seconds=settings.process_timeout_s)
         if make := SHARDINGS.get(params["strategy"]):
             clip = params.pop("gradient_clip_val", None)
-            params |= {"strategy": ShardedStrategy(make, clip=clip, timeout=timeout), "inference_mode": False}
+            params |= {"strategy": ShardedStrategy(make, clip=clip, timeout=timeout)}
         else:
             params["strategy"] = DDPStrategy(
                 find_unused_parameters=params["strategy"].endswith("_true"), gradient_as_bucket_view=True, timeout=timeout
