@@ -53,3 +53,21 @@ def test_processes_of_deepspeed_that_were_stopped_go_on_with_the_same_bits(tmp_p
     assert figures(stopped) == figures(whole)
     expected = weights(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(stopped).items())
+
+
+def test_a_step_that_is_left_out_changes_nothing_under_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of the fifth step is not a number, and its gradient is one."""
+    path = write_config("sft", tmp_path)
+    original = SFTModule.training_step
+
+    def training_step(module: Any, batch: Any, batch_idx: int) -> Any:
+        loss = original(module, batch, batch_idx)
+        return loss + torch.nan if module.trainer.global_step == 4 else loss
+
+    monkeypatch.setattr(SFTModule, "training_step", training_step)
+    assert MAINS["sft"]([f"--config={path}", "desc=one", "on_nan=skip"]) == 0
+    codes, printed = as_launched(MAINS["sft"], [f"--config={path}", *SPREAD, "desc=two", "on_nan=skip"], tmp_path)
+    assert codes == [0, 0] and "the step is left out" in printed, printed
+    one, two = (weights(tmp_path / "models" / f"desc-{name},index-0") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4, msg=name)
