@@ -45,7 +45,7 @@ def test_processes_of_deepspeed_that_were_stopped_go_on_with_the_same_bits(tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(SFTModule, "training_step", training_step)
         assert as_launched(MAINS["sft"], [*command, "desc=stopped"], tmp_path)[0] == [143, 143]
-    with pytest.raises(UserError, match="the run is one process"):
+    with pytest.raises(UserError, match="--resume: 1 process now, 2 when the run began; start as many"):
         MAINS["sft"]([*command, "desc=stopped", "--resume"])
     codes, printed = as_launched(MAINS["sft"], [*command, "desc=stopped", "--resume"], tmp_path)
     assert codes == [0, 0], printed
