@@ -521,6 +521,14 @@ class TrainingSettings(RunSettings):
         return self
 
     @model_validator(mode="after")
+    def _weights_are_spread_over_several(self) -> Self:
+        strategy, launch = str(self.trainer.params.get("strategy")), self.launch
+        if launch.engine == "ray" and launch.num_training_workers == 1 and strategy in ("fsdp", "deepspeed"):
+            alone = f"got {strategy}, but launch.num_training_workers is 1; set that to 2 or more, or use auto"
+            raise KeyedProblems({("trainer", "params", "strategy"): alone})
+        return self
+
+    @model_validator(mode="after")
     def _known_monitor(self) -> Self:
         monitor = self.trainer.checkpoint.monitor
         try:

@@ -58,6 +58,13 @@ def test_what_the_section_refuses(override: str, problem: str) -> None:
     assert problem in str(caught.value)
 
 
+def test_weights_are_not_spread_over_one_worker() -> None:
+    ray = ("launch.engine=ray", "trainer.params.strategy=fsdp")
+    with pytest.raises(UserError, match=r"trainer\.params\.strategy: got fsdp, but launch\.num_training_workers is 1; set that to 2"):
+        load("sft", *ray, "launch.num_training_workers=1")
+    assert load("sft", *ray, "launch.num_training_workers=2").trainer.params["strategy"] == "fsdp"
+
+
 def test_storage_path_is_the_root_of_runs(tmp_path: Path) -> None:
     config = load("sft", f"launch.storage_path={tmp_path}")
     assert config.runs_root == str(tmp_path)
