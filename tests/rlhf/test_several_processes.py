@@ -18,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from common.errors import UserError
 from common.tracking import read_metrics
 from rlhf.ppo.trainer import NonFiniteError, PPOTrainer
 from rlhf.train_ppo import main
@@ -80,6 +81,11 @@ def test_two_processes_are_one_run_that_goes_on_bit_for_bit(tmp_path: Path, poli
                 assert mine[name] == pytest.approx(value, rel=0 if "loss" in name else 1e-4, abs=1e-5), name
     for name, tensor in weights(alone, 4).items():
         torch.testing.assert_close(weights(together, 4)[name], tensor, rtol=0, atol=1e-4)
+
+    (tmp_path / "prompts.json").rename(tmp_path / "elsewhere.json")  # told before it is read
+    with pytest.raises(UserError, match="--resume: 1 process now, 2 when the run began"):
+        main(["--config", str(config), "--resume", str(together / "checkpoints" / "step-000002")])
+    (tmp_path / "elsewhere.json").rename(tmp_path / "prompts.json")
 
     ended = weights(together, 4)
     argv = ["--config", str(config), "--resume", str(together / "checkpoints" / "step-000002")]
