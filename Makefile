@@ -31,7 +31,7 @@ lint: venv
 	$(BIN)/mypy
 
 test: venv
-	@PATH="$(BIN):$$PATH" python -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered
+	@PATH="$(BIN):$$PATH" python -m pytest -n 2 --cov --cov-report=term:skip-covered
 
 # make faults       the tests of what happens when a run is killed, its disk is full, its numbers break
 faults: venv

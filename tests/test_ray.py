@@ -34,7 +34,7 @@ from common.tracking import read_metrics
 from tests.processes import as_launched
 
 pytest.importorskip("ray", reason="requirements-ray.txt is not installed")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]  # one cluster, in one of the processes that run tests
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 600.0  # for a cluster, on a machine that does much else

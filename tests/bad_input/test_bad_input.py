@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import yaml
 
-pytestmark = pytest.mark.xdist_group("bad input")  # all cases run at once
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SCRIPTS = {

@@ -31,7 +31,6 @@ from sft.train_sft import main as train_sft
 from tests.security.conftest import Problem
 from tests.security.watch import Watched, watch
 
-pytestmark = pytest.mark.xdist_group("watched runs")  # which are made once
 IN_THE_CONFIG = "canary0config00000000000000000000000000a1"
 IN_THE_ENVIRONMENT = "canary0environment000000000000000000000b2"
 HUB_TOKEN = "hf_canary0hub0000000000000000000000000c3"

@@ -27,7 +27,6 @@ from common.training_state import read_training_state
 from rlhf.ppo import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from rlhf.ppo.models import Critic
 
-pytestmark = pytest.mark.xdist_group("sharded PPO")  # whose processes run once
 PROMPTS = [[5 + number, *range(30, 30 + number * 5 % 7)] for number in range(11)]
 HELD_OUT = [[60, 61], [62], [63, 64, 65, 66]]
 STEPS = 4
