@@ -47,7 +47,7 @@ class Progress:
             return False
         if self._terminal:
             return done >= self.total or time.monotonic() - self._drawn >= REDRAW_S
-        return done != self._done and (done >= self.total or done % self._every == 0 or done == self._first + 1)
+        return done != self._done and (done >= self.total or done // self._every > self._done // self._every or done == self._first + 1)
 
     def update(self, done: int, metrics: Mapping[str, float]) -> None:
         """Show that `done` steps are made, with these figures."""

@@ -25,7 +25,7 @@ from common.run_lock import LOCK_FILE, hold, release
 from common.schema import LaunchSettings
 
 _FOLDER = "rlhf-qa-ray-"
-_LONGEST_BASE = 40  # sockets lie below it, and a socket's path has 107 bytes
+_LONGEST_BASE = 16  # below it lie sockets, whose paths have 107 bytes, of which folders of ours and Ray's take 90
 _OBJECT_STORE_BYTES = 100 * 2**20  # nothing big goes through it: workers read files
 _PROBE_S = 10.0
 _NEW_S = 60.0  # a folder that is younger may have no lock yet

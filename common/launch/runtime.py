@@ -81,7 +81,7 @@ class Runtime:
                 raise
             raise UserError(
                 f"a process of this training ended, or did not answer within {timeout_s:g} seconds; --resume goes on from the last "
-                f"checkpoint ({' '.join(str(error).split())[:160]})"
+                f"checkpoint ({' '.join(str(error).split()).partition('. ')[0][:160]})"
             ) from error
         finally:
             if made and distributed.is_initialized():

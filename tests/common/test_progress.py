@@ -22,6 +22,14 @@ def test_a_log_gets_few_lines_the_first_and_the_last_among_them(total: int, line
     assert written[-1].startswith(f"step {total}/{total}  ") and "left" not in written[-1]
 
 
+def test_a_log_gets_lines_of_what_is_counted_in_stretches() -> None:
+    stream = io.StringIO()
+    bar = Progress(1000, stream=stream)
+    for done in (64, 128, 192, 200, 249, 448, 1000):  # no multiple of 50 but two
+        bar.update(done, {})
+    assert [line.split()[1] for line in stream.getvalue().splitlines()] == [f"{n}/1000" for n in (64, 128, 192, 200, 448, 1000)]
+
+
 def test_rate_and_time_left_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run resumed at step 100 of 200 makes 50 steps in 25 s: 2 a second, and 25 s for the 50 that are left."""
     clock = [10.0]
