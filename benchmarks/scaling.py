@@ -328,6 +328,10 @@ def empty_rows(launchers: Sequence[str], tries: int) -> list[list[str]]:
     return [[name, str(LAUNCHERS[name].processes), f"{min(seconds):.2f}"] for name, seconds in found.items()]
 
 
+SPEED_HEAD = ("stage", "processes x threads", "launcher", "tokens/s", "to 1 x 2", "efficiency", "MiB of each", "seconds of the rounds")
+START_HEAD = ("stage", "launcher", "processes", "start s", "over plain", "steps s", "end s", "MiB of each", "others, MiB")
+
+
 def step_seconds(runs: Sequence[Found]) -> float:
     """Seconds of all steps but the first, the median over runs."""
     return statistics.median(sum(found.steps[1:]) for found in runs)
@@ -377,14 +381,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     speeds, once = cases(options.stages, options.launchers)
     found, whole = measure(speeds, once, options.rounds, options.size)
-    head = ("stage", "processes x threads", "launcher", "tokens/s", "to 1 x 2", "efficiency", "MiB of each", "seconds of the rounds")
-    print(markdown_table(head, speed_rows(found)))
+    print(markdown_table(SPEED_HEAD, speed_rows(found)))
     print()
-    print(
-        markdown_table(
-            ("stage", "launcher", "processes", "start s", "over plain", "end s", "MiB of each", "others, MiB"), start_rows(found)
-        )
-    )
+    print(markdown_table(START_HEAD, start_rows(found)))
     if options.empty:
         print("\n" + markdown_table(("launcher", "processes", "empty, s"), empty_rows(options.launchers, options.empty)))
     return 0 if whole else 1

@@ -16,7 +16,9 @@ from benchmarks.scaling import (
     APART,
     LAUNCHERS,
     PLAIN,
+    SPEED_HEAD,
     STAGES,
+    START_HEAD,
     STARTS,
     Found,
     Memory,
@@ -88,6 +90,8 @@ def test_two_processes_are_compared_on_the_same_cores_and_to_one_thread_each() -
         ["pairs", "plain", "1", "5.0", "+0.0", "6.00", "1.0", "100", "0 (0)"],
         ["pairs", "ddp", "2", "9.0", "+4.0", "3.00", "1.0", "120 110", "75 (2)"],
     ]
+    for head, rows in ((SPEED_HEAD, speed_rows(runs)), (START_HEAD, start_rows(runs))):
+        assert {len(row) for row in rows} == {len(head)}
 
 
 def test_each_launcher_is_started_once_where_speeds_do_not_start_it() -> None:
