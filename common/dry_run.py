@@ -17,7 +17,7 @@ from common.disk import amount, nearest
 from common.errors import UserError
 from common.model_source import ModelSource, positions_in
 from common.progress import duration
-from common.scratch import scratch
+from common.scratch import copied
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -108,8 +108,7 @@ def length_lines(split: str, lengths: Mapping[str, TextLengths]) -> list[str]:
     lines = []
     for name, found in lengths.items():
         if len(found.tokens):
-            ordered = scratch(len(found.tokens), np.int32)
-            ordered[:] = found.tokens
+            ordered = copied(found.tokens, np.int32)
             ordered.sort()
             marks = [ordered[0], ordered[len(ordered) // 2], ordered[int(0.95 * (len(ordered) - 1))], ordered[-1]]
             cut = f"{found.cut:,} of {len(ordered):,} cut ({found.cut_tokens:,} tokens)" if found.cut else "none cut"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UserError
 
 LOCK_FILE = ".lock"
+_NEW_S = 60.0  # what is younger may not be held yet
 
 _held: set[int] = set()
 
@@ -55,6 +57,18 @@ def release(held: Held) -> None:
     if held.descriptor in _held:
         _held.discard(held.descriptor)
         os.close(held.descriptor)
+
+
+def remove_if_left(path: Path, lock: Path, remove: Callable[[Path], object]) -> None:
+    """Remove what a process made a while ago that held `lock` as long as it lived, if none holds that now."""
+    with contextlib.suppress(OSError):  # another process holds it, or removes it just now
+        if time.time() - path.lstat().st_mtime > _NEW_S:
+            held = hold(lock)
+            try:
+                if held.alone:
+                    remove(path)
+            finally:
+                release(held)
 
 
 @contextlib.contextmanager

@@ -52,7 +52,8 @@ def hold_out(rows: Sequence[Any], percentage: float, seed: int, path: str) -> tu
         held = [question_digest(row.prompt, seed) <= last for row in rows]
         train, val = ([row for row, is_held in zip(rows, held, strict=True) if is_held is part] for part in (False, True))
     else:
-        train, val = (rows.where_question(part) for part in (lambda asked: asked > last, lambda asked: asked <= last))  # type: ignore[attr-defined]
+        streamed: Any = rows
+        train, val = streamed.where_question(lambda asked: asked > last), streamed.where_question(lambda asked: asked <= last)
     note = f"{path}: no val split: {count} of {len(questions)} train questions ({len(val)} of {len(rows)} rows) held out for validation"
     return train, val, [note]
 

@@ -10,8 +10,8 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -21,14 +21,13 @@ from common.launch import ray_watchdog
 from common.launch.signals import Stopped, StopSignals
 from common.launch.workers import token_file
 from common.parallel import cores
-from common.run_lock import LOCK_FILE, hold, release
+from common.run_lock import LOCK_FILE, hold, release, remove_if_left
 from common.schema import LaunchSettings
 
 _FOLDER = "rlhf-qa-ray-"
 _LONGEST_BASE = 16  # below it lie sockets, whose paths have 107 bytes, of which folders of ours and Ray's take 90
 _OBJECT_STORE_BYTES = 100 * 2**20  # nothing big goes through it: workers read files
 _PROBE_S = 10.0
-_NEW_S = 60.0  # a folder that is younger may have no lock yet
 # What Ray says in the workers' words: nothing but errors; the run says the rest.
 _QUIET = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -135,7 +134,8 @@ def scratch_folder() -> Iterator[Path]:
     if len(str(base)) > _LONGEST_BASE:
         base = Path("/tmp")
     for left in base.glob(f"{_FOLDER}*"):
-        _remove_if_left(left)
+        if _is_own_folder(left):
+            remove_if_left(left, left / LOCK_FILE, partial(shutil.rmtree, ignore_errors=True))
     folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=base)).resolve()  # as processes name the files that they write
     held = hold(folder / LOCK_FILE)
     command = [sys.executable, "-I", ray_watchdog.__file__, str(folder)]
@@ -149,13 +149,9 @@ def scratch_folder() -> Iterator[Path]:
         watchdog.communicate(ray_watchdog.ENDED)
 
 
-def _remove_if_left(folder: Path) -> None:
-    """Remove a scratch folder that no process holds any more."""
-    with contextlib.suppress(OSError):  # another process removes it just now, or holds it
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or time.time() - found.st_mtime < _NEW_S:
-            return
-        held = hold(folder / LOCK_FILE)
-        if held.alone:
-            shutil.rmtree(folder, ignore_errors=True)
-        release(held)
+def _is_own_folder(path: Path) -> bool:
+    """Whether this is a folder, no link to one, that belongs to this user; anyone may make such names there."""
+    with contextlib.suppress(OSError):  # another process removes it just now
+        found = path.lstat()
+        return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return False

@@ -37,14 +37,13 @@ from common.launch.ray_mailbox import Mailbox
 from common.launch.ray_worker import MeetingConfig, Order, WorkerFailed, work
 from common.launch.signals import StopSignals
 from common.notes import take_notes
-from common.run_lock import hold, refuse_locked, release
+from common.run_lock import hold, refuse_locked, release, remove_if_left
 from common.runs import CHECKPOINTS_FOLDER, checkpoints_in
 from common.schema import LaunchSettings, WorkerResources
 
 _LOOK_EVERY_S = 0.2
 _UNLOCK_TIMEOUT_S = 60.0
 _MARKER = ".ray-"
-_NEW_S = 60.0  # a marker that is younger may not be held yet
 _ROOM_LATER = "start it when others have ended, or let it wait longer (RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S)"
 # Settings that the scripts and their libraries read from the environment; keys and tokens stay where they are.
 _PASSED_ON = re.compile(r"(HF_|TRANSFORMERS_|WANDB_|NCCL_|TORCH_|PYTORCH_)\w+|RESULTS_ROOT_DIR|TOKENIZERS_PARALLELISM")
@@ -281,7 +280,7 @@ def _marker(root: Path) -> Iterator[Path]:
         root.mkdir(parents=True, exist_ok=True)
         held = hold(path)
         for left in root.glob(f"{_MARKER}*"):
-            _remove_if_left(left)
+            remove_if_left(left, left, Path.unlink)
     except OSError as error:
         raise UserError(f"{root}: cannot be written: {error.strerror}; choose another folder (launch.storage_path)") from None
     try:
@@ -289,13 +288,3 @@ def _marker(root: Path) -> Iterator[Path]:
     finally:
         path.unlink(missing_ok=True)
         release(held)
-
-
-def _remove_if_left(marker: Path) -> None:
-    """Remove the marker of a process that was killed."""
-    with contextlib.suppress(OSError):  # another process holds it, or removes it just now
-        if time.time() - marker.stat().st_mtime > _NEW_S:
-            held = hold(marker)
-            if held.alone:
-                marker.unlink()
-            release(held)
