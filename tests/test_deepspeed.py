@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,9 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.followers import rank
 from sft.module import SFTModule
 from tests.processes import as_launched
-from tests.test_processes import MAINS, check_equal, figures, weights, write_config
+from tests.test_processes import MAINS, check_equal, check_same_bits, stopping_the_second, weights, write_config
 
 pytest.importorskip("deepspeed", reason="requirements-deepspeed.txt is not installed")
 
@@ -35,24 +32,14 @@ def test_processes_of_deepspeed_that_were_stopped_go_on_with_the_same_bits(tmp_p
     path = write_config("sft", tmp_path, model_params={"learning_rate": 1e-2, "dropout": 0.2, "weight_decay": 0.1})
     command = [f"--config={path}", *SPREAD, "trainer.params.accumulate_grad_batches=1"]
     assert as_launched(MAINS["sft"], [*command, "desc=whole"], tmp_path)[0] == [0, 0]
-    original = SFTModule.training_step
-
-    def training_step(module: Any, batch: Any, batch_idx: int) -> Any:
-        if module.trainer.global_step == 4 and rank() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(module, batch, batch_idx)
-
     with monkeypatch.context() as patch:
-        patch.setattr(SFTModule, "training_step", training_step)
+        stopping_the_second(patch)
         assert as_launched(MAINS["sft"], [*command, "desc=stopped"], tmp_path)[0] == [143, 143]
     with pytest.raises(UserError, match="--resume: 1 process now, 2 when the run began; start as many"):
         MAINS["sft"]([*command, "desc=stopped", "--resume"])
     codes, printed = as_launched(MAINS["sft"], [*command, "desc=stopped", "--resume"], tmp_path)
     assert codes == [0, 0], printed
-    whole, stopped = (tmp_path / "models" / f"desc-{name},index-0" for name in ("whole", "stopped"))
-    assert figures(stopped) == figures(whole)
-    expected = weights(whole)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(stopped).items())
+    check_same_bits(*(tmp_path / "models" / f"desc-{name},index-0" for name in ("whole", "stopped")))
 
 
 def test_a_step_that_is_left_out_changes_nothing_under_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

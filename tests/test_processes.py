@@ -126,6 +126,25 @@ def check_equal(one: Path, two: Path, *, losses: float = 1e-5, of_weights: float
     assert names[0] == names[1]
 
 
+def stopping_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the second process get a signal in the fifth step of SFT."""
+    original = SFTModule.training_step
+
+    def training_step(module: Any, batch: Any, batch_idx: int) -> Any:
+        if module.trainer.global_step == 4 and rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(module, batch, batch_idx)
+
+    monkeypatch.setattr(SFTModule, "training_step", training_step)
+
+
+def check_same_bits(whole: Path, stopped: Path) -> None:
+    """A run that went on ended with the figures and weights of one that never stopped."""
+    assert figures(stopped) == figures(whole)
+    expected, found = weights(whole), weights(stopped)
+    assert found.keys() == expected.keys() and all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("sft", {}),
     ("sft", {"data": {"batching": "packed"}, "model_params": {"learning_rate": 1e-2, "lora": {"r": 2}}}),
@@ -162,15 +181,8 @@ def test_all_stop_after_the_same_step_and_go_on_together(strategy: str, tmp_path
     path = write_config("sft", tmp_path, model_params={"learning_rate": 1e-2, "dropout": 0.2})
     command = [f"--config={path}", "data.batch_size=2", "trainer.params.accumulate_grad_batches=1", f"trainer.params.strategy={strategy}"]
     assert as_launched(MAINS["sft"], [*command, "desc=whole"], tmp_path)[0] == [0, 0]
-    original = SFTModule.training_step
-
-    def training_step(module: Any, batch: Any, batch_idx: int) -> Any:
-        if module.trainer.global_step == 4 and rank() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(module, batch, batch_idx)
-
     with monkeypatch.context() as patch:
-        patch.setattr(SFTModule, "training_step", training_step)
+        stopping_the_second(patch)
         codes, printed = as_launched(MAINS["sft"], [*command, "desc=stopped"], tmp_path)
     assert codes == [143, 143] and printed.count("to go on: the same command with --resume") == 1, printed
     assert (tmp_path / "printed-1").read_text() == ""
@@ -180,10 +192,7 @@ def test_all_stop_after_the_same_step_and_go_on_together(strategy: str, tmp_path
             MAINS["sft"]([*command, "desc=stopped", "--resume"])
         (tmp_path / "elsewhere.json").rename(tmp_path / "data.json")
     assert as_launched(MAINS["sft"], [*command, "desc=stopped", "--resume"], tmp_path)[0] == [0, 0]
-    whole, stopped = (tmp_path / "models" / f"desc-{name},index-0" for name in ("whole", "stopped"))
-    assert figures(stopped) == figures(whole)
-    expected = weights(whole)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(stopped).items())
+    check_same_bits(*(tmp_path / "models" / f"desc-{name},index-0" for name in ("whole", "stopped")))
 
 
 def test_what_is_wrong_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,8 +48,7 @@ def test_each_of_more_processes_than_gpus_knows_it_before_they_meet(rank: int, m
         pass
 
 
-def two_processes(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+def two_processes(rank: int, folder: str) -> None:
     with Runtime.start(timeout_s=60) as runtime:
         with Runtime.start() as joined:  # the group is there already, and stays
             assert joined == runtime
@@ -69,10 +68,15 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def in_processes(count: int, function: Callable[[int, int, str], None], folder: Path) -> None:
-    """Run `function(rank, port, folder)` in so many processes, forked so that torch is imported once."""
-    arguments = (free_port(), str(folder))
-    torch.multiprocessing.start_processes(function, args=arguments, nprocs=count, start_method="fork")
+def in_processes(count: int, function: Callable[[int, str], None], folder: Path) -> None:
+    """Run `function(rank, folder)` in so many processes that can meet, forked so that torch is imported once."""
+    common = {"WORLD_SIZE": str(count), "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
+
+    def launched(rank: int) -> None:
+        os.environ |= {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        function(rank, str(folder))
+
+    torch.multiprocessing.start_processes(launched, nprocs=count, start_method="fork")
 
 
 def test_two_processes_add_up_and_gather_in_rank_order(tmp_path: Path) -> None:
@@ -82,8 +86,7 @@ def test_two_processes_add_up_and_gather_in_rank_order(tmp_path: Path) -> None:
     assert (tmp_path / "1").read_text() == f"[3.0, 30.0] [2.0, 20.0] ['1.0', '1.1', '1.2'] False {same}"
 
 
-def one_leaves(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+def one_leaves(rank: int, folder: str) -> None:
     try:
         with Runtime.start(timeout_s=60) as runtime:
             runtime.barrier()
@@ -99,9 +102,8 @@ def test_a_process_that_ended_is_told_as_what_it_is(tmp_path: Path) -> None:
     assert "a process of this training ended, or did not answer within 60 seconds" in (tmp_path / "0").read_text()
 
 
-def each_fails(rank: int, port: int, folder: str) -> None:
+def each_fails(rank: int, folder: str) -> None:
     """The first and the third of three processes find the same, the second something else; the fourth finds nothing in time."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     try:
         with Runtime.start(timeout_s=60) as runtime:
             runtime.barrier()
@@ -120,8 +122,7 @@ def test_what_ends_several_processes_is_told_by_one(tmp_path: Path) -> None:
     assert "a process of this training ended" in told[3]
 
 
-def one_fails(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+def one_fails(rank: int, folder: str) -> None:
     try:
         with Runtime.start(timeout_s=60) as runtime:
             runtime.barrier()
